@@ -1,0 +1,132 @@
+# All set-up happens here: every target first creates or updates the environment in .venv. PYTHON=... chooses the
+# interpreter, VENV=... another environment, JAX=... the JAX to install there (`JAX="jax==0.10.0 jaxlib==0.10.0"`).
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+CORE := packages/nt-core
+OTHERS := nt-stax nt-predict nt-empirical neural-tangents
+
+# Stamps: what they say was installed is older than they are.
+TOOLS := $(VENV)/.tools
+# An editable nt-core knows its modules from the time of its installation: other modules, another stamp.
+NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs
+
+.PHONY: help setup native demo test test-slow coverage bench bench-peer lint format typecheck docs package wheels sanitize clean
+
+help:
+	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
+	@echo "make test        fast tests of all packages, and the examples in docstrings"
+	@echo "make test-slow   the tests marked slow"
+	@echo "make coverage    the fast tests, with line coverage"
+	@echo "make bench       benchmarks of this library"
+	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
+	@echo "make lint        ruff (make format mends what it can); make typecheck: pyright"
+	@echo "make docs        the documentation, into docs/_build/html"
+	@echo "make package     wheels and sdists of all packages, each tested alone in an empty environment"
+	@echo "make wheels      binary wheels of nt-core for this platform, by cibuildwheel"
+	@echo "make sanitize    the C++ tests under ASan, UBSan and TSan"
+	@echo "make native      recompiles the native module, and fails if it cannot"
+	@echo "make clean       removes environments and everything that was built"
+
+# ---- set-up
+
+$(TOOLS): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0] + ": make PYTHON=...")'
+	@echo "Setting up $(VENV) (once; takes a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --group dev
+	@touch $@
+
+# The extension is compiled against the headers that the released wheels are compiled against, whatever JAX the environment has.
+FFI_HEADERS := $(VENV)/ffi
+$(FFI_HEADERS): $(CORE)/pyproject.toml | $(TOOLS)
+	$(PIP) install --upgrade --no-deps --target $@ "$$(grep -o 'jaxlib==[0-9.]*' $(CORE)/pyproject.toml)"
+	@touch $@
+
+$(NATIVE): $(CORE)/pyproject.toml $(shell find $(CORE)/csrc -type f) $(FFI_HEADERS)
+	@rm -f $(VENV)/.nt-core-[0-9]*
+	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
+		-C build-dir=$(abspath $(VENV))/nt-core-build \
+		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include
+	@$(BIN)/python -c "import nt_core._native" 2>/dev/null || \
+		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(VENV)/nt-core-build"
+	@touch $@
+
+$(READY): $(NATIVE) $(OTHERS:%=packages/%/pyproject.toml)
+	$(PIP) install --no-build-isolation $(OTHERS:%=--editable packages/%)
+	@touch $@
+
+setup: $(READY)
+
+native:
+	@rm -f $(NATIVE)
+	@$(MAKE) --no-print-directory setup
+	@$(BIN)/python -c "import nt_core._native"
+
+# ---- use
+
+demo: $(READY)
+	$(BIN)/python examples/digits.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(PYTEST_ARGS)
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+bench-peer: $(READY)
+	$(BIN)/python benchmarks/peer.py $(BENCH_ARGS)
+
+# ---- checks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+package: $(READY)
+	$(BIN)/python tests/packaging/check.py
+
+sanitize: $(READY)
+	for sanitizer in address,undefined thread; do \
+		$(BIN)/cmake -S $(CORE)/csrc -B build/sanitize-$$sanitizer -DNT_SANITIZE=$$sanitizer \
+			-DNT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include && \
+		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2 && \
+		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --no-tests=error --output-on-failure || exit 1; \
+	done
+
+# ---- documentation and release
+
+$(DOCS_READY): pyproject.toml $(READY)
+	$(PIP) install --group docs
+	@touch $@
+
+docs: $(DOCS_READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+wheels: $(READY)
+	$(PIP) install cibuildwheel
+	$(BIN)/cibuildwheel $(CORE) --output-dir dist
+
+clean:
+	rm -rf .venv* build dist docs/_build packages/*/dist

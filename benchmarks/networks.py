@@ -1,0 +1,62 @@
+"""The benchmarked networks, each a function of a `stax` module: any library with that API builds the same one."""
+
+
+def cnn21(stax, readout):
+    """21 convolutions with ReLU, then a readout: the two CNNs of the README of neural-tangents 0.6."""
+    body = [layer for _ in range(21) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
+    return stax.serial(*body, getattr(stax, readout)())
+
+
+def wide_resnet(stax, block_size=4, k=1, n_classes=10):
+    """The wide residual network (arXiv:1605.07146) of the README of neural-tangents 0.6."""
+
+    def block(channels, strides, channel_mismatch):
+        main = stax.serial(
+            stax.Relu(),
+            stax.Conv(channels, (3, 3), strides, padding="SAME"),
+            stax.Relu(),
+            stax.Conv(channels, (3, 3), padding="SAME"),
+        )
+        shortcut = stax.Conv(channels, (3, 3), strides, padding="SAME") if channel_mismatch else stax.Identity()
+        return stax.serial(stax.FanOut(2), stax.parallel(main, shortcut), stax.FanInSum())
+
+    def group(channels, strides):
+        return stax.serial(block(channels, strides, True), *[block(channels, (1, 1), False)] * (block_size - 1))
+
+    return stax.serial(
+        stax.Conv(16, (3, 3), padding="SAME"),
+        group(16 * k, (1, 1)),
+        group(32 * k, (2, 2)),
+        group(64 * k, (2, 2)),
+        stax.AvgPool((8, 8)),
+        stax.Flatten(),
+        stax.Dense(n_classes),
+    )
+
+
+def myrtle10(stax):
+    """Myrtle-10 (arXiv:2003.02237): eight convolutions, five 2 x 2 average pools."""
+
+    def convolutions(n):
+        conv = stax.Conv(64, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.0)
+        return [layer for _ in range(n) for layer in (conv, stax.Relu())]
+
+    pool = stax.AvgPool((2, 2), strides=(2, 2))
+    return stax.serial(
+        *convolutions(2), pool, *convolutions(3), pool, *convolutions(3), pool, pool, pool,
+        stax.Flatten(), stax.Dense(10, 2**0.5, 0.0),
+    )  # fmt: skip
+
+
+def fcn5(stax):
+    """Five hidden layers with ReLU."""
+    return stax.serial(*[layer for _ in range(5) for layer in (stax.Dense(512), stax.Relu())], stax.Dense(1))
+
+
+NETWORKS = {
+    "cnn21-pool": lambda stax: cnn21(stax, "GlobalAvgPool"),
+    "cnn21-flatten": lambda stax: cnn21(stax, "Flatten"),
+    "wide-resnet": wide_resnet,
+    "myrtle10": myrtle10,
+    "fcn5": fcn5,
+}

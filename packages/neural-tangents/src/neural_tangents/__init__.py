@@ -1,0 +1,36 @@
+"""Infinitely wide neural networks as kernels, in JAX.
+
+`stax` builds networks, `predict` draws conclusions from their kernels; the functions here deal with finite networks.
+"""
+
+from importlib.metadata import version
+
+from nt_core import Kernel
+from nt_empirical import (
+    NtkImplementation,
+    empirical_kernel_fn,
+    empirical_nngp_fn,
+    empirical_ntk_fn,
+    empirical_ntk_vp_fn,
+    linearize,
+    monte_carlo_kernel_fn,
+    taylor_expand,
+)
+
+from neural_tangents import predict, stax
+
+__version__ = version("neural-tangents")
+
+__all__ = [
+    "Kernel",
+    "NtkImplementation",
+    "empirical_kernel_fn",
+    "empirical_nngp_fn",
+    "empirical_ntk_fn",
+    "empirical_ntk_vp_fn",
+    "linearize",
+    "monte_carlo_kernel_fn",
+    "predict",
+    "stax",
+    "taylor_expand",
+]

@@ -1,0 +1,6 @@
+// The engine as an XLA custom call.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+extern "C" XLA_FFI_Error* nt_propagate(XLA_FFI_CallFrame* call_frame);

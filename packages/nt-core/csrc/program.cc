@@ -1,0 +1,182 @@
+#include "program.h"
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace nt {
+namespace {
+
+constexpr int64_t kEncoding = 1;  // changes with the layout of the code, here and in backends/cpu
+
+[[noreturn]] void malformed(const std::string& what) {
+  throw std::invalid_argument("Malformed covariance program: " + what + ".");
+}
+
+class Reader {
+ public:
+  Reader(const int64_t* code, int64_t length) : code_(code), length_(length) {}
+
+  int64_t next64() {
+    if (at_ >= length_) malformed("it ends too early");
+    return code_[at_++];
+  }
+
+  int next(int low, int high, const char* what) {
+    const int64_t value = next64();
+    if (value < low || value > high) {
+      malformed(std::string(what) + " is " + std::to_string(value) + ", expected " + std::to_string(low) + " to " +
+                std::to_string(high));
+    }
+    return static_cast<int>(value);
+  }
+
+  bool flag(const char* what) { return next(0, 1, what) != 0; }
+
+  bool at_end() const { return at_ == length_; }
+
+ private:
+  const int64_t* code_;
+  int64_t length_;
+  int64_t at_ = 0;
+};
+
+constexpr int kMaxSize = 1 << 20;
+
+Index3 read_space(Reader& reader) {
+  Index3 space;
+  for (int& size : space) size = reader.next(1, kMaxSize, "the size of an axis");
+  return space;
+}
+
+void read_windows(Reader& reader, Value& value) {
+  for (Window& window : value.window) {
+    window.taps = reader.next(1, kMaxSize, "a window");
+    window.stride = reader.next(1, kMaxSize, "a stride");
+    window.dilation = reader.next(1, kMaxSize, "a dilation");
+    window.low = reader.next(-kMaxSize, kMaxSize, "a padding");
+    window.high = reader.next(-kMaxSize, kMaxSize, "a padding");
+    window.circular = reader.flag("circular");
+  }
+}
+
+int coefficients_of(const Value& value) {
+  switch (value.op) {
+    case Op::kLinear:
+      return 4;
+    case Op::kDual:
+      return 2;
+    case Op::kNormalize:
+      return 1;
+    case Op::kCombine:
+      return static_cast<int>(value.inputs.size());
+    default:
+      return 0;
+  }
+}
+
+// Checks that the windows fit, so that no position outside of a plane and its padding is ever read.
+void check_windows(const Value& value, const Index3& space) {
+  for (int a = 0; a < kAxes; ++a) {
+    const Window& w = value.window[a];
+    const int64_t room = int64_t{space[a]} + w.low + w.high - w.extent();
+    if (room < 0 || room / w.stride + 1 != value.space[a]) malformed("a window and the size of its output disagree");
+    // Or offsets of the output would be larger than the image before.
+    if (value.op == Op::kLinear && int64_t{value.space[a] - 1} * w.stride >= space[a]) malformed("too much padding");
+  }
+}
+
+void check(const Program& program) {
+  for (size_t i = 0; i < program.values.size(); ++i) {
+    const Value& value = program.values[i];
+    if (static_cast<int64_t>(value.coefficient) + coefficients_of(value) > program.n_coefficients) {
+      malformed("coefficients are missing");
+    }
+    if (static_cast<int>(i) < program.n_sources) continue;
+    const Index3& space = program.values[value.inputs[0]].space;
+    switch (value.op) {
+      case Op::kLinear:
+      case Op::kPool:
+        check_windows(value, space);
+        break;
+      case Op::kFlatten:
+        if (n_positions(value.space) != 1) malformed("positions are left after Flatten");
+        break;
+      default:
+        for (int input : value.inputs) {
+          if (program.values[input].space != value.space) malformed("sizes of images disagree");
+        }
+    }
+    if (value.op != Op::kCombine && value.inputs.size() != 1) malformed("a step reads more than one value");
+    for (int input : value.inputs) {
+      const bool reads_variance = value.needs || value.op == Op::kDual || value.op == Op::kNormalize;
+      if (reads_variance && !program.values[input].needs) malformed("variances are missing");
+    }
+  }
+  if (program.values[program.output].needs) malformed("the output is a deficit");
+}
+
+}  // namespace
+
+Program decode_program(const int64_t* code, int64_t length) {
+  Reader reader(code, length);
+  if (reader.next64() != kEncoding) malformed("unknown encoding");
+  Program program;
+  program.n1 = reader.next(0, std::numeric_limits<int>::max(), "the size of a batch");
+  program.n2 = reader.next(0, std::numeric_limits<int>::max(), "the size of a batch");
+  program.symmetric = reader.flag("symmetric");
+  program.ntk = reader.flag("ntk");
+  program.covariances = reader.flag("covariances");
+  program.all_pairs = reader.flag("all_pairs");
+  program.n_coefficients = reader.next(1, kMaxSize, "the number of coefficients");
+  program.n_sources = reader.next(1, kMaxSize, "the number of sources");
+  const int n_values = reader.next(program.n_sources, kMaxSize, "the number of values");
+  program.output = reader.next(0, n_values - 1, "the output");
+  for (int i = 0; i < n_values; ++i) {
+    Value value;
+    value.op = static_cast<Op>(reader.next(0, static_cast<int>(Op::kCombine), "a step"));
+    const bool is_source = value.op == Op::kInputs || value.op == Op::kMaterialised;
+    if (is_source != (i < program.n_sources)) malformed("sources come first");
+    value.needs = reader.flag("needs");
+    value.coefficient = reader.next(0, kMaxSize, "a coefficient");
+    value.space = read_space(reader);
+    if (!is_source) {
+      const int n_inputs = reader.next(1, kMaxSize, "the number of inputs");
+      for (int k = 0; k < n_inputs; ++k) value.inputs.push_back(reader.next(0, i - 1, "an input"));
+    }
+    switch (value.op) {
+      case Op::kInputs:
+        value.channels = reader.next(1, std::numeric_limits<int>::max(), "the number of channels");
+        break;
+      case Op::kMaterialised:
+        value.has_ntk = reader.flag("has_ntk");
+        value.has_own = reader.flag("has_own");
+        value.same_position = reader.flag("same_position");
+        break;
+      case Op::kLinear:
+        value.bias_follows_weights = reader.flag("bias_follows_weights");
+        read_windows(reader, value);
+        break;
+      case Op::kDual:
+        value.activation = static_cast<Activation>(reader.next(0, 0, "an activation"));
+        break;
+      case Op::kPool:
+        value.mean = reader.flag("mean");
+        value.normalize_edges = reader.flag("normalize_edges");
+        read_windows(reader, value);
+        break;
+      case Op::kNormalize:
+        for (bool& axis : value.normalized) axis = reader.flag("a normalized axis");
+        break;
+      default:
+        break;
+    }
+    program.values.push_back(std::move(value));
+  }
+  if (!reader.at_end()) malformed("it does not end where it should");
+  if (program.symmetric && program.n1 != program.n2) malformed("symmetric batches of different sizes");
+  check(program);
+  return program;
+}
+
+}  // namespace nt

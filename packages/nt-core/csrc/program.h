@@ -1,0 +1,66 @@
+// A covariance program, as the Python side encodes it: structure only, no numbers that could be traced.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace nt {
+
+inline constexpr int kAxes = 3;  // spatial axes; programs with fewer have leading ones of size 1
+using Index3 = std::array<int, kAxes>;
+
+// Windows along one axis.
+struct Window {
+  int taps = 1, stride = 1, dilation = 1, low = 0, high = 0;
+  bool circular = false;
+
+  bool trivial() const { return taps == 1 && stride == 1 && low == 0 && high == 0; }
+  int extent() const { return (taps - 1) * dilation + 1; }
+};
+
+enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine };
+
+enum class Activation { kAbRelu };
+
+// A value of the program: a source, or a step and the values that it reads.
+struct Value {
+  Op op = Op::kInputs;
+  bool needs = false;       // variances are read here or later: carried as a deficit
+  std::vector<int> inputs;  // numbers of earlier values
+  int coefficient = 0;      // where its coefficients start
+  Index3 space{1, 1, 1};
+  std::array<Window, kAxes> window;    // kLinear, kPool
+  bool bias_follows_weights = false;   // kLinear: its own tangent kernel is its covariance
+  bool mean = false;                   // kPool
+  bool normalize_edges = false;        // kPool
+  Activation activation = Activation::kAbRelu;
+  std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
+  int channels = 1;                      // kInputs
+  bool has_ntk = false;                  // kMaterialised
+  bool has_own = false;                  // kMaterialised: so are covariances of each sample with itself
+  bool same_position = false;            // kMaterialised: only pairs of equal positions are stored
+};
+
+struct Program {
+  int64_t n1 = 0, n2 = 0;
+  bool symmetric = false;      // the second batch is the first
+  bool ntk = false;            // the tangent kernel is wanted
+  bool covariances = false;    // so are the covariances of each sample with itself
+  bool all_pairs = false;      // the output holds all pairs of positions, not just equal ones
+  int n_sources = 0;
+  int n_coefficients = 0;
+  std::vector<Value> values;   // sources first; each reads only values before it
+  int output = 0;
+};
+
+inline int64_t n_positions(const Index3& space) {
+  int64_t n = 1;
+  for (int size : space) n *= size;
+  return n;
+}
+
+// Decodes and checks a program. Throws std::invalid_argument.
+Program decode_program(const int64_t* code, int64_t length);
+
+}  // namespace nt

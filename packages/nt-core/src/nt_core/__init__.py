@@ -1,0 +1,47 @@
+"""Covariance propagation through infinitely wide neural networks.
+
+The pieces: `Kernel`, the covariances themselves; `steps` and `Program`, what a network does to them, as data;
+`propagate`, which executes a program on the best backend there is; `layer` and its kin, which make layers of them.
+"""
+
+from nt_core import activations, steps
+from nt_core.backends import Request, propagate
+from nt_core.explain import explain
+from nt_core.kernel import Kernel
+from nt_core.layer import layer, make_kernel_fn, rules_of, supports_masking
+from nt_core.masks import MaskedArray, unmask_fn
+from nt_core.program import Builder, Node, Program, Value
+from nt_core.requirements import Bool, Diagonal, requires
+from nt_core.rules import Rule, Run, apply_rules, step_rule
+from nt_core.sources import Inputs
+from nt_core.spec import Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bool",
+    "Builder",
+    "Diagonal",
+    "Inputs",
+    "Kernel",
+    "MaskedArray",
+    "Node",
+    "Program",
+    "Request",
+    "Rule",
+    "Run",
+    "Spec",
+    "Value",
+    "activations",
+    "apply_rules",
+    "explain",
+    "layer",
+    "make_kernel_fn",
+    "propagate",
+    "requires",
+    "rules_of",
+    "step_rule",
+    "steps",
+    "supports_masking",
+    "unmask_fn",
+]

@@ -1,0 +1,60 @@
+"""What an activation is to a covariance."""
+
+import dataclasses
+from typing import Any, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from nt_core.pytrees import register_dataclass
+
+Scalar = Any  # a Python number or a traced scalar
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of an activation that is static: part of the structure of a program, not one of its numbers."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def activation(cls):
+    """Makes a class a frozen dataclass and a pytree whose leaves are the fields not declared with `static()`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    structure = [f.name for f in fields if f.metadata.get("static")]
+    return register_dataclass(
+        cls, data_fields=[f.name for f in fields if f.name not in structure], meta_fields=structure
+    )
+
+
+class Activation:
+    """A scalar function `f`, as seen by an infinitely wide layer: its *dual*, for Gaussian pre-activations.
+
+    Covariances are given as *deficits*: `D = (var1 + var2)/2 - K` for a covariance `K`, which is `E (u - v)^2 / 2`.
+    Nearly equal inputs have a tiny deficit, which keeps all its digits; `K` would lose them against the variances.
+
+    A subclass is a frozen dataclass decorated by `activation`; it defines `variance` and `dual`. Its numeric
+    coefficients are pytree leaves and may be traced. Results have the dtype of the arguments.
+    """
+
+    def variance(self, var: jax.Array) -> jax.Array:
+        """Returns `E f(u)^2` for `u ~ N(0, var)`, elementwise."""
+        raise NotImplementedError
+
+    def dual(self, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the deficit after the activation, and the factor of the tangent kernel.
+
+        Args:
+          var1, var2: variances of `u` and `v`.
+          deficit: `(var1 + var2)/2 - E u v`; all three have one shape and one dtype.
+
+        Returns:
+          `(variance(var1) + variance(var2))/2 - E f(u) f(v)`, exactly 0 where `deficit == 0` and `var1 == var2`, and
+          `E f'(u) f'(v)`.
+        """
+        raise NotImplementedError
+
+
+def cast(coefficient: Scalar, like: jax.Array) -> jax.Array:
+    """Returns a coefficient in the dtype of `like`, so that a float64 coefficient does not promote float32 arrays."""
+    return jnp.asarray(coefficient, like.dtype)

@@ -1,0 +1,94 @@
+"""The ReLU family: piecewise linear functions with one kink, at zero (arc-cosine kernels)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nt_core.activations.arcs import arccos_polynomials, horner, reciprocal
+from nt_core.activations.base import Activation, Scalar, activation, cast
+
+
+@activation
+class ABRelu(Activation):
+    """`f(x) = a min(x, 0) + b max(x, 0)`: ReLU is `ABRelu(0, 1)`, leaky ReLU `ABRelu(alpha, 1)`, `|x|` `ABRelu(-1, 1)`.
+
+    The dual is that of arXiv:1711.09090 (the arc-cosine kernel of degree 1, Cho & Saul 2009), by arithmetic, square
+    roots and selections only: no inverse trigonometric function, which would be slow on CPU and has no lowering in
+    Pallas.
+
+    The factor `E f'(u) f'(v)` has an infinite derivative at correlations of 1 and -1, and the covariance has one at
+    zero variance. There the derivatives are defined as 0; everywhere else they are the true ones, of any order. With
+    one of the variances zero, the factor is that of uncorrelated `u` and `v`, i.e. `f'(0) = (a + b)/2`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_core.activations import ABRelu
+      >>> one = jnp.ones(())
+      >>> deficit, dot = ABRelu(0., 1.).dual(one, one, one)  # independent u and v of variance 1
+      >>> f"{0.5 - deficit:.5f} {dot:.5f}"  # E f(u) f(v) = 1/(2 pi) and E f'(u) f'(v) = 1/4
+      '0.15915 0.25000'
+    """
+
+    a: Scalar
+    b: Scalar
+
+    def variance(self, var):
+        return self._mean_square_slope(var) * var
+
+    def dual(self, var1, var2, deficit):
+        # With kink k = (a - b)^2/2 and g the mean square slope: E f(u) f(v) = g K + k (E max(-u, 0) max(v, 0)).
+        slope = self._mean_square_slope(deficit)
+        kink = cast(self.a, deficit) - cast(self.b, deficit)
+        kink = 0.5 * kink * kink
+        covariance = 0.5 * (var1 + var2) - deficit
+        is_negative = covariance < 0
+        opposed, angle = opposed_moment(var1, var2, deficit)
+        opposed = opposed - jnp.where(is_negative, covariance, 0)
+        angle = jnp.where(is_negative, 1 - angle, angle)
+        return slope * deficit - kink * opposed, slope - kink * angle
+
+    def _mean_square_slope(self, like):
+        a, b = cast(self.a, like), cast(self.b, like)
+        return 0.5 * (a * a + b * b)
+
+
+@jax.custom_jvp
+def opposed_moment(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns `2 E max(u, 0) max(-v, 0)` and `2 P(u > 0, v < 0)` for a correlation `|c|` in place of `c`.
+
+    These are `s (sqrt(1 - c^2) - |c| arccos |c|) / pi` and `arccos |c| / pi`, with `s` the product of the standard
+    deviations. Both vanish at c = 1 and c = -1, and keep their relative accuracy there. Their derivatives are defined
+    as 0 where they are infinite.
+    """
+    std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    scale = std1 * std2
+    # The deficit of u and the nearer of v and -v, less what is due to unequal variances, is scale (1 - |c|).
+    nearest = jnp.minimum(deficit, var1 + var2 - deficit)
+    has_scale = scale > 0
+    w = (nearest - 0.5 * (std1 - std2) ** 2) / jnp.where(has_scale, scale, 1)
+    w = jnp.where(has_scale, jnp.clip(w, 0, 1), 1)
+    root = jnp.sqrt(w)
+    p, q = arccos_polynomials(w.dtype)
+    return scale * (w * root * horner(q, w)), root * horner(p, w)
+
+
+@opposed_moment.defjvp
+def _opposed_moment_jvp(primals, tangents):
+    var1, var2, deficit = primals
+    dvar1, dvar2, ddeficit = tangents
+    opposed, angle = opposed_moment(var1, var2, deficit)
+    covariance = 0.5 * (var1 + var2) - deficit
+    half_difference = 0.5 * (var1 - var2)
+    sign = jnp.where(covariance < 0, -1, 1).astype(deficit.dtype)
+    # The change of the correlation: dangular = -scale dc. The brackets are var1 - K and var2 - K.
+    relative1 = 0.5 * dvar1 * reciprocal(var1)
+    relative2 = 0.5 * dvar2 * reciprocal(var2)
+    dangular = ddeficit - (deficit + half_difference) * relative1 - (deficit - half_difference) * relative2
+    # scale sqrt(1 - c^2)/pi. Nearer to c = 1 or -1 than the threshold, second derivatives would overflow.
+    sine = opposed + angle * jnp.abs(covariance)
+    scale = jnp.sqrt(var1) * jnp.sqrt(var2)
+    is_regular = sine > scale * float(jnp.finfo(deficit.dtype).tiny) ** (1 / 3)
+    dangle = jnp.where(is_regular, sign * dangular / (math.pi**2 * jnp.where(is_regular, sine, 1)), 0)
+    dopposed = sign * angle * dangular + opposed * (relative1 + relative2)
+    return (opposed, angle), (dopposed, dangle)

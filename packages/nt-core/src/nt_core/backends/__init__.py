@@ -1,0 +1,98 @@
+"""Choice of the backend that executes a program."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+
+from nt_core.backends.base import Backend, Request
+from nt_core.backends.cpu import CpuBackend
+from nt_core.backends.xla import XlaBackend
+from nt_core.kernel import Kernel
+from nt_core.program import Program
+from nt_core.sources import Source
+
+__all__ = ["EVERYTHING", "Backend", "Implementation", "Request", "choose", "propagate"]
+
+Implementation = str | Sequence[str] | None
+
+EVERYTHING = Request()
+
+# In the order of preference.
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), XlaBackend())}
+_VARIABLE = "NT_IMPLEMENTATION"
+
+
+def propagate(
+    program: Program,
+    sources: Sequence[Source],
+    request: Request = EVERYTHING,
+    implementation: Implementation = None,
+) -> tuple[Kernel, ...]:
+    """Carries covariances through a program.
+
+    Args:
+      program: what is done to them.
+      sources: one `Inputs` or `Kernel` for each of `program.sources`.
+      request: what is to be computed.
+      implementation: name of a backend, which must take the program; names to be tried in turn; or None for the best
+        one there is. The environment variable `NT_IMPLEMENTATION` (names separated by commas) replaces None.
+
+    Returns:
+      A `Kernel` for each of `program.outputs`.
+
+    Raises:
+      NotImplementedError: none of the named backends takes the program. The message has the reason of each.
+
+    >>> import jax.numpy as jnp
+    >>> from nt_core import Builder, Inputs, Spec, activations, steps
+    >>> builder = Builder()
+    >>> x = builder.source(Spec((2, 3), (2, 3), batch_axis=0, channel_axis=1))
+    >>> y = builder.add(steps.Dual(activations.ABRelu(0.0, 1.0)), builder.add(steps.Dense(2.0, None, 16), x))
+    >>> program = builder.build(y)
+    >>> (kernel,) = propagate(program, [Inputs(jnp.eye(2, 3), None, program.sources[0])])
+    >>> print(kernel.nngp.round(4))
+    [[0.3333 0.1061]
+     [0.1061 0.3333]]
+    """
+    sources = tuple(sources)
+    if tuple(source.spec for source in sources) != program.sources:
+        raise ValueError(
+            f"The program expects sources {program.sources}, got {tuple(source.spec for source in sources)}."
+        )
+    backend, _ = choose(program, sources, request, implementation)
+    return _propagate(program, sources, request=request, backend=backend.name)
+
+
+def choose(
+    program: Program, sources: tuple[Source, ...], request: Request, implementation: Implementation = None
+) -> tuple[Backend, dict[str, str]]:
+    """Returns the backend for a program, and why each one before it in the order was passed over."""
+    refusals: dict[str, str] = {}
+    for name in _names(implementation):
+        backend = _BACKENDS[name]
+        reason = backend.refusal(program, sources, request)
+        if reason is None:
+            return backend, refusals
+        refusals[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise NotImplementedError(f"No backend takes this program. {reasons}")
+
+
+@partial(jax.jit, static_argnames=("request", "backend"))
+def _propagate(program: Program, sources: tuple[Source, ...], *, request: Request, backend: str) -> tuple[Kernel, ...]:
+    return _BACKENDS[backend].propagate(program, sources, request)
+
+
+def _names(implementation: Implementation) -> tuple[str, ...]:
+    if implementation is None:
+        from_environment = os.environ.get(_VARIABLE)
+        if not from_environment:
+            return tuple(_BACKENDS)
+        implementation = [name.strip() for name in from_environment.split(",")]
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    for name in names:
+        if name not in _BACKENDS:
+            raise ValueError(f"Unknown implementation {name!r}; there are {', '.join(_BACKENDS)}.")
+    return names

@@ -1,0 +1,167 @@
+"""The reference backend: pure JAX, on any device, in any floating point type, differentiable.
+
+Covariances are carried as deficits while later steps read variances (see docs/numerics.md). Where a network pools over
+an image, each offset plane (all pairs of positions a given distance apart) runs through the layers on its own.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nt_core.backends.base import Request
+from nt_core.backends.xla.block import Block, Pairs, needs_variance
+from nt_core.backends.xla.repeats import fold_repeats
+from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired, paired_full_batch, paired_with_self
+from nt_core.backends.xla.tiles import block_size, map_pairs, map_samples
+from nt_core.backends.xla.variances import Statistics
+from nt_core.kernel import Kernel
+from nt_core.layouts import reverse_zipped
+from nt_core.program import Program
+from nt_core.sources import Inputs, Source
+from nt_core.spec import Spec
+
+
+class XlaBackend:
+    """Takes every program."""
+
+    name = "xla"
+
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
+        return None
+
+    def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
+        return _Propagation(program, sources, request).kernels()
+
+
+class _Propagation:
+    """One execution of a program."""
+
+    def __init__(self, program: Program, sources: tuple[Source, ...], request: Request) -> None:
+        self._program, self._needs = fold_repeats(program, needs_variance(program, request.covariances))
+        self._sources = sources
+        self._request = request
+        self._symmetric = all(_is_symmetric(source) for source in sources)
+        spec = program.spec(0)
+        self._block = block_size(program, spec.n1, spec.n2)
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        first = self._one_batch(1)
+        second = first if self._symmetric else self._one_batch(2)
+        pairs = self._pairs(first, second, paired(self._sources), self._request.ntk, self._symmetric)
+        cov1 = self._covariances(1, first)
+        cov2 = [None] * len(cov1) if self._symmetric else self._covariances(2, second)
+        kernels = []
+        for i, number in enumerate(self._program.outputs):
+            spec = self._program.spec(number)
+            nngp, ntk = pairs[i].value, pairs[i].ntk
+            if self._request.ntk and ntk is None:
+                ntk = jnp.zeros((), nngp.dtype)  # no parameters seen yet
+            elif ntk is not None:
+                ntk = _batch_first(ntk, spec, 2)
+            kernels.append(
+                Kernel.from_spec(
+                    spec,
+                    nngp=_batch_first(nngp, spec, 2),
+                    ntk=ntk,
+                    cov1=cov1[i],
+                    cov2=cov2[i],
+                    x1_is_x2=_same_inputs(self._sources),
+                )
+            )
+        return tuple(kernels)
+
+    def _one_batch(self, which: int) -> "_OneBatch":
+        """Looks at each sample of a batch on its own."""
+        data = batch(self._sources, which)
+        wants_covariances = self._request.covariances and self._program.sources[0].diagonal_batch
+
+        def compute(blocks: tuple[Batch, dict[int, Pairs]]) -> tuple[Statistics, list[Array]]:
+            samples, own = blocks
+            statistics = Statistics(dict(samples.variance))
+            loader = Loader(self._program.sources, samples, samples, own, self._needs, True)
+            block = Block(self._program, self._needs, statistics, statistics, loader, ntk=False)
+            block.complete_statistics()
+            return statistics, [block.covariance(i).value for i in self._program.outputs] if wants_covariances else []
+
+        n = data.index.shape[0]
+        blocks = (data, paired_with_self(self._sources, which))
+        statistics, covariances = map_samples(compute, blocks, n, self._block[0] * self._block[1])
+        return _OneBatch(data, statistics, covariances)
+
+    def _covariances(self, which: int, one: "_OneBatch") -> list[Array | None]:
+        """Returns the covariances of a batch with itself at the outputs, as a `Kernel` stores them."""
+        specs = [self._program.spec(i) for i in self._program.outputs]
+        if not self._request.covariances:
+            return [None] * len(specs)
+        if one.covariances:
+            return [_batch_first(c, spec, 1) for c, spec in zip(one.covariances, specs, strict=True)]
+        pairs = self._pairs(one, one, paired_full_batch(self._sources, which), ntk=False, symmetric=True)
+        return [_batch_first(x.value, spec, 2) for x, spec in zip(pairs, specs, strict=True)]
+
+    def _pairs(
+        self, first: "_OneBatch", second: "_OneBatch", pairs: dict[int, Pairs], ntk: bool, symmetric: bool
+    ) -> list[Pairs]:
+        """Returns the covariances at the outputs, `(*pairs, n1, n2)`."""
+        same = True if symmetric else _same_inputs(self._sources)
+
+        def compute(blocks1: Any, blocks2: Any, pairs: dict[int, Pairs]) -> list[Pairs]:
+            (batch1, statistics1), (batch2, statistics2) = crossed(blocks1, blocks2)
+            loader = Loader(self._program.sources, batch1, batch2, pairs, self._needs, same)
+            block = Block(self._program, self._needs, statistics1, statistics2, loader, ntk)
+            return [block.covariance(i) for i in self._program.outputs]
+
+        data1, data2 = (first.data, first.statistics), (second.data, second.statistics)
+        shape = (first.data.index.shape[0], second.data.index.shape[0])
+        outputs = map_pairs(compute, data1, data2, pairs, shape, self._block, symmetric)
+        if not symmetric:
+            return outputs
+        return [_mirrored_pairs(x, self._program.spec(i)) for x, i in zip(outputs, self._program.outputs, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneBatch:
+    data: Batch
+    statistics: Statistics
+    covariances: list[Array]
+
+
+def _is_symmetric(source: Source) -> bool:
+    return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
+
+
+def _same_inputs(sources: tuple[Source, ...]) -> bool | Array:
+    source = sources[0]
+    return source.same_inputs() if isinstance(source, Inputs) else source.x1_is_x2
+
+
+def _batch_first(x: Array, spec: Spec, n_batch: int) -> Array:
+    """From `(*pairs, *batch)` to the layout of a `Kernel`."""
+    x = jnp.moveaxis(x, range(-n_batch, 0), range(n_batch))
+    return reverse_zipped(x, n_batch) if spec.is_reversed and not spec.diagonal_spatial else x
+
+
+def _mirrored_pairs(pairs: Pairs, spec: Spec) -> Pairs:
+    n_zipped = 0 if spec.diagonal_spatial else len(spec.space)
+    return jax.tree.map(lambda x: _mirrored(x, n_zipped), pairs)
+
+
+def _mirrored(x: Array, n_zipped: int) -> Array:
+    """Makes covariances `(*pairs, n, n)` of a batch with itself exactly symmetric.
+
+    Of each two entries that must be equal, that with the earlier sample (or position, for a sample with itself) counts.
+
+    Args:
+      x: covariances, whose first axes are `n_zipped` zipped pairs of spatial axes.
+      n_zipped: 0 where only equal positions are stored.
+    """
+    swapped = list(range(x.ndim))
+    swapped[-2:] = x.ndim - 1, x.ndim - 2
+    swapped[: 2 * n_zipped] = [a ^ 1 for a in range(2 * n_zipped)]
+    later, equal = jnp.zeros((1,) * x.ndim, bool), jnp.ones((1,) * x.ndim, bool)
+    for axis in (x.ndim - 2, *range(0, 2 * n_zipped, 2)):
+        i, j = lax.broadcasted_iota(int, x.shape, axis), lax.broadcasted_iota(int, x.shape, axis + 1)
+        later, equal = later | (equal & (i > j)), equal & (i == j)
+    return jnp.where(later, jnp.transpose(x, swapped), x)

@@ -1,0 +1,24 @@
+"""Keeps XLA from fusing a stencil with what produces its inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def unfused(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns `fn(*args)`, compiled as a computation of its own.
+
+    XLA fuses a window sum into its consumer and recomputes the producer once per tap: over several layers the work, and
+    the time to compile it, grow exponentially. A conditional is never fused across. Its predicate is always true, which
+    the barrier hides from XLA until fusion is over; it also survives `vmap` (the predicate is not batched) and `grad`.
+    """
+    always = lax.optimization_barrier(jnp.array(True))
+    shapes = jax.eval_shape(fn, *args)
+
+    def never(*_: Any) -> Any:
+        return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+
+    return lax.cond(always, fn, never, *args)

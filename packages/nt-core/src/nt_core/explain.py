@@ -1,0 +1,127 @@
+"""Says how the kernel of a network will be computed, without computing it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from nt_core import backends
+from nt_core.backends import Implementation, Request
+from nt_core.layer import rules_of
+from nt_core.program import Node, Program
+from nt_core.requirements import in_series, resolve
+from nt_core.rules import Run, Stage, first_stage, materialise
+from nt_core.sources import make_inputs
+from nt_core.spec import Spec
+from nt_core.steps import Conv, Dual, Normalize, Pool
+from nt_core.trees import nt_tree_map
+
+# Floating point operations for one entry of a covariance and of its tangent kernel, roughly: a square root, two
+# polynomials of degree 8 and what is around them.
+_OPERATIONS_OF_DUAL = 40
+_OPERATIONS_OF_SCALING = 4
+
+
+def explain(
+    kernel_fn: Callable[..., Any],
+    shape1: Any,
+    shape2: Any = None,
+    get: str | tuple[str, ...] | None = ("nngp", "ntk"),
+    implementation: Implementation = None,
+) -> str:
+    """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
+
+    Args:
+      kernel_fn: of a layer or network.
+      shape1, shape2: shapes of the inputs (or nested lists of shapes); `shape2=None` for `x2=None`.
+      get: as for `kernel_fn`.
+      implementation: as for `kernel_fn`.
+
+    >>> from nt_core import Rule, explain, make_kernel_fn, step_rule, steps
+    >>> kernel_fn = make_kernel_fn((step_rule(steps.Dense(2.0, None, 16)),))
+    >>> print(explain(kernel_fn, (4, 3), implementation="xla"))
+    inputs (4, 3), kernel of the batch with itself, nngp and ntk
+    program 1, on xla
+      %0 = source (4, 3) x (4, 3)
+      %1 = Dense(w_var=2.0, b_var=None, out_dim=16)(%0) (4, 16) x (4, 16)
+      return %1
+      about 64 operations, 128 bytes of results in float32
+    """
+    rules = rules_of(kernel_fn)
+    names = ("nngp", "ntk", "cov1", "cov2") if get is None else (get,) if isinstance(get, str) else tuple(get)
+    last = Request(ntk="ntk" in names, covariances="cov1" in names or "cov2" in names)
+    layout = resolve(in_series(*(rule.requirements for rule in rules)))
+    lines = [
+        f"inputs {shape1}, {'kernel of the batch with itself' if shape2 is None else f'with {shape2}'}, "
+        + " and ".join(n for n in names if n in ("nngp", "ntk", "cov1", "cov2"))
+    ]
+
+    def trace(x1: Any, x2: Any) -> Any:
+        x2 = nt_tree_map(lambda _: None, x1) if x2 is None else x2
+        state = nt_tree_map(lambda a, b: make_inputs(a, b, layout), x1, x2)
+        rest, n_stages = rules, 0
+        while rest:
+            stage, rest = first_stage(rest, state, Run(last, implementation, {"pattern": None}))
+            n_stages += 1
+            lines.extend(_describe(stage, f"program {n_stages}"))
+            state = stage.apply()
+        return nt_tree_map(materialise, state)
+
+    arrays1 = _abstract(shape1)
+    jax.eval_shape(trace, arrays1, None if shape2 is None else _abstract(shape2))
+    return "\n".join(lines)
+
+
+def _describe(stage: Stage, title: str) -> list[str]:
+    if stage.collected is None:
+        return [f"{title}: {stage.rules[0].name}, a function of materialised kernels"]
+    program, request = stage.collected.program, stage.run.request
+    backend, refusals = backends.choose(program, tuple(stage.collected.sources), request, stage.run.implementation)
+    return [
+        f"{title}, on {backend.name}",
+        *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),
+        *(f"  {line}" for line in str(program).splitlines()),
+        f"  {_estimate(program, request)}",
+    ]
+
+
+def operations(program: Program, request: Request) -> int:
+    """Estimates the floating point operations of a program, for all pairs of samples."""
+    tangents = 2 if request.ntk else 1
+    return sum(_operations_per_pair(program, node) * tangents for node in program.nodes) * _n_pairs(program.sources[0])
+
+
+def _operations_per_pair(program: Program, node: Node) -> int:
+    spec = program.spec(node.inputs[0])
+    entries = _entries(spec)
+    match node.step:
+        case Dual():
+            return entries * _OPERATIONS_OF_DUAL // 2
+        case Conv() | Pool():
+            return entries * (sum(node.step.window) + 1)
+        case Normalize():
+            return entries * _OPERATIONS_OF_SCALING
+    return entries * 2 * len(node.inputs)
+
+
+def _estimate(program: Program, request: Request) -> str:
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    results = sum(_entries(program.spec(i)) for i in program.outputs) * _n_pairs(program.sources[0])
+    n_bytes = results * dtype.itemsize * (2 if request.ntk else 1)
+    return f"about {operations(program, request):,} operations, {n_bytes:,} bytes of results in {dtype.name}"
+
+
+def _entries(spec: Spec) -> int:
+    """Pairs of positions of one pair of samples."""
+    return math.prod(spec.space) ** (1 if spec.diagonal_spatial else 2)
+
+
+def _n_pairs(spec: Spec) -> int:
+    return spec.n1 * spec.n2
+
+
+def _abstract(shape: Any) -> Any:
+    if all(isinstance(n, int) for n in shape):
+        return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(float))
+    return type(shape)(_abstract(s) for s in shape)

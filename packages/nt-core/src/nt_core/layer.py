@@ -1,0 +1,266 @@
+"""The layer protocol: what turns `(init_fn, apply_fn, kernel rule)` into a layer that users call."""
+
+import collections
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+
+from nt_core.backends import Implementation, Request
+from nt_core.kernel import Kernel
+from nt_core.masks import MaskedArray, get_masked_array
+from nt_core.requirements import NO_REQUIREMENTS, in_series, resolve
+from nt_core.rules import Rule, Run, apply_rules
+from nt_core.sources import Inputs, make_inputs
+from nt_core.trees import nt_tree_leaves, nt_tree_map
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_KERNEL_FIELDS = tuple(f.name for f in dataclasses.fields(Kernel))
+
+
+def layer(layer_fn: _F) -> _F:
+    """Decorates the constructor of a layer.
+
+    The constructor returns `(init_fn, apply_fn, kernel_fn)`. Here `kernel_fn` maps a `Kernel` (or nested lists and
+    tuples of them) to another, as `kernel_fn(k, **kwargs)`. In the decorated layer `kernel_fn` also takes arrays, and
+    `get`. The decorator works on functions and on methods.
+
+    >>> from nt_core import layer
+    >>> @layer
+    ... def Double():
+    ...     init_fn = lambda rng, input_shape: (input_shape, ())
+    ...     apply_fn = lambda params, inputs, **kwargs: 2.0 * inputs
+    ...     kernel_fn = lambda k, **kwargs: k * 2.0
+    ...     return init_fn, apply_fn, kernel_fn
+    >>> _, _, kernel_fn = Double()
+    >>> kernel_fn(jnp.ones((1, 3)), None, "nngp")
+    Array([[4.]], dtype=float32)
+    """
+
+    @functools.wraps(layer_fn)
+    def constructor(*args, **kwargs):
+        init_fn, apply_fn, rule = layer_fn(*args, **kwargs)
+        name = layer_fn.__name__
+        kernel_fn = make_kernel_fn(_as_rules(rule, name, init_fn))
+        for fn in (init_fn, apply_fn, kernel_fn):
+            fn.__name__ = name
+        return init_fn, _swallow_kwargs(apply_fn), kernel_fn
+
+    return constructor  # type: ignore[return-value]
+
+
+def supports_masking(remask_kernel: bool) -> Callable[[_F], _F]:
+    """Decorates the constructor of a layer that works with masks. It stands below `layer`.
+
+    The constructor returns `(init_fn, apply_fn, kernel_fn)` or `(init_fn, apply_fn, kernel_fn, mask_fn)`, where
+    `apply_fn(params, inputs, *, mask=None, **kwargs)` gets inputs with zeros at masked entries and the boolean mask,
+    and `mask_fn(mask, input_shape)` returns the mask of the outputs (by default that of the inputs).
+
+    Args:
+      remask_kernel: the layer's kernel is not zero at masked positions by itself, and must be zeroed there.
+    """
+
+    def decorate(layer_fn: _F) -> _F:
+        @functools.wraps(layer_fn)
+        def constructor(*args, **kwargs):
+            functions = layer_fn(*args, **kwargs)
+            if len(functions) not in (3, 4):
+                raise ValueError(
+                    f"{layer_fn.__name__} must return (init_fn, apply_fn, kernel_fn) or (init_fn, apply_fn, kernel_fn, "
+                    f"mask_fn), got {len(functions)} values."
+                )
+            init_fn, apply_fn, rule = functions[:3]
+            mask_fn = functions[3] if len(functions) == 4 else lambda mask, input_shape: mask
+            mask_fn = _skip_without_mask(mask_fn)
+            (rule,) = _as_rules(rule, layer_fn.__name__, init_fn)
+            rule = dataclasses.replace(rule, mask_fn=mask_fn, remask=remask_kernel)
+            return init_fn, _masked_apply(apply_fn, mask_fn), rule
+
+        return constructor  # type: ignore[return-value]
+
+    return decorate
+
+
+def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
+    """Returns the public `kernel_fn` of a layer or network with these rules."""
+    requirements = in_series(*(rule.requirements for rule in rules))
+
+    def kernel_fn(
+        x1_or_kernel: Any,
+        x2: Any = None,
+        get: str | tuple[str, ...] | list[str] | None = None,
+        *,
+        pattern: Any = None,
+        mask_constant: float | None = None,
+        diagonal_batch: bool | None = None,
+        diagonal_spatial: bool | None = None,
+        implementation: Implementation = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns the infinite-width kernels of this network.
+
+        Args:
+          x1_or_kernel: inputs `x1`, or the `Kernel` of preceding layers; or nested lists and tuples of these.
+          x2: inputs of the same structure, or None for the kernel of `x1` with itself.
+          get: 'nngp', 'ntk' or another field of `Kernel`, for the bare value; several of them, for a namedtuple; None
+            for the whole `Kernel`. What is not asked for is not computed.
+          pattern: `(pattern1, pattern2)` of graph layers.
+          mask_constant: inputs equal to this value are masked.
+          diagonal_batch: store covariances of a batch with itself only between equal samples.
+          diagonal_spatial: store covariances only between equal positions.
+          implementation: backend, or backends in order of preference; see `nt_core.propagate`.
+          **kwargs: handed to every layer.
+        """
+        names = _fields(get)
+        state, requested = x1_or_kernel, _request(names)
+        if x2 is not None or not all(isinstance(leaf, Kernel) for leaf in nt_tree_leaves(x1_or_kernel)):
+            layout = resolve(requirements, diagonal_batch=diagonal_batch, diagonal_spatial=diagonal_spatial)
+            if layout["batch_axis"] != 0:
+                warnings.warn(
+                    f"The inputs have batch_axis={layout['batch_axis']}; kernels lead with the batch axes anyway, "
+                    "and `batch` and `predict` expect batch_axis=0.",
+                    stacklevel=2,
+                )
+            state = _make_state(x1_or_kernel, x2, layout, mask_constant)
+        elif not requested.ntk:
+            state = nt_tree_map(lambda k: k.replace(ntk=None), state)
+        run = Run(requested, implementation, dict(kwargs, pattern=pattern))
+        kernels = apply_rules(rules, state, run)
+        return nt_tree_map(lambda kernel: _select(kernel, names), kernels)
+
+    kernel_fn.input_req = requirements  # type: ignore[attr-defined]
+    kernel_fn.rules = rules  # type: ignore[attr-defined]
+    return kernel_fn
+
+
+def rules_of(kernel_fn: Callable[..., Any]) -> tuple[Rule, ...]:
+    """Returns the rules behind a public `kernel_fn`."""
+    rules = getattr(kernel_fn, "rules", None)
+    if rules is None:
+        raise TypeError(
+            f"{getattr(kernel_fn, '__name__', kernel_fn)} is not the kernel_fn of a layer. Decorate the constructor of "
+            "your layer with `layer`."
+        )
+    return rules
+
+
+def _as_rules(rule: Any, name: str, init_fn: Callable[..., Any]) -> tuple[Rule, ...]:
+    if isinstance(rule, tuple):  # a combinator: the rules of its layers
+        return rule
+    if isinstance(rule, Rule):
+        return (dataclasses.replace(rule, name=name),)
+    function = rule
+
+    def without_run(kernels, run, **kwargs):
+        return function(kernels, **kwargs)
+
+    return (Rule(name, getattr(function, "input_req", NO_REQUIREMENTS), function=without_run, init_fn=init_fn),)
+
+
+def _make_state(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float | None) -> Any:
+    if x2 is None or all(leaf is None for leaf in nt_tree_leaves(x2)):
+        x2 = nt_tree_map(lambda _: None, x1)
+    return nt_tree_map(lambda a, b: _make_source(a, b, layout, mask_constant), x1, x2)
+
+
+def _make_source(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float | None) -> Inputs | Kernel:
+    x1, x2 = (get_masked_array(x, mask_constant) for x in (x1, x2))
+    masks = [x.mask if isinstance(x, MaskedArray) else None for x in (x1, x2)]
+    a, b = (x.masked_value if isinstance(x, MaskedArray) else x for x in (x1, x2))
+    inputs = make_inputs(a, b, layout)
+    if masks == [None, None]:
+        return inputs
+    # Masks have to follow every layer: the covariance is formed here, and the layers are applied one by one.
+    return inputs.kernel(ntk=True).replace(mask1=masks[0], mask2=masks[1])
+
+
+def _fields(get: Any) -> str | tuple[str, ...] | None:
+    if get is None:
+        return None
+    names = (get,) if isinstance(get, str) else tuple(get)
+    if not names:
+        raise ValueError('"get" must be non-empty.')
+    names = tuple(name.lower() for name in names)
+    if len(set(names)) < len(names):
+        raise ValueError(f'All strings in "get" must be unique, got {get}.')
+    for name in names:
+        if name not in _KERNEL_FIELDS:
+            raise KeyError(f'Unknown field {name!r} in "get"; a Kernel has {", ".join(_KERNEL_FIELDS)}.')
+    return names[0] if isinstance(get, str) else names
+
+
+def _request(names: str | tuple[str, ...] | None) -> Request:
+    if names is None:
+        return Request(ntk=True, covariances=True)
+    names = (names,) if isinstance(names, str) else names
+    return Request(ntk="ntk" in names, covariances="cov1" in names or "cov2" in names)
+
+
+def _select(kernel: Kernel, names: str | tuple[str, ...] | None) -> Any:
+    if names is None:
+        return kernel
+    if isinstance(names, str):
+        return getattr(kernel, names)
+    return _analytic_kernel(names)(*(getattr(kernel, name) for name in names))
+
+
+@functools.cache
+def _analytic_kernel(names: tuple[str, ...]) -> type:
+    return collections.namedtuple("AnalyticKernel", names)  # type: ignore[misc]
+
+
+def _skip_without_mask(mask_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(mask: Any, input_shape: Any) -> Any:
+        if all(m is None for m in nt_tree_leaves(mask)):
+            return None
+        return mask_fn(mask, input_shape)
+
+    return wrapped
+
+
+def _masked_apply(apply_fn: Callable[..., Any], mask_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `apply_fn` that finds the masked inputs by `mask_constant`, and hands masks from layer to layer."""
+
+    def apply(params: Any, inputs: Any, *, mask_constant: float | None = None, **kwargs: Any) -> Any:
+        masked = nt_tree_map(lambda x: get_masked_array(x, mask_constant), inputs)
+        values = nt_tree_map(lambda x: x.masked_value if isinstance(x, MaskedArray) else x, masked)
+        mask = nt_tree_map(lambda x: x.mask if isinstance(x, MaskedArray) else None, masked)
+        if all(m is None for m in nt_tree_leaves(mask)):
+            return apply_fn(params, values, mask=None, **kwargs)
+        shapes = _shapes(values)
+        outputs = apply_fn(params, values, mask=mask, **kwargs)
+        return nt_tree_map(_with_mask, outputs, _like(mask_fn(mask, shapes), outputs))
+
+    return apply
+
+
+def _with_mask(value: Any, mask: Any) -> Any:
+    if mask is None:
+        return value
+    mask = jnp.broadcast_to(mask, value.shape)
+    return MaskedArray(jnp.where(mask, jnp.zeros((), value.dtype), value), mask)
+
+
+def _like(masks: Any, outputs: Any) -> Any:
+    return nt_tree_map(lambda _: None, outputs) if masks is None else masks
+
+
+def _shapes(values: Any) -> Any:
+    return values.shape if hasattr(values, "shape") else type(values)(_shapes(v) for v in values)
+
+
+def _swallow_kwargs(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `apply_fn` that ignores keywords it does not name: networks hand all of them to every layer."""
+    parameters = inspect.signature(apply_fn).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return apply_fn
+
+    @functools.wraps(apply_fn)
+    def apply(params: Any, inputs: Any, **kwargs: Any) -> Any:
+        return apply_fn(params, inputs, **{k: v for k, v in kwargs.items() if k in parameters})
+
+    return apply

@@ -1,0 +1,149 @@
+"""What a program starts from: a pair of input batches, or a covariance that an earlier step has materialised."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nt_core.kernel import Kernel
+from nt_core.layouts import reverse_zipped
+from nt_core.spec import Spec
+
+# Two batches that differ by less are taken to be the same samples (which matters to dropout alone).
+SAME_INPUT_TOLERANCE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The covariance of two batches of inputs, not formed yet.
+
+    Attributes:
+      x1: array of shape `spec.shape1`.
+      x2: array of shape `spec.shape2`, or None for the covariance of `x1` with itself.
+      spec: shapes, axes and the layout that the covariance is to have.
+    """
+
+    x1: Array
+    x2: Array | None
+    spec: Spec
+
+    def first(self) -> Array:
+        """Returns `x1` as `(n1, *space, channels)`."""
+        return _batch_first(self.x1, self.spec)
+
+    def second(self) -> Array:
+        """Returns `x2` (or `x1` where there is none) as `(n2, *space, channels)`."""
+        return self.first() if self.x2 is None else _batch_first(self.x2, self.spec)
+
+    def kernel(self, ntk: bool) -> Kernel:
+        """Forms the covariance: `x1 x2^T / n_channels`, uncentred."""
+        spec = self.spec
+        a, b = self.first(), self.second()
+        return Kernel.from_spec(
+            spec,
+            nngp=_covariance(a, b, spec, same_sample=False),
+            ntk=jnp.zeros((), a.dtype) if ntk else None,
+            cov1=_covariance(a, a, spec, same_sample=spec.diagonal_batch),
+            cov2=None if self.x2 is None else _covariance(b, b, spec, same_sample=spec.diagonal_batch),
+            x1_is_x2=self.same_inputs(),
+        )
+
+    def same_inputs(self) -> bool | Array:
+        """Whether both batches are the same; traced where only the values tell."""
+        if self.x2 is None or self.x2 is self.x1:
+            return True
+        if self.x1.shape != self.x2.shape:
+            return False
+        return jnp.all(jnp.abs(self.x1 - self.x2) < SAME_INPUT_TOLERANCE)
+
+
+jax.tree_util.register_dataclass(Inputs, data_fields=["x1", "x2"], meta_fields=["spec"])
+
+Source = Inputs | Kernel
+
+
+def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:
+    """Checks a pair of input batches and attaches their spec.
+
+    Args:
+      x1, x2: arrays with a batch axis, a channel axis and any number of spatial axes; `x2` may be None.
+      layout: `batch_axis`, `channel_axis`, `diagonal_batch`, `diagonal_spatial`.
+    """
+    x1 = _as_float(x1, "x1")
+    x2 = None if x2 is None else (x1 if x2 is x1 else _as_float(x2, "x2"))
+    ndim = x1.ndim
+    batch_axis = _axis(layout["batch_axis"], ndim, "batch_axis")
+    channel_axis = layout["channel_axis"]
+    if channel_axis is None:  # Flatten comes first: which axis counts as channels makes no difference
+        channel_axis = -1 if batch_axis != ndim - 1 else -2
+    channel_axis = _axis(channel_axis, ndim, "channel_axis")
+    if batch_axis == channel_axis:
+        raise ValueError(f"batch_axis and channel_axis are both {batch_axis} for inputs of shape {x1.shape}.")
+    if x2 is not None:
+        sizes1, sizes2 = ([n for a, n in enumerate(x.shape) if a != batch_axis] for x in (x1, x2))
+        if sizes1 != sizes2:
+            raise ValueError(
+                f"x1 and x2 may differ in the batch axis ({batch_axis}) only, got shapes {x1.shape} and {x2.shape}."
+            )
+    spec = Spec(
+        shape1=x1.shape,
+        shape2=x1.shape if x2 is None else x2.shape,
+        batch_axis=batch_axis,
+        channel_axis=channel_axis,
+        is_input=True,
+        diagonal_batch=layout["diagonal_batch"],
+        diagonal_spatial=layout["diagonal_spatial"],
+    )
+    return Inputs(x1, x2, spec)
+
+
+def _as_float(x: Any, name: str) -> Array:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(
+            f"Wrong input types given: {name} is a {type(x).__name__}. Expected an array, or nested lists and tuples "
+            "of arrays (or of Kernels, without x2)."
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name} needs a batch axis and a channel axis, i.e. rank at least 2, got shape {x.shape}.")
+    return jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
+
+
+def _axis(axis: int, ndim: int, name: str) -> int:
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"{name}={axis} does not exist in inputs of rank {ndim}.")
+    return axis % ndim
+
+
+def _batch_first(x: Array, spec: Spec) -> Array:
+    return jnp.transpose(x, (spec.batch_axis, *spec.spatial_axes, spec.channel_axis))
+
+
+def _covariance(a: Array, b: Array, spec: Spec, same_sample: bool) -> Array:
+    """Covariance of `(n, *space, channels)` batches in the layout of `spec`."""
+    space = tuple(range(1, a.ndim - 1))
+    batch = ((0,), (0,)) if same_sample else ((), ())
+    if spec.diagonal_spatial:
+        batch = (batch[0] + space, batch[1] + space)
+    last = a.ndim - 1
+    k = lax.dot_general(a, b, (((last,), (last,)), batch), precision=lax.Precision.HIGHEST)
+    k = k / a.shape[-1]
+    n_space = len(space)
+    if spec.diagonal_spatial:
+        # dot_general leads with the shared axes: bring (samples) in front of (space).
+        if not same_sample:
+            k = jnp.moveaxis(k, (-2, -1), (0, 1))
+        return k
+    if same_sample:  # (n, *space, *space)
+        order = (0, *(1 + i + half for i in range(n_space) for half in (0, n_space)))
+    else:  # (n1, *space, n2, *space)
+        order = (0, 1 + n_space, *(1 + i + half for i in range(n_space) for half in (0, n_space + 1)))
+    k = jnp.transpose(k, order)
+    return reverse_zipped(k, k.ndim - 2 * n_space) if spec.is_reversed else k
+
+
+def space_size(spec: Spec) -> int:
+    """Number of positions."""
+    return math.prod(spec.space)

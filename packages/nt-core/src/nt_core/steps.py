@@ -1,0 +1,308 @@
+"""What a layer does to a covariance, as data.
+
+A step is a small frozen value: a backend reads it, nothing calls it. Its coefficients (variances of weights and biases,
+parameters of activations) are pytree leaves and may be traced; everything else is static. `infer` maps the specs of the
+inputs to that of the output, and is where bad input is refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, dataclass_transform
+
+from jax import lax
+
+from nt_core.activations import Activation
+from nt_core.pytrees import register_dataclass
+from nt_core.spec import Spec
+
+Scalar = Any  # a Python number or a traced scalar
+Pads = tuple[tuple[int, int], ...]
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of a step that is static: part of the structure of a program, not one of its numbers."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def step(cls):
+    """Makes a class a frozen dataclass and a pytree whose leaves are the fields without `metadata={"static": True}`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    static = [f.name for f in fields if f.metadata.get("static")]
+    return register_dataclass(cls, data_fields=[f.name for f in fields if f.name not in static], meta_fields=static)
+
+
+class Step:
+    """Base of all steps.
+
+    Attributes:
+      reads_variance: the output depends on the variances of the inputs, not on their covariance alone.
+    """
+
+    reads_variance: ClassVar[bool] = False
+
+    def infer(self, *specs: Spec) -> Spec:
+        """Returns the spec of the output. Raises `ValueError` or `NotImplementedError` for inputs that do not fit."""
+        raise NotImplementedError
+
+
+class Linear(Step):
+    """A layer with weights: `K' = w_var A(K) + b_var`, with `A` an average over a window (nothing, for Dense).
+
+    The tangent kernel is `T' = w_var A(T) + ntk_w A(K) + ntk_b`, see `ntk_coefficients`.
+    """
+
+    w_var: Scalar
+    b_var: Scalar | None
+    out_dim: int
+    parameterization: str
+    s: tuple[int, int]
+
+    @property
+    def window_size(self) -> int:
+        return 1
+
+    def ntk_coefficients(self, spec: Spec) -> tuple[Scalar, Scalar]:
+        """Returns `(ntk_w, ntk_b)`, the share that this layer's own parameters have in the tangent kernel.
+
+        In the 'ntk' parameterization these are `(w_var, b_var)`. In the 'standard' one (arXiv:2001.07301) the scale
+        stands in the initial parameters: the weights contribute `fan_in / s[0]` times the covariance, the bias 1.
+        """
+        if self.parameterization == "ntk":
+            return self.w_var, 0.0 if self.b_var is None else self.b_var
+        fan_in = spec.n_channels * self.window_size
+        return fan_in / self.s[0], 0.0 if self.b_var is None else 1.0
+
+
+@step
+class Dense(Linear):
+    """A fully connected layer over the channels, at every position alike."""
+
+    w_var: Scalar
+    b_var: Scalar | None
+    out_dim: int = static()
+    parameterization: str = static(default="ntk")
+    s: tuple[int, int] = static(default=(1, 1))
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        return spec.with_shape(spec.space, self.out_dim).replace(is_gaussian=True, is_input=False)
+
+
+@step
+class Conv(Linear):
+    """A convolution with shared weights.
+
+    Attributes:
+      window, strides, dilation: one number per spatial axis, in the order of the input's axes.
+      padding: 'SAME', 'VALID', 'CIRCULAR' or explicit `(low, high)` pairs.
+      axes_out: which axis of the input stands at each axis of the output (batch and channel axes included).
+    """
+
+    w_var: Scalar
+    b_var: Scalar | None
+    out_dim: int = static()
+    window: tuple[int, ...] = static()
+    strides: tuple[int, ...] = static()
+    padding: str | Pads = static()
+    dilation: tuple[int, ...] = static()
+    axes_out: tuple[int, ...] | None = static(default=None)
+    parameterization: str = static(default="ntk")
+    s: tuple[int, int] = static(default=(1, 1))
+
+    @property
+    def window_size(self) -> int:
+        return math.prod(self.window)
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        _check_spatial_rank("Conv", spec, self.window)
+        space = window_space(spec.space, self.window, self.strides, self.padding, self.dilation, "Conv")
+        out = spec.with_shape(space, self.out_dim).replace(
+            is_gaussian=True, is_input=False, is_reversed=not spec.is_reversed and not spec.diagonal_spatial
+        )
+        if self.axes_out is None:
+            return out
+        return out.replace(
+            shape1=tuple(out.shape1[a] for a in self.axes_out),
+            shape2=tuple(out.shape2[a] for a in self.axes_out),
+            batch_axis=self.axes_out.index(spec.batch_axis),
+            channel_axis=self.axes_out.index(spec.channel_axis),
+        )
+
+    def space_order(self, spec: Spec) -> tuple[int, ...]:
+        """Returns which spatial axis of the input stands at each spatial axis of the output."""
+        if self.axes_out is None:
+            return tuple(range(len(self.window)))
+        return tuple(spec.spatial_axes.index(a) for a in self.axes_out if a in spec.spatial_axes)
+
+
+@step
+class Dual(Step):
+    """A nonlinearity, applied to Gaussian pre-activations."""
+
+    activation: Activation
+
+    reads_variance: ClassVar[bool] = True
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        if not spec.is_gaussian:
+            raise ValueError(
+                f"The input to the activation function must be Gaussian, i.e. a random affine transformation is "
+                f"required before {type(self.activation).__name__}: put a Dense or Conv layer before it."
+            )
+        return spec.replace(is_gaussian=False, is_input=False)
+
+
+@step
+class Pool(Step):
+    """Average or sum over windows.
+
+    Attributes:
+      mean: average rather than sum.
+      normalize_edges: an average divides by the number of entries inside the image, not by the size of the window.
+    """
+
+    window: tuple[int, ...] = static()
+    strides: tuple[int, ...] = static()
+    padding: str | Pads = static()
+    mean: bool = static()
+    normalize_edges: bool = static(default=False)
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        _check_spatial_rank("Pooling", spec, self.window)
+        ones = (1,) * len(self.window)
+        space = window_space(spec.space, self.window, self.strides, self.padding, ones, "Pooling")
+        return spec.with_shape(space, spec.n_channels).replace(is_input=False)
+
+
+@step
+class GlobalPool(Step):
+    """Average or sum over all positions; the spatial axes vanish."""
+
+    mean: bool = static()
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        keep = sorted((spec.batch_axis, spec.channel_axis))
+        return spec.replace(
+            shape1=tuple(spec.shape1[a] for a in keep),
+            shape2=tuple(spec.shape2[a] for a in keep),
+            batch_axis=keep.index(spec.batch_axis),
+            channel_axis=keep.index(spec.channel_axis),
+            is_reversed=False,
+            is_input=False,
+        )
+
+
+@step
+class Flatten(Step):
+    """Positions become channels: reads the same-position covariances and averages them."""
+
+    batch_axis: int = static(default=0)
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        n_channels = spec.n_channels * math.prod(spec.space)
+        batch_axis = self.batch_axis % 2
+        return spec.replace(
+            shape1=_flat(spec.n1, n_channels, batch_axis),
+            shape2=_flat(spec.n2, n_channels, batch_axis),
+            batch_axis=batch_axis,
+            channel_axis=1 - batch_axis,
+            is_gaussian=False,
+            is_reversed=False,
+            is_input=False,
+            diagonal_spatial=False,
+        )
+
+
+@step
+class Normalize(Step):
+    """Layer normalisation over the channels and the spatial axes numbered in `space_axes`."""
+
+    eps: Scalar
+    space_axes: tuple[int, ...] = static()
+
+    reads_variance: ClassVar[bool] = True
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        if not spec.is_gaussian:
+            raise NotImplementedError(
+                "LayerNorm of non-Gaussian inputs has no kernel here: put a Dense or Conv layer before LayerNorm."
+            )
+        return spec.replace(is_input=False)
+
+
+@step
+class Combine(Step):
+    """A weighted sum of independent branches.
+
+    Attributes:
+      weights: one per branch; all 1 for a residual sum, shares of the channels for a concatenation of channels.
+      concat: the branches' channels lie side by side instead of being added.
+    """
+
+    weights: tuple[float, ...] = static()
+    concat: bool = static(default=False)
+
+    def infer(self, *specs: Spec) -> Spec:
+        first = specs[0]
+        n_channels = sum(s.n_channels for s in specs) if self.concat else first.n_channels
+        reversals = sum(s.is_reversed for s in specs)
+        return first.with_shape(first.space, n_channels).replace(
+            is_gaussian=all(s.is_gaussian for s in specs) and (not self.concat or len(specs) == 1),
+            is_reversed=reversals > len(specs) / 2,
+            is_input=False,
+        )
+
+
+def window_pads(
+    space: Sequence[int], window: Sequence[int], strides: Sequence[int], padding: str | Pads, dilation: Sequence[int]
+) -> Pads:
+    """Returns how many positions are added before and after each axis. CIRCULAR adds as many as SAME, wrapped."""
+    extent = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
+    if isinstance(padding, str):
+        name = "SAME" if padding == "CIRCULAR" else padding
+        return tuple((int(lo), int(hi)) for lo, hi in lax.padtype_to_pads(space, extent, strides, name))
+    return padding
+
+
+def window_space(
+    space: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: str | Pads,
+    dilation: Sequence[int],
+    what: str,
+) -> tuple[int, ...]:
+    """Returns how many windows fit along each axis."""
+    pads = window_pads(space, window, strides, padding, dilation)
+    counts = []
+    for n, w, s, (lo, hi), d in zip(space, window, strides, pads, dilation, strict=True):
+        count = (n + lo + hi - (w - 1) * d - 1) // s + 1
+        if count < 1:
+            raise ValueError(
+                f"{what}: a window of {tuple(window)} (dilation {tuple(dilation)}, padding {padding}) does not fit "
+                f"into an image of {tuple(space)}. Use a smaller window, or padding='SAME'."
+            )
+        counts.append(count)
+    return tuple(counts)
+
+
+def _check_spatial_rank(what: str, spec: Spec, window: tuple[int, ...]) -> None:
+    if len(spec.space) != len(window):
+        raise ValueError(
+            f"{what} with a {len(window)}-dimensional window {window} got activations of shape {spec.shape1}, which "
+            f"have {len(spec.space)} spatial axes besides batch axis {spec.batch_axis} and channel axis "
+            f"{spec.channel_axis}. Give one window size per spatial axis."
+        )
+
+
+def _flat(n: int, n_channels: int, batch_axis: int) -> tuple[int, int]:
+    return (n, n_channels) if batch_axis == 0 else (n_channels, n)

@@ -1,0 +1,212 @@
+"""The native backend: the conformance suite, instruction sets, and what it refuses."""
+
+import concurrent.futures
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import (
+    ABS,
+    CHAINS,
+    MEAN,
+    RELU,
+    SUM,
+    Conformance,
+    chain,
+    conv,
+    dense,
+    inputs,
+    pool,
+    residual,
+    run,
+    spec_of,
+)
+from nt_core import Builder, Request, Spec, activations, propagate, steps
+from nt_core.sources import Inputs
+
+REFUSED = {
+    "after global pool": "CIRCULAR convolution before a pool",
+    "circular strides": "CIRCULAR convolution before a pool",
+    "circular pool": "pools with CIRCULAR padding",
+}
+LEVELS = ["baseline", "avx2", "avx512"]
+POOLED = [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]
+
+
+class TestCpu(Conformance):
+    implementation = "cpu"
+
+    @pytest.mark.parametrize("name", CHAINS)
+    def test_chain(self, name, x64):
+        if name not in REFUSED:
+            return super().test_chain(name, x64)
+        space, layers = CHAINS[name]
+        x1, x2 = inputs(space, 3, 2, "float64")
+        with pytest.raises(NotImplementedError, match=REFUSED[name]):
+            run(chain(spec_of(x1, x2), layers), x1, x2, implementation="cpu")
+
+
+def agree(actual, expected, tolerance):
+    for name in ("nngp", "ntk", "cov1", "cov2"):
+        value, wanted = getattr(actual, name), getattr(expected, name)
+        if wanted is None:
+            assert value is None
+        else:
+            assert value.shape == wanted.shape
+            np.testing.assert_allclose(value, wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_instruction_sets(level, dtype, monkeypatch):
+    """Those that the machine does not have fall back to the best one that it has."""
+    x1, x2 = inputs((7, 5), 9, 21, dtype)
+    program = chain(spec_of(x1, x2), POOLED)
+    expected = run(program, x1, x2, Request(), "cpu")
+    monkeypatch.setenv("NT_CPU_LEVEL", level)
+    agree(run(program, x1, x2, Request(), "cpu"), expected, 1e-13 if dtype == "float64" else 1e-6)
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("NT_CPU_LEVEL", "mmx")
+    x1, x2 = inputs((3, 3), 2, 2, "float32")
+    with pytest.raises(Exception, match="NT_CPU_LEVEL should be baseline, avx2 or avx512, not mmx"):
+        jax.block_until_ready(run(chain(spec_of(x1, x2), [dense()]), x1, x2, Request(), "cpu").ntk)
+
+
+@pytest.mark.parametrize("n1, n2", [(1, 1), (3, 40), (33, 17)])
+def test_a_kernel_does_not_depend_on_its_neighbours(n1, n2):
+    """Bit for bit: whichever lane, tile or thread a pair of samples gets to."""
+    x1, x2 = inputs((6, 5), 40, 40, "float32")
+    whole = run(chain(spec_of(x1, x2), POOLED), x1, x2, Request(), "cpu")
+    part1, part2 = x1[40 - n1 :], x2[:n2]
+    part = run(chain(spec_of(part1, part2), POOLED), part1, part2, Request(), "cpu")
+    np.testing.assert_array_equal(part.ntk, whole.ntk[40 - n1 :, :n2])
+    np.testing.assert_array_equal(part.nngp, whole.nngp[40 - n1 :, :n2])
+
+
+@pytest.mark.parametrize("n", [1, 16, 35])
+def test_one_triangle_is_mirrored(n, x64):
+    x, _ = inputs((6, 5), n, 1, "float64")
+    program = chain(spec_of(x, x), POOLED)
+    own = run(program, x, None, Request(), "cpu")
+    np.testing.assert_array_equal(own.ntk, own.ntk.T)
+    both = run(program, x, x.copy(), Request(), "cpu")
+    agree(own.replace(cov2=both.cov2), both, 1e-14)
+    np.testing.assert_allclose(np.diag(own.nngp), own.cov1, rtol=1e-14)
+
+
+@pytest.mark.parametrize("space", [(9,), (3, 4, 5)])
+def test_other_numbers_of_spatial_axes(space, x64):
+    x1, x2 = inputs(space, 3, 2, "float64")
+    axes = len(space)
+    layers = [
+        conv((3, 2, 3)[:axes], (1, 2, 1)[:axes], "SAME", (1,) * axes),
+        RELU,
+        conv((2, 3, 3)[:axes], (1,) * axes, "SAME", (1,) * axes),
+        RELU,
+        steps.GlobalPool(SUM),
+    ]
+    program = chain(spec_of(x1, x2), layers)
+    agree(run(program, x1, x2, Request(), "cpu"), run(program, x1, x2, Request(), "xla"), 1e-12)
+
+
+def test_permuted_axes(x64):
+    """A layer may order the axes of its output differently; batch and channels may stand anywhere."""
+    random = np.random.default_rng(0)
+    x1, x2 = random.normal(size=(4, 3, 6, 2)), random.normal(size=(4, 3, 6, 5))
+    spec = Spec(x1.shape, x2.shape, batch_axis=3, channel_axis=1)
+    permuted = conv((3, 2), axes_out=(1, 2, 3, 0))
+    for layers in (
+        [permuted, RELU, conv((2, 3))],
+        [permuted, RELU, pool((2, 3)), conv((1, 2)), RELU, steps.GlobalPool(MEAN)],
+    ):
+        kernel, expected = (run(chain(spec, layers), x1, x2, Request(), name) for name in ("cpu", "xla"))
+        agree(kernel, expected, 1e-12)
+
+
+@pytest.mark.parametrize("split", [1, 3, 4])
+def test_from_a_materialised_kernel(split, x64):
+    """A program may be cut anywhere."""
+    x1, x2 = inputs((6, 5), 3, 18, "float64")
+    whole = run(chain(spec_of(x1, x2), POOLED), x1, x2, Request(), "cpu")
+    first = run(chain(spec_of(x1, x2), POOLED[:split]), x1, x2, Request(), "cpu")
+    (second,) = propagate(chain(first.spec, POOLED[split:]), [first], Request(), "cpu")
+    agree(second, whole, 1e-12)
+
+
+def test_only_same_positions(x64):
+    x1, x2 = inputs((4, 5), 3, 2, "float64")
+    program = chain(spec_of(x1, x2, diagonal_spatial=True), [conv(padding="CIRCULAR"), RELU, conv(strides=(2, 1))])
+    kernel, expected = (run(program, x1, x2, Request(), name) for name in ("cpu", "xla"))
+    agree(kernel, expected, 1e-12)
+
+
+@pytest.mark.parametrize("layers", [POOLED, [conv(), RELU, steps.Flatten(), dense()]])
+def test_nan_and_inf_stay_with_their_samples(layers):
+    x1, x2 = inputs((6, 5), 5, 20, "float32")
+    x1[1, 2, 2, 0], x2[3, 0, 0, 1] = np.nan, np.inf
+    ntk = np.array(run(chain(spec_of(x1, x2), layers), x1, x2, Request(), "cpu").ntk)
+    assert not np.isfinite(ntk[1]).any() and not np.isfinite(ntk[:, 3]).any()
+    assert np.isfinite(np.delete(np.delete(ntk, 1, 0), 3, 1)).all()
+
+
+@pytest.mark.parametrize("n1, n2", [(0, 3), (3, 0), (0, 0)])
+def test_no_samples(n1, n2):
+    x1, x2 = inputs((6, 5), n1, n2, "float32")
+    kernel = run(chain(spec_of(x1, x2), POOLED), x1, x2, Request(), "cpu")
+    assert kernel.nngp.shape == kernel.ntk.shape == (n1, n2)
+
+
+def test_what_is_refused_goes_to_the_next_backend():
+    x1, x2 = inputs((4, 4), 3, 2, "float32")
+    layers = [conv(), steps.Dual(activations.Rbf(1.0)), steps.GlobalPool(MEAN)]
+    program = chain(spec_of(x1, x2), layers)
+    with pytest.raises(NotImplementedError, match="dual of Rbf is not native"):
+        run(program, x1, x2, Request(), "cpu")
+    agree(run(program, x1, x2), run(program, x1, x2, Request(), "xla"), 0)
+
+
+def test_concurrent_calls_never_block_each_other():
+    """Sixteen at once from one program, then from eight threads; a watchdog, not a timing, says that they hang."""
+    x1, x2 = inputs((6, 5), 20, 35, "float32")
+    program = chain(spec_of(x1, x2), POOLED)
+
+    def kernel(scale):
+        source = Inputs(scale * jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
+        return propagate(program, [source], Request(True, False), "cpu")[0].ntk
+
+    expected = np.asarray(kernel(1.0))
+    done = threading.Event()
+
+    def work():
+        many = jax.jit(lambda: [kernel(1.0 + 0.0 * i) for i in range(16)])
+        results = [np.asarray(k) for k in many()]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            results += [np.asarray(k) for k in pool.map(kernel, [1.0] * 32)]
+        for result in results:
+            np.testing.assert_array_equal(result, expected)
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(300)
+    assert done.is_set()
+
+
+def test_a_residual_network_in_both_precisions(dtype):
+    x1, x2 = inputs((8, 8), 3, 18, dtype)
+    program = residual(spec_of(x1, x2))
+    kernel, expected = (run(program, x1, x2, Request(), name) for name in ("cpu", "xla"))
+    agree(kernel, expected, 1e-12 if dtype == "float64" else 2e-6)
+
+
+def test_branches_with_pools_of_their_own(x64):
+    x1, x2 = inputs((6, 6), 3, 2, "float64")
+    builder = Builder()
+    x = builder.add(RELU, builder.add(conv(), builder.source(spec_of(x1, x2))))
+    branches = [builder.add(RELU, builder.add(conv(), builder.add(pool(), y))) for y in (x, builder.add(conv(), x))]
+    y = builder.add(steps.Combine((0.5, 2.0)), *branches)
+    program = builder.build(builder.add(steps.GlobalPool(MEAN), y))
+    agree(run(program, x1, x2, Request(), "cpu"), run(program, x1, x2, Request(), "xla"), 1e-12)

@@ -1,0 +1,143 @@
+"""The native module: fully connected networks, and what happens without it."""
+
+import pathlib
+import re
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import ABS, RELU, chain, dense, run, spec_of
+from nt_core import Request
+from nt_core.activations import polynomials
+from nt_core.backends import choose, native
+from nt_core.sources import Inputs
+
+LAYERS = [dense(), RELU, dense(None), ABS, dense(parameterization="standard", s=(2, 3)), RELU, dense()]
+
+
+def pair(n1, n2, features, dtype="float32"):
+    random = np.random.default_rng(0)
+    return random.normal(size=(n1, features)).astype(dtype), random.normal(size=(n2, features)).astype(dtype)
+
+
+@pytest.fixture
+def fresh():
+    """The module is loaded anew."""
+    native.refusal.cache_clear()
+    yield
+    native.refusal.cache_clear()
+
+
+def test_it_is_the_default():
+    assert native.refusal() is None
+    x1, x2 = pair(3, 2, 5)
+    program = chain(spec_of(x1, x2), LAYERS)
+    backend, refusals = choose(program, (Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0]),), Request())
+    assert backend.name == "cpu" and not refusals
+
+
+@pytest.mark.parametrize("n1, n2, features", [(1, 1, 1), (3, 2, 7), (65, 130, 128), (64, 64, 129), (200, 3, 300)])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_agrees_with_xla(n1, n2, features, level, dtype, monkeypatch):
+    monkeypatch.setenv("NT_CPU_LEVEL", level)
+    x1, x2 = pair(n1, n2, features, dtype)
+    tolerance = 1e-13 if dtype == "float64" else 2e-6
+    for second in (x2, None):
+        program = chain(spec_of(x1, x1 if second is None else second), LAYERS)
+        kernel, expected = (run(program, x1, second, Request(), name) for name in ("cpu", "xla"))
+        for name in ("nngp", "ntk", "cov1", "cov2"):
+            actual, wanted = getattr(kernel, name), getattr(expected, name)
+            if wanted is None:
+                assert actual is None
+                continue
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+        if second is None:
+            np.testing.assert_array_equal(kernel.ntk, kernel.ntk.T)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+def test_float32_keeps_its_digits(noise):
+    random = np.random.default_rng(0)
+    x1 = random.normal(size=(40, 300)).astype("float32")
+    x2 = (x1 + noise * random.normal(size=x1.shape)).astype("float32")
+    layers = [dense(), RELU] * 20 + [dense()]
+    actual = run(chain(spec_of(x1, x2), layers), x1, x2, Request(), "cpu")
+    with jax.enable_x64(True):
+        a, b = x1.astype("float64"), x2.astype("float64")
+        expected = run(chain(spec_of(a, b), layers), a, b, Request(), "xla")
+    for name in ("nngp", "ntk"):
+        wanted = np.asarray(getattr(expected, name))
+        np.testing.assert_allclose(getattr(actual, name), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_results_do_not_depend_on_the_batch():
+    x1, x2 = pair(150, 70, 33)
+    whole = run(chain(spec_of(x1, x2), LAYERS), x1, x2, Request(), "cpu")
+    part = run(chain(spec_of(x1[100:107], x2[66:]), LAYERS), x1[100:107], x2[66:], Request(), "cpu")
+    np.testing.assert_array_equal(whole.ntk[100:107, 66:], part.ntk)
+    np.testing.assert_array_equal(whole.nngp[100:107, 66:], part.nngp)
+
+
+def test_transformations_and_derivatives(x64):
+    x1, x2 = pair(4, 3, 6, "float64")
+    program = chain(spec_of(x1, x2), LAYERS)
+
+    def kernel(x, implementation="cpu"):
+        return run(program, x, x2, Request(True, False), implementation).ntk
+
+    expected = kernel(x1, "xla")
+    np.testing.assert_allclose(jax.jit(kernel)(x1), expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(kernel)(np.stack([x1, x1]))[1], expected, rtol=1e-12)
+    for derivative in (jax.jacrev, jax.jacfwd):
+        actual, wanted = (derivative(kernel)(jnp.asarray(x1)), derivative(lambda x: kernel(x, "xla"))(jnp.asarray(x1)))
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12)
+
+
+def test_nan_and_inf_stay_with_their_samples():
+    x1, x2 = pair(5, 4, 6)
+    x1[1, 2], x2[3, 0] = np.nan, np.inf
+    ntk = np.array(run(chain(spec_of(x1, x2), LAYERS), x1, x2, Request(), "cpu").ntk)
+    assert not np.isfinite(ntk[1]).any() and not np.isfinite(ntk[:, 3]).any()
+    assert np.isfinite(np.delete(np.delete(ntk, 1, 0), 3, 1)).all()
+
+
+@pytest.mark.parametrize("n1, n2", [(0, 3), (3, 0), (0, 0)])
+def test_no_samples(n1, n2):
+    x1, x2 = pair(n1, n2, 6)
+    kernel = run(chain(spec_of(x1, x2), LAYERS), x1, x2)
+    assert kernel.nngp.shape == kernel.ntk.shape == (n1, n2)
+
+
+def test_without_the_module(fresh, monkeypatch):
+    monkeypatch.setattr(native, "_MODULE", "nt_core._there_is_no_such_module")
+    x1, x2 = pair(3, 2, 5)
+    with pytest.warns(UserWarning, match="without a C\\+\\+ compiler"):
+        kernel = run(chain(spec_of(x1, x2), LAYERS), x1, x2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = run(chain(spec_of(x1, x2), LAYERS), x1, x2)  # said once
+    np.testing.assert_array_equal(kernel.ntk, again.ntk)
+    with pytest.raises(NotImplementedError, match="native module"):
+        run(chain(spec_of(x1, x2), LAYERS), x1, x2, Request(), "cpu")
+
+
+def test_a_module_too_new_for_jaxlib(fresh, monkeypatch):
+    major, minor = native.runtime_ffi_version()
+    module = types.SimpleNamespace(
+        ffi_api_version=lambda: (major, minor + 1), registrations=lambda: pytest.fail("registered")
+    )
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+    x1, x2 = pair(3, 2, 5)
+    with pytest.warns(UserWarning, match="install a newer jaxlib"):
+        kernel = run(chain(spec_of(x1, x2), LAYERS), x1, x2)
+    assert np.isfinite(kernel.ntk).all()
+
+
+def test_polynomials_are_those_of_the_activation():
+    header = pathlib.Path(__file__).parent.parent / "csrc" / "relu_polynomials.h"
+    numbers = [float(x) for x in re.findall(r"^ +(-?[0-9.e-]+)f?,$", header.read_text(), re.MULTILINE)]
+    tables = (polynomials.P_FLOAT32, polynomials.Q_FLOAT32, polynomials.P_FLOAT64, polynomials.Q_FLOAT64)
+    assert numbers == [x for table in tables for x in table]

@@ -1,0 +1,20 @@
+"""Linearisation and empirical kernels of finite neural networks."""
+
+from nt_empirical._expansion import linearize, taylor_expand
+from nt_empirical._kernel import empirical_kernel_fn
+from nt_empirical._monte_carlo import monte_carlo_kernel_fn
+from nt_empirical._nngp import empirical_nngp_fn
+from nt_empirical._ntk import NtkImplementation, empirical_ntk_fn, empirical_ntk_vp_fn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NtkImplementation",
+    "empirical_kernel_fn",
+    "empirical_nngp_fn",
+    "empirical_ntk_fn",
+    "empirical_ntk_vp_fn",
+    "linearize",
+    "monte_carlo_kernel_fn",
+    "taylor_expand",
+]

@@ -1,0 +1,103 @@
+"""Axes of the outputs of a network, and where they are in a kernel."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Axes = int | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputAxes:
+    """What becomes of every axis of outputs in a kernel.
+
+    A kernel has two axes, side by side, for each axis of the outputs; one for a diagonal axis; none for a traced axis.
+    Outputs `(4, 5, 7)` and `(6, 5, 7)` with `traced=(2,)` and `diagonal=(1,)` have kernels of shape `(4, 6, 5)`.
+    """
+
+    ndim: int
+    traced: tuple[int, ...]
+    diagonal: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ndim: int, trace_axes: Axes, diagonal_axes: Axes) -> "OutputAxes":
+        """Resolves negative and repeated axes of outputs with `ndim` axes.
+
+        Raises:
+          ValueError: an axis does not exist, or is both a trace and a diagonal axis.
+        """
+        traced = _non_negative(trace_axes, ndim, "trace_axes")
+        diagonal = _non_negative(diagonal_axes, ndim, "diagonal_axes")
+        if set(traced) & set(diagonal):
+            raise ValueError(
+                f"For outputs with {ndim} axes, trace_axes={trace_axes} and diagonal_axes={diagonal_axes} share one. "
+                "An axis can be traced or diagonal, not both."
+            )
+        return cls(ndim, traced, diagonal)
+
+    def contract(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Returns the mean over traced axes, and the sum over all axes that follow the outputs', of products.
+
+        Args:
+          a, b: arrays with the axes of the outputs, then any axes that both share, such as those of parameters.
+
+        Returns:
+          The kernel, in float32 if `a` and `b` have less precision; exactly symmetric if `b` is `a`.
+        """
+        shared = set(self.traced) | set(self.diagonal)
+        self._check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
+        labels_a = [2 * axis for axis in range(a.ndim)]
+        labels_b = [2 * axis + (axis < self.ndim and axis not in shared) for axis in range(b.ndim)]
+        labels_out = sorted({*labels_a[: self.ndim], *labels_b[: self.ndim]} - {2 * axis for axis in self.traced})
+        # Kernels are ill-conditioned: the reduced precision that accelerators default to would not leave them
+        # positive semi-definite.
+        products = jnp.einsum(
+            a,
+            labels_a,
+            b,
+            labels_b,
+            labels_out,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32),
+        )
+        kernel = products / math.prod(a.shape[axis] for axis in self.traced)
+        # A matrix product may round an entry and its mirror image differently.
+        return (kernel + self.swap(kernel)) / 2 if b is a else kernel
+
+    def swap(self, kernel: jax.Array) -> jax.Array:
+        """Returns the kernel of `(x2, x1)`, given that of `(x1, x2)`."""
+        order, axis = [], 0
+        for output_axis in range(self.ndim):
+            if output_axis in self.diagonal:
+                order.append(axis)
+                axis += 1
+            elif output_axis not in self.traced:
+                order += [axis + 1, axis]
+                axis += 2
+        return jnp.transpose(kernel, order)
+
+    def _check_sizes(self, shape1: tuple[int, ...], shape2: tuple[int, ...]) -> None:
+        for axis in (*self.traced, *self.diagonal):
+            if shape1[axis] != shape2[axis]:
+                raise ValueError(
+                    f"Outputs must have the same size along trace and diagonal axes, got shapes {shape1} for x1 and "
+                    f"{shape2} for x2, which differ at axis {axis}."
+                )
+        if 0 in (shape1[axis] for axis in self.traced):
+            raise ValueError(f"Outputs of shape {shape1} have no entries along the traced axes {self.traced}.")
+
+
+def _non_negative(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(sorted({non_negative_axis(axis, ndim, name) for axis in axes}))
+
+
+def non_negative_axis(axis: int, ndim: int, name: str) -> int:
+    """Resolves a negative axis; `name` is that of the argument, for the error."""
+    if not -ndim <= axis < ndim:
+        advice = f"Give axes from {-ndim} to {ndim - 1}." if ndim else f"Scalars need `{name}` without axes."
+        raise ValueError(f"`{name}` contains {axis}, but the array has {ndim} axes. {advice}")
+    return axis % ndim

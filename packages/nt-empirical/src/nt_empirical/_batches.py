@@ -1,0 +1,84 @@
+"""The two batches of inputs of a kernel, and what a network returns for them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nt_empirical._kwargs import is_absent, split_kwargs
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs of a network, and the keywords that it takes for them.
+
+    A pytree, of which arrays are the leaves: keywords that are anything else, such as flags, stay what they are under
+    `jit`.
+    """
+
+    x: Any
+    kwargs: dict[str, Any]
+
+    def with_rng(self, rng: jax.Array) -> "Batch":
+        """Returns the batch with this value of the keyword `rng`."""
+        return Batch(self.x, {**self.kwargs, "rng": rng})
+
+    def tree_flatten(self) -> tuple[tuple[Any, list[Any]], tuple[Any, tuple[Any, ...]]]:
+        """Returns the inputs and the arrays among the keywords, and the rest."""
+        leaves, structure = jax.tree.flatten(self.kwargs)
+        arrays = [leaf for leaf in leaves if is_array(leaf)]
+        return (self.x, arrays), (structure, tuple(_Array() if is_array(leaf) else leaf for leaf in leaves))
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, tuple[Any, ...]], children: tuple[Any, list[Any]]) -> "Batch":
+        """Inverts `tree_flatten`."""
+        (structure, leaves), (x, arrays) = static, children
+        remaining = iter(arrays)
+        kwargs = structure.unflatten(next(remaining) if isinstance(leaf, _Array) else leaf for leaf in leaves)
+        return cls(x, kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """Stands where an array was."""
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether this is an array of JAX (traced ones included) or NumPy."""
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def make_batches(x1: Any, x2: Any, kwargs: dict[str, Any]) -> tuple[Batch, Batch]:
+    """Returns both batches, the same object twice if `x2` is None."""
+    kwargs1, kwargs2 = split_kwargs(kwargs, x1, x2)
+    first = Batch(x1, kwargs1)
+    return first, first if is_absent(x2) else Batch(x2, kwargs2)
+
+
+def checked_outputs(outputs: Any) -> Any:
+    """Returns the outputs of a network, as arrays.
+
+    Raises:
+      TypeError: outputs are not real floating-point arrays.
+    """
+    outputs = jax.tree.map(jnp.asarray, outputs)
+    for path, y in jax.tree_util.tree_leaves_with_path(outputs):
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            raise TypeError(
+                f"The function must return real floating-point arrays, got dtype {y.dtype} in "
+                f"outputs{jax.tree_util.keystr(path)}. If it returns a `MaskedArray`, wrap it with `unmask_fn`."
+            )
+    return outputs
+
+
+def check_same_structure(outputs1: Any, outputs2: Any) -> None:
+    """Raises a ValueError unless a network returns for `x2` what it returns for `x1`, apart from sizes."""
+    structures = jax.tree.structure(outputs1), jax.tree.structure(outputs2)
+    if structures[0] != structures[1]:
+        raise ValueError(f"The function must return the same for x1 and x2, got {structures[0]} and {structures[1]}.")
+    for y1, y2 in zip(jax.tree.leaves(outputs1), jax.tree.leaves(outputs2), strict=True):
+        if y1.ndim != y2.ndim:
+            raise ValueError(f"Outputs must have as many axes for x1 as for x2, got shapes {y1.shape} and {y2.shape}.")

@@ -1,0 +1,108 @@
+"""NNGP and NTK of a finite network, by name."""
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from nt_empirical._axes import Axes
+from nt_empirical._batches import Batch, make_batches
+from nt_empirical._nngp import nngp
+from nt_empirical._ntk import NtkImplementation, check_implementation, ntk
+from nt_empirical._vmap import BatchAxes, VMapAxes
+
+Get = str | Sequence[str] | None
+
+
+def empirical_kernel_fn(
+    f: Callable[..., Any],
+    trace_axes: Axes = (-1,),
+    diagonal_axes: Axes = (),
+    vmap_axes: VMapAxes = None,
+    implementation: NtkImplementation | int = NtkImplementation.JACOBIAN_CONTRACTION,
+    _j_rules: bool = True,
+    _s_rules: bool = True,
+    _fwd: bool | None = None,
+) -> Callable[..., Any]:
+    """Empirical NNGP and NTK of a function.
+
+    Args:
+      f: ``f(params, x, **kwargs)``, returns an array or a pytree of arrays.
+      trace_axes, diagonal_axes, vmap_axes, implementation: as for :func:`empirical_ntk_fn`; so are the private ones.
+
+    Returns:
+      ``kernel_fn(x1, x2, get, params, **kwargs)``. ``get`` is ``'nngp'`` or ``'ntk'``, for the bare kernel; or a
+      tuple of them, for a named tuple ``EmpiricalKernel``; None is both. What is not asked for is not computed. A
+      pytree of outputs gives a pytree of these. The other arguments, and shapes and dtypes of the kernels, are those of
+      :func:`empirical_nngp_fn` and :func:`empirical_ntk_fn`.
+
+    Raises:
+      KeyError: ``get`` names something else.
+      ValueError: ``get`` is empty or has duplicates, and as :func:`empirical_ntk_fn`.
+      TypeError, NotImplementedError: as :func:`empirical_ntk_fn`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_kernel_fn
+      >>> kernel_fn = empirical_kernel_fn(lambda w, x: x @ w)
+      >>> x = jnp.array([[1.0, 1.0]])
+      >>> kernel = kernel_fn(x, None, None, jnp.array([[1.0], [2.0]]))
+      >>> print(kernel.nngp, kernel.ntk)
+      [[9.]] [[2.]]
+    """
+    kernels_fn = make_kernels_fn(f, trace_axes, diagonal_axes, vmap_axes, implementation)
+
+    def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:
+        names = parse_get(get)
+        return select(get, names, kernels_fn(names, params, *make_batches(x1, x2, kwargs)))
+
+    return kernel_fn
+
+
+def make_kernels_fn(
+    f: Callable[..., Any],
+    trace_axes: Axes,
+    diagonal_axes: Axes,
+    vmap_axes: VMapAxes,
+    implementation: NtkImplementation | int,
+) -> Callable[[tuple[str, ...], Any, Batch, Batch], list[Any]]:
+    """Returns `kernels_fn(names, params, batch1, batch2)`, which returns the named kernels."""
+    check_implementation(implementation)
+    batch_axes = BatchAxes.of(vmap_axes)
+
+    def kernels_fn(names: tuple[str, ...], params: Any, batch1: Batch, batch2: Batch) -> list[Any]:
+        kernel_fns = {
+            "nngp": lambda: nngp(f, params, batch1, batch2, trace_axes, diagonal_axes),
+            "ntk": lambda: ntk(f, params, batch1, batch2, trace_axes, diagonal_axes, batch_axes),
+        }
+        return [kernel_fns[name]() for name in names]
+
+    return kernels_fn
+
+
+def select(get: Get, names: tuple[str, ...], kernels: list[Any]) -> Any:
+    """Returns the bare kernel if `get` is a string, else named tuples of all."""
+    if isinstance(get, str):
+        return kernels[0]
+    return jax.tree.map(lambda *values: _empirical_kernel(names)(*values), *kernels)
+
+
+def parse_get(get: Get) -> tuple[str, ...]:
+    """Returns the names of the kernels asked for, in lower case."""
+    given = ("nngp", "ntk") if get is None else (get,) if isinstance(get, str) else tuple(get)
+    names = tuple(name.lower() for name in given)
+    if not names:
+        raise ValueError('`get` must be non-empty. Give "nngp", "ntk", a tuple of them, or None for both.')
+    if len(set(names)) < len(names):
+        raise ValueError(f"All entries of `get` must be unique, got {given}.")
+    for name in names:
+        if name not in ("nngp", "ntk"):
+            raise KeyError(f'Finite networks have the kernels "nngp" and "ntk", got get={name!r}.')
+    return names
+
+
+@functools.cache  # two results of the same fields have the same type, and so the same pytree structure
+def _empirical_kernel(names: tuple[str, ...]) -> Any:
+    return collections.namedtuple("EmpiricalKernel", names)

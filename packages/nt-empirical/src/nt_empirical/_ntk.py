@@ -1,0 +1,158 @@
+"""The tangent kernel of a finite network."""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nt_empirical._axes import Axes, OutputAxes
+from nt_empirical._batches import Batch, check_same_structure, make_batches
+from nt_empirical._jacobian import Differentiated, differentiate
+from nt_empirical._vmap import BatchAxes, VMapAxes
+
+
+class NtkImplementation(enum.IntEnum):
+    """Ways to compute an empirical NTK (Novak et al., 2022, arXiv:2206.08720).
+
+    Attributes:
+      AUTO: the best that there is, which is `JACOBIAN_CONTRACTION` for now.
+      JACOBIAN_CONTRACTION: the Jacobians of both batches, and their product.
+      NTK_VECTOR_PRODUCTS: not implemented.
+      STRUCTURED_DERIVATIVES: not implemented.
+    """
+
+    AUTO = 0
+    JACOBIAN_CONTRACTION = 1
+    NTK_VECTOR_PRODUCTS = 2
+    STRUCTURED_DERIVATIVES = 3
+
+
+def empirical_ntk_fn(
+    f: Callable[..., Any],
+    trace_axes: Axes = (-1,),
+    diagonal_axes: Axes = (),
+    vmap_axes: VMapAxes = None,
+    implementation: NtkImplementation | int = NtkImplementation.JACOBIAN_CONTRACTION,
+    _j_rules: bool = True,
+    _s_rules: bool = True,
+    _fwd: bool | None = None,
+) -> Callable[..., Any]:
+    r"""Empirical NTK of a function, :math:`J(x_1) J(x_2)^\top` with :math:`J = \partial f / \partial \theta`.
+
+    It governs gradient descent on the parameters (Jacot et al., 2018, arXiv:1806.07572).
+
+    Args:
+      f: ``f(params, x, **kwargs)``, of arrays or pytrees of arrays, returns an array or a pytree of arrays.
+      trace_axes: axes of the outputs to take the mean over, by default the last one (channels).
+      diagonal_axes: axes of the outputs of which only the kernel of equal positions is wanted.
+      vmap_axes: axes along which ``f`` treats samples one by one. The Jacobian is then computed per sample, which takes
+        much less time and memory. One value for inputs and outputs, or ``(inputs, outputs, keywords)``: for inputs
+        and outputs an int or a pytree prefix of ints as for ``jax.vmap`` (None for inputs that all samples share); for
+        keywords a dict from names to axes, or one int for all arrays except ``rng``. ``f`` is called with one
+        sample at a time, its axes kept with size 1. Not for functions in which samples interact (batch
+        normalisation), or where ``rng`` draws different masks for the samples of a batch (dropout): samples would
+        share theirs. None promises nothing.
+      implementation: how to compute it; the results are the same.
+      _j_rules, _s_rules, _fwd: details of ``STRUCTURED_DERIVATIVES``, of no effect.
+
+    Returns:
+      ``ntk_fn(x1, x2, params, **kwargs)``. Each axis of the outputs becomes two axes side by side, a diagonal axis
+      one, a trace axis none: outputs ``(4, 5, 7)`` and ``(6, 5, 7)`` give ``(4, 6, 5, 5)``, with ``diagonal_axes=1``
+      they give ``(4, 6, 5)``. A pytree of outputs gives a pytree of kernels, of each output with itself.
+      ``x2=None`` stands for ``x1`` and gives an exactly symmetric kernel. Kernels have the dtype that the arrays in
+      ``params`` promote to.
+
+      A keyword that is a 2-tuple has a value for each of ``x1`` and ``x2``. ``rng`` is one key, or two: equal inputs
+      get the same key, different inputs get different keys.
+
+    Raises:
+      ValueError: axes do not exist or overlap, outputs for ``x1`` and ``x2`` do not fit, or ``vmap_axes`` does not
+        hold.
+      TypeError: parameters or outputs are not real floating-point arrays.
+      NotImplementedError: ``implementation`` is one that does not exist yet.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_ntk_fn
+      >>> ntk_fn = empirical_ntk_fn(lambda w, x: x @ w, vmap_axes=0)
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> print(ntk_fn(x, None, jnp.ones((2, 3))))
+      [[1. 1.]
+       [1. 2.]]
+    """
+    check_implementation(implementation)
+    batch_axes = BatchAxes.of(vmap_axes)
+
+    def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
+        return ntk(f, params, *make_batches(x1, x2, kwargs), trace_axes, diagonal_axes, batch_axes)
+
+    return ntk_fn
+
+
+def ntk(
+    f: Callable[..., Any],
+    params: Any,
+    batch1: Batch,
+    batch2: Batch,
+    trace_axes: Axes,
+    diagonal_axes: Axes,
+    batch_axes: BatchAxes | None,
+) -> Any:
+    """Returns the empirical NTK of two batches, by contraction of their Jacobians."""
+    outputs1 = differentiate(f, params, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(f, params, batch2, batch_axes)
+    check_same_structure(*(jax.tree.map(lambda y: y.value, outputs) for outputs in (outputs1, outputs2)))
+    weights = jax.tree.leaves(params)
+
+    def tangent_kernel(y1: Differentiated, y2: Differentiated) -> jax.Array:
+        axes = OutputAxes.of(y1.value.ndim, trace_axes, diagonal_axes)
+        if not weights:
+            return axes.contract(jnp.zeros_like(y1.value), jnp.zeros_like(y2.value)).astype(y1.value.dtype)
+        parts = [axes.contract(j1, j2) for j1, j2 in zip(y1.jacobian, y2.jacobian, strict=True)]
+        return sum(parts[1:], start=parts[0]).astype(jnp.result_type(*weights))
+
+    return jax.tree.map(tangent_kernel, outputs1, outputs2)
+
+
+def empirical_ntk_vp_fn(f: Callable[..., Any], x1: Any, x2: Any, params: Any, **kwargs: Any) -> Callable[[Any], Any]:
+    r"""Product of the empirical NTK with vectors, without the NTK.
+
+    Returns :math:`v \mapsto J(x_1) J(x_2)^\top v` with :math:`J = \partial f / \partial \theta`, at the cost of one
+    backward and one forward pass through the derivatives of ``f``.
+
+    Args:
+      f: ``f(params, x, **kwargs)``, returns an array or a pytree of arrays.
+      x1: inputs.
+      x2: other inputs, or None for ``x1``.
+      params: an array or a pytree of arrays.
+      **kwargs: keywords of ``f``; a 2-tuple has a value for each of ``x1`` and ``x2``. ``rng`` is as for
+        :func:`empirical_ntk_fn`.
+
+    Returns:
+      A linear function. It takes what is shaped as ``f`` of ``x2`` and returns what is shaped as ``f`` of ``x1``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_ntk_vp_fn
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> ntk_vp_fn = empirical_ntk_vp_fn(lambda w, x: x @ w, x, None, jnp.ones((2, 1)))
+      >>> print(ntk_vp_fn(jnp.array([[1.0], [1.0]])))
+      [[2.]
+       [3.]]
+    """
+    batch1, batch2 = make_batches(x1, x2, kwargs)
+    _, push_forward = jax.linearize(lambda p: f(p, batch1.x, **batch1.kwargs), params)
+    _, pull_back = jax.vjp(lambda p: f(p, batch2.x, **batch2.kwargs), params)
+    return lambda v: push_forward(*pull_back(v))
+
+
+def check_implementation(implementation: NtkImplementation | int) -> None:
+    """Raises an error for an implementation that does not exist."""
+    implementation = NtkImplementation(implementation)
+    if implementation not in (NtkImplementation.AUTO, NtkImplementation.JACOBIAN_CONTRACTION):
+        raise NotImplementedError(
+            f"NtkImplementation.{implementation.name} does not exist yet; use NtkImplementation.JACOBIAN_CONTRACTION, "
+            "which gives the same result."
+        )

@@ -1,0 +1,145 @@
+"""A train-train kernel matrix, factored at most once, and what happens if it is not positive definite."""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.linalg import cho_solve
+
+from nt_predict._spectral import (
+    DECAY,
+    FALL,
+    GAIN,
+    SpectralFunction,
+    Spectrum,
+    apply_matrix,
+    apply_spectrum,
+    decompose_known,
+)
+from nt_predict._tracing import evaluate_now, is_traced
+
+# A pivot of the Cholesky factor this far below its diagonal entry holds nothing but rounding errors; for a training
+# point that occurs twice it is 0 to 2.5 ulp (sizes 4 to 1500, both precisions).
+_NULL_PIVOT_ULPS = 4.0
+
+
+class Gram:
+    """The kernel of the training points as a symmetric positive definite matrix.
+
+    Matrices whose values are known are factored on first use, and only once, also if that is inside `jax.jit`. Traced
+    matrices are factored where they are used, so that nothing outlives the trace that it belongs to.
+
+    Attributes:
+      kernel: (n, n), as given.
+      matrix: with regularisation added; what the methods mean by A.
+      is_traced: whether the values of the matrix are unknown.
+
+    Args:
+      kernel: (n, n), symmetric.
+      diag_reg: multiple of the identity to add.
+      diag_reg_absolute_scale: whether that multiple is meant as it is, or in units of the mean of the diagonal.
+    """
+
+    def __init__(self, kernel: jax.Array, diag_reg: Any, diag_reg_absolute_scale: bool):
+        self.kernel = kernel
+        self._spectrum: Spectrum | None = None
+        self._cholesky: jax.Array | None = None
+        with evaluate_now():
+            scale = 1 if diag_reg_absolute_scale else jnp.trace(kernel) / len(kernel)
+            shift = jnp.asarray(diag_reg * scale, kernel.dtype)
+            self.matrix = kernel + shift * jnp.eye(len(kernel), dtype=kernel.dtype)
+            self.is_traced = is_traced(self.matrix)
+            if not self.is_traced and not jnp.isfinite(self.matrix).all():
+                raise ValueError("The train-train kernel, or `diag_reg`, is infinite or not a number somewhere.")
+
+    def decay(self, times: jax.Array, rhs: jax.Array) -> jax.Array:
+        """Returns `exp(-A t) @ rhs`, shape (times, n, columns)."""
+        return self._apply(DECAY, times, rhs)
+
+    def fall(self, times: jax.Array, rhs: jax.Array) -> jax.Array:
+        """Returns `(exp(-A t) - 1) @ rhs`, shape (times, n, columns)."""
+        return self._apply(FALL, times, rhs)
+
+    def gain(self, times: jax.Array | None, rhs: jax.Array) -> jax.Array:
+        """Returns `A^-1 (1 - exp(-A t)) @ rhs`, shape (times, n, columns); times None is infinity, by Cholesky."""
+        return self._solve(rhs)[None] if times is None else self._apply(GAIN, times, rhs)
+
+    def _apply(self, function: SpectralFunction, times: jax.Array, rhs: jax.Array) -> jax.Array:
+        if self.is_traced:
+            return apply_matrix(function, self.matrix, times, rhs)
+        if self._spectrum is None:
+            with evaluate_now():
+                self._spectrum = decompose_known(self.matrix)
+                self._warn_if_indefinite(self._spectrum.values)
+        return apply_spectrum(function, self._spectrum, times, rhs)
+
+    def _solve(self, rhs: jax.Array) -> jax.Array:
+        if self.is_traced:
+            return _solve_traced(self.matrix, rhs)
+        if self._cholesky is None:
+            with evaluate_now():
+                factor = _cholesky(self.matrix)
+                if not _is_positive_definite(factor, self.matrix):
+                    raise self._not_positive_definite()
+                self._cholesky = factor
+        return cho_solve((self._cholesky, True), rhs)
+
+    def _warn_if_indefinite(self, eigenvalues: jax.Array) -> None:
+        smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+        # Kernels carry more rounding errors than their eigenvalues: half of the digits.
+        if smallest < -(float(jnp.finfo(eigenvalues.dtype).eps) ** 0.5) * abs(largest):
+            warnings.warn(
+                f"The train-train kernel has the eigenvalue {smallest:.3g} (the largest is {largest:.3g}), so that it "
+                "is no covariance. Directions of negative eigenvalues are treated as if they were not learned.",
+                stacklevel=2,
+            )
+
+    def _not_positive_definite(self) -> np.linalg.LinAlgError:
+        eigenvalues = decompose_known(self.matrix).values
+        smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+        mean = float(jnp.trace(self.matrix)) / len(eigenvalues)
+        message = (
+            f"The train-train kernel of dimension {len(eigenvalues)} is not positive definite in {self.matrix.dtype}: "
+            f"its smallest eigenvalue is {smallest:.3g}, the largest {largest:.3g}."
+        )
+        if mean > 0:
+            missing = max(-smallest, 0) + 10 * float(jnp.finfo(self.matrix.dtype).eps) * largest
+            relative = 10.0 ** math.ceil(math.log10(missing / mean))
+            message += f" Increase `diag_reg`, by about {relative:.0e} of the mean of the diagonal,"
+            message += " or compute the kernel in float64, or remove duplicate training inputs."
+        return np.linalg.LinAlgError(message)
+
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+def _is_positive_definite(factor: jax.Array, matrix: jax.Array) -> jax.Array:
+    pivots = jnp.diagonal(factor) ** 2
+    # Not a number, which is what a failed factorisation holds, compares False.
+    return (pivots > _NULL_PIVOT_ULPS * jnp.finfo(matrix.dtype).eps * jnp.diagonal(matrix)).all()
+
+
+def _solve_traced(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solves by Cholesky or, where that fails and nobody can be told, by the pseudo-inverse."""
+    constant = lax.stop_gradient(matrix)
+    factor = _cholesky(constant)
+    positive_definite = _is_positive_definite(factor, constant)
+    infinity = jnp.full(1, jnp.inf, matrix.dtype)
+
+    def solve(_, columns):
+        return lax.cond(
+            positive_definite,
+            lambda columns: cho_solve((factor, True), columns),
+            lambda columns: apply_matrix(GAIN, constant, infinity, columns)[0],
+            columns,
+        )
+
+    def multiply(columns):
+        return jnp.matmul(matrix, columns, precision=lax.Precision.HIGHEST)
+
+    return lax.custom_linear_solve(multiply, rhs, solve, symmetric=True)

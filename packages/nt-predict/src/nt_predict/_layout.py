@@ -1,0 +1,150 @@
+"""Outputs and the kernels of outputs, as matrices.
+
+The outputs of a network have shape `y.shape`. A kernel of them has, for every axis of `y` that is not a trace axis, a
+pair of neighbouring axes (position in the first outputs, position in the second), in the order of `y`; along the trace
+axes it acts as the identity. All linear algebra happens in two dimensions: outputs are matrices (position, trace
+position), kernels are matrices (position, position).
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nt_predict._tracing import evaluate_now
+
+Axes = int | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputLayout:
+    """The shape of the training outputs and the axes along which their kernel acts as the identity."""
+
+    shape: tuple[int, ...]
+    trace_axes: tuple[int, ...]  # non-negative, sorted, without duplicates
+
+    @classmethod
+    def of(cls, y_train: Any, trace_axes: Axes) -> "OutputLayout":
+        """Returns the layout of `y_train`, or raises `ValueError` for axes that it does not have."""
+        shape = jnp.shape(y_train)
+        axes = (trace_axes,) if isinstance(trace_axes, int) else tuple(trace_axes)
+        axes = tuple(operator.index(axis) for axis in axes)
+        if not all(-len(shape) <= axis < len(shape) for axis in axes):
+            raise ValueError(
+                f"`trace_axes={trace_axes}` do not exist in `y_train` of shape {shape}. "
+                "Give `y_train` one axis per output axis, e.g. shape (n, 1) for n scalar labels."
+            )
+        if 0 in shape:
+            raise ValueError(f"`y_train` of shape {shape} has no entries: there is nothing to learn from.")
+        return cls(shape, tuple(sorted({axis % len(shape) for axis in axes})))
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the training outputs; the loss is the mean over them."""
+        return math.prod(self.shape)
+
+    @property
+    def kernel_axes(self) -> tuple[int, ...]:
+        """Axes of the outputs that have a pair of axes in the kernel."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.trace_axes)
+
+    @property
+    def train_positions(self) -> tuple[int, ...]:
+        """Sizes of the axes of the training outputs that the kernel has."""
+        return tuple(self.shape[axis] for axis in self.kernel_axes)
+
+    def output_shape(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of outputs whose kernel has axes of these sizes."""
+        shape = list(self.shape)
+        for axis, size in zip(self.kernel_axes, positions, strict=True):
+            shape[axis] = size
+        return tuple(shape)
+
+    def outputs_to_matrix(self, outputs: Any, positions: Sequence[int], dtype: Any, name: str) -> jax.Array:
+        """Returns outputs (or what broadcasts to them, such as a scalar) as a matrix (position, trace position)."""
+        outputs, shape = jnp.asarray(outputs, dtype), self.output_shape(positions)
+        try:
+            outputs = jnp.broadcast_to(outputs, shape)
+        except ValueError:
+            raise ValueError(f"`{name}` has shape {outputs.shape}, which does not broadcast to {shape}.") from None
+        outputs = outputs.transpose(self.kernel_axes + self.trace_axes)
+        return outputs.reshape(math.prod(positions), -1)
+
+    def matrix_to_outputs(self, matrix: jax.Array, positions: Sequence[int], leading: tuple[int, ...]) -> jax.Array:
+        """Returns matrices of shape (*, position, trace position) as outputs with the axes `leading` in front."""
+        order = self.kernel_axes + self.trace_axes
+        shape = self.output_shape(positions)
+        outputs = matrix.reshape(leading + tuple(shape[axis] for axis in order))
+        source = [order.index(axis) + len(leading) for axis in range(len(order))]
+        return outputs.transpose([*range(len(leading)), *source])
+
+    def train_train(self, kernel: Any, name: str) -> jax.Array:
+        """Returns a train-train kernel as a symmetric matrix, at least in single precision."""
+        with evaluate_now():  # the matrix is kept
+            kernel = as_array(kernel, name)
+            expected = _zip(self.train_positions, self.train_positions)
+            if kernel.shape != expected:
+                raise ValueError(self._misfit(name, kernel, f"the train-train kernel must have shape {expected}"))
+            return symmetric(kernel_to_matrix(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))))
+
+    def test_train(self, kernel: Any, dtype: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
+        """Returns a test-train kernel as a matrix, and the sizes of its test axes."""
+        kernel = as_array(kernel, name).astype(dtype)
+        positions = kernel.shape[::2]
+        if len(positions) != len(self.train_positions) or kernel.shape != _zip(positions, self.train_positions):
+            template = _zip(["any"] * len(self.train_positions), self.train_positions)
+            expected = f"({', '.join(map(str, template))})"
+            raise ValueError(self._misfit(name, kernel, f"the test-train kernel must have shape {expected}"))
+        return kernel_to_matrix(kernel), positions
+
+    def test_test(self, kernel: Any, positions: tuple[int, ...], dtype: Any, name: str) -> jax.Array:
+        """Returns a test-test kernel as a matrix."""
+        kernel = as_array(kernel, name).astype(dtype)
+        if kernel.shape != _zip(positions, positions):
+            expected = f"the test-test kernel must have shape {_zip(positions, positions)} to fit the test-train kernel"
+            raise ValueError(self._misfit(name, kernel, expected))
+        return kernel_to_matrix(kernel)
+
+    def _misfit(self, name: str, kernel: jax.Array, expected: str) -> str:
+        return (
+            f"`{name}` has shape {kernel.shape}; for `y_train` of shape {self.shape} and trace axes {self.trace_axes} "
+            f"{expected}: a pair of axes for every axis of `y_train` that is not in `trace_axes`."
+        )
+
+
+def as_array(kernel: Any, name: str) -> jax.Array:
+    """Returns a real kernel matrix as a JAX array, or says what was given instead."""
+    if hasattr(kernel, "nngp") or hasattr(kernel, "ntk"):
+        raise TypeError(f"`{name}` must be one array, but is a {type(kernel).__name__}: pass its `.ntk` or `.nngp`.")
+    kernel = jnp.asarray(kernel)
+    if jnp.issubdtype(kernel.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real, but has dtype {kernel.dtype}.")
+    return kernel if jnp.issubdtype(kernel.dtype, jnp.floating) else kernel.astype(float)
+
+
+def symmetric(matrix: jax.Array) -> jax.Array:
+    """Returns the symmetric part of (stacked) matrices, symmetric to the last bit."""
+    return (matrix + matrix.swapaxes(-1, -2)) / 2
+
+
+def kernel_to_matrix(kernel: jax.Array) -> jax.Array:
+    """Returns a kernel in zipped layout, (a1, a2, b1, b2, ...), as a matrix (a1 b1 ..., a2 b2 ...)."""
+    first, second = range(0, kernel.ndim, 2), range(1, kernel.ndim, 2)
+    rows = math.prod(kernel.shape[::2])
+    return kernel.transpose([*first, *second]).reshape(rows, -1)
+
+
+def matrix_to_kernel(matrix: jax.Array, positions: tuple[int, ...], leading: tuple[int, ...]) -> jax.Array:
+    """Returns square matrices of shape (*, position, position) as kernels, with the axes `leading` in front."""
+    kernel = matrix.reshape(leading + positions + positions)
+    count, start = len(positions), len(leading)
+    order = [start + axis + offset for axis in range(count) for offset in (0, count)]
+    return kernel.transpose([*range(start), *order])
+
+
+def _zip(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(size for pair in zip(first, second, strict=True) for size in pair)

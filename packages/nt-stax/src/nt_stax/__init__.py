@@ -1,0 +1,75 @@
+"""Layers of neural networks that know their infinite-width kernels.
+
+A layer is a triple of functions. `init_fn(rng, input_shape) -> (output_shape, params)` and `apply_fn(params, inputs,
+**kwargs) -> outputs` are an ordinary finite network; `kernel_fn(x1, x2, get)` is its limit of infinitely many channels:
+the covariance of its outputs ('nngp') and its tangent kernel ('ntk'). Layers compose by `serial`, `parallel` and
+`repeat`.
+"""
+
+from nt_core import Bool, Diagonal, MaskedArray, layer, requires, supports_masking, unmask_fn
+
+from nt_stax.attention import AttentionMechanism, GlobalSelfAttention, PositionalEmbedding
+from nt_stax.branching import FanInConcat, FanInSum, FanOut
+from nt_stax.combinators import parallel, repeat, serial
+from nt_stax.elementwise import (
+    ABRelu,
+    Abs,
+    Cos,
+    Elementwise,
+    ElementwiseNumerical,
+    Erf,
+    Exp,
+    Gelu,
+    LeakyRelu,
+    Rbf,
+    Relu,
+    Sin,
+)
+from nt_stax.linear import Conv, Dense, Dropout, Flatten, Identity
+from nt_stax.normalization import LayerNorm
+from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
+from nt_stax.windows import Padding
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ABRelu",
+    "Abs",
+    "AttentionMechanism",
+    "AvgPool",
+    "Bool",
+    "Conv",
+    "Cos",
+    "Dense",
+    "Diagonal",
+    "Dropout",
+    "Elementwise",
+    "ElementwiseNumerical",
+    "Erf",
+    "Exp",
+    "FanInConcat",
+    "FanInSum",
+    "FanOut",
+    "Flatten",
+    "Gelu",
+    "GlobalAvgPool",
+    "GlobalSelfAttention",
+    "GlobalSumPool",
+    "Identity",
+    "LayerNorm",
+    "LeakyRelu",
+    "MaskedArray",
+    "Padding",
+    "PositionalEmbedding",
+    "Rbf",
+    "Relu",
+    "Sin",
+    "SumPool",
+    "layer",
+    "parallel",
+    "repeat",
+    "requires",
+    "serial",
+    "supports_masking",
+    "unmask_fn",
+]

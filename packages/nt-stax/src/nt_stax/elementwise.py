@@ -1,0 +1,255 @@
+"""Nonlinearities, applied to every entry of Gaussian pre-activations.
+
+Each needs a layer with weights (`Dense`, `Conv`, ...) before it, whose outputs are Gaussian in the infinite-width
+limit. With `(u, v)` Gaussian of zero mean and the covariance of the pre-activations, the covariance of the outputs is
+`E f(u) f(v)`, and the tangent kernel is multiplied by `E f'(u) f'(v)`: see `nt_core.activations`.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from nt_core import activations, steps
+from nt_core.layer import layer, supports_masking
+from nt_core.requirements import Bool, Diagonal
+from nt_core.rules import Rule, step_rule
+
+_REQUIREMENTS = {"diagonal_spatial": Diagonal(input=Bool.YES, output=Bool.NO)}
+_TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def ABRelu(a: float, b: float, do_stabilize: bool = False):
+    """Piecewise linear nonlinearity `f(x) = a min(x, 0) + b max(x, 0)`, see arXiv:1711.09090.
+
+    Args:
+      a: slope at negative inputs.
+      b: slope at positive inputs.
+      do_stabilize: accepted for compatibility, and needless: covariances are divided by the variances before anything
+        that could overflow, so they may be as large and as small as their data type holds.
+
+    >>> from nt_stax import ABRelu, Dense, serial
+    >>> _, _, kernel_fn = serial(Dense(512), ABRelu(a=-1.0, b=2.0))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
+    [[2.5]]
+    """
+    return _elementwise(lambda x: a * jnp.minimum(x, 0) + b * jnp.maximum(x, 0), activations.ABRelu(a, b))
+
+
+def Relu(do_stabilize: bool = False):
+    """Rectified linear unit, `f(x) = max(x, 0)`; see `ABRelu`.
+
+    >>> from nt_stax import Dense, Relu, serial
+    >>> init_fn, apply_fn, kernel_fn = serial(Dense(512, W_std=2.0**0.5), Relu())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(6))
+    [[1.]]
+    """
+    return ABRelu(0.0, 1.0, do_stabilize)
+
+
+def LeakyRelu(alpha: float, do_stabilize: bool = False):
+    """Leaky rectified linear unit, `f(x) = alpha min(x, 0) + max(x, 0)`; see `ABRelu`.
+
+    >>> from nt_stax import LeakyRelu
+    >>> _, apply_fn, _ = LeakyRelu(0.5)
+    >>> print(apply_fn((), jnp.array([[-2.0, 2.0]])))
+    [[-1.  2.]]
+    """
+    return ABRelu(alpha, 1.0, do_stabilize)
+
+
+def Abs(do_stabilize: bool = False):
+    """Absolute value, `f(x) = |x|`; see `ABRelu`.
+
+    >>> from nt_stax import Abs, Dense, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Abs())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
+    [[1.]]
+    """
+    return ABRelu(-1.0, 1.0, do_stabilize)
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Erf(a: float = 1.0, b: float = 1.0, c: float = 0.0):
+    """Error function, `f(x) = a erf(b x) + c`.
+
+    With a variance of 1/2 and `a = b = 1` the covariance of a sample with itself is `(2 / pi) asin(1 / 2) = 1 / 3`:
+
+    >>> from nt_stax import Dense, Erf, serial
+    >>> _, _, kernel_fn = serial(Dense(512, W_std=0.5**0.5), Erf())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
+    [[0.3333]]
+    """
+    return _elementwise(lambda x: a * jax.scipy.special.erf(b * x) + c, activations.Erf(a, b, c))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Sin(a: float = 1.0, b: float = 1.0, c: float = 0.0):
+    """Sine, `f(x) = a sin(b x + c)`.
+
+    >>> from nt_stax import Dense, Sin, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Sin())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # (1 - exp(-2)) / 2
+    [[0.4323]]
+    """
+    return _elementwise(lambda x: a * jnp.sin(b * x + c), activations.Sin(a, b, c))
+
+
+def Cos(a: float = 1.0, b: float = 1.0, c: float = 0.0):
+    """Cosine, `f(x) = a cos(b x + c)`; a `Sin` of another phase.
+
+    >>> from nt_stax import Cos, Dense, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Cos())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # (1 + exp(-2)) / 2
+    [[0.5677]]
+    """
+    return Sin(a, b, c + jnp.pi / 2)
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Rbf(gamma: float = 1.0):
+    """Random features of the squared exponential kernel, `f(x) = sqrt(2) sin(sqrt(2 gamma) x + pi / 4)`.
+
+    The covariance of the outputs is `exp(-gamma (q1 + q2 - 2 k))`, with `q1, q2` the variances and `k` the covariance
+    of the inputs: after a `Dense` layer without a bias, `exp(-gamma W_std^2 |x1 - x2|^2 / n_channels)`.
+
+    >>> from nt_stax import Dense, Rbf, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Rbf(gamma=0.5))
+    >>> print(kernel_fn(jnp.ones((1, 2)), jnp.zeros((1, 2)), "nngp").round(4))  # exp(-1 / 2)
+    [[0.6065]]
+    """
+    return _elementwise(lambda x: 2**0.5 * jnp.sin((2 * gamma) ** 0.5 * x + jnp.pi / 4), activations.Rbf(gamma))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Gelu(approximate: bool = False):
+    """Gaussian error linear unit, `f(x) = x Phi(x)` with `Phi` the normal distribution function; see arXiv:2002.08517.
+
+    Args:
+      approximate: the finite network uses the tanh approximation of `Phi`. The kernel is that of the exact function in
+        either case.
+
+    >>> from nt_stax import Gelu
+    >>> _, apply_fn, _ = Gelu()
+    >>> print(apply_fn((), jnp.array([[1.0]])).round(4))
+    [[0.8413]]
+    """
+    return _elementwise(lambda x: jax.nn.gelu(x, approximate=approximate), activations.Gelu())
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Exp(a: float = 1.0, b: float = 1.0):
+    """Exponential function, `f(x) = a exp(b x)`.
+
+    >>> from nt_stax import Dense, Exp, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Exp(b=0.5))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # exp(1 / 2)
+    [[1.6487]]
+    """
+    return _elementwise(lambda x: a * jnp.exp(b * x), activations.Exp(a, b))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Elementwise(
+    fn: Callable[[Any], Any] | None = None,
+    nngp_fn: Callable[[Any, Any, Any], Any] | None = None,
+    d_nngp_fn: Callable[[Any, Any, Any], Any] | None = None,
+):
+    """A nonlinearity of the user's, with its covariance given as a function. See arXiv:2209.04121 for many of them.
+
+    Args:
+      fn: `f`, from a number to a number. May be missing if the finite network is not needed.
+      nngp_fn: `nngp_fn(cov12, var1, var2)` is `E f(u) f(v)` for `u, v` of variances `var1, var2` and covariance
+        `cov12`, all of them numbers. May be missing if the kernel is not needed.
+      d_nngp_fn: its derivative with respect to `cov12`, which is `E f'(u) f'(v)`. Found by automatic differentiation,
+        with a warning, if missing: this is slower, and may be NaN where `nngp_fn` is not differentiable, e.g. at equal
+        inputs.
+
+    Raises:
+      ValueError: neither `fn` nor `nngp_fn` is given.
+      NotImplementedError: a function that is missing is needed, when `apply_fn` or `kernel_fn` is called.
+
+    >>> from nt_stax import Dense, Elementwise, serial
+    >>> square = Elementwise(
+    ...     fn=lambda x: x**2,
+    ...     nngp_fn=lambda cov12, var1, var2: var1 * var2 + 2 * cov12**2,
+    ...     d_nngp_fn=lambda cov12, var1, var2: 4 * cov12)
+    >>> _, _, kernel_fn = serial(Dense(512), square)
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
+    [[3.]]
+    """
+    if fn is None and nngp_fn is None:
+        raise ValueError("Elementwise needs `fn` for a finite network, `nngp_fn` for a kernel, or both; got neither.")
+    if nngp_fn is None:
+        return _elementwise(_scalar_function(fn), None)
+    if d_nngp_fn is None:
+        warnings.warn(
+            "Elementwise without `d_nngp_fn`: the tangent kernel will differentiate `nngp_fn` automatically, which is "
+            "slower and can be NaN at equal inputs.",
+            stacklevel=_TO_CALLER,
+        )
+    return _elementwise(_scalar_function(fn), activations.Elementwise(nngp_fn, d_nngp_fn))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any], Any] | None = None):
+    """A nonlinearity of the user's, with its covariance computed by Gauss-Hermite quadrature.
+
+    Args:
+      fn: `f`, from a number to a number.
+      deg: number of nodes in each of the two directions of the integral. The rule is exact for polynomials up to degree
+        `2 deg - 1`, accurate for smooth functions, and poor for functions with kinks or jumps.
+      df: the derivative of `f`. Found by automatic differentiation, with a warning, if missing.
+
+    >>> from nt_stax import Dense, ElementwiseNumerical, serial
+    >>> _, _, kernel_fn = serial(Dense(512), ElementwiseNumerical(lambda x: x**2, deg=5, df=lambda x: 2 * x))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
+    [[3.]]
+    """
+    if deg < 1:
+        raise ValueError(f"ElementwiseNumerical needs at least one node, deg >= 1, got deg={deg}.")
+    if df is None:
+        warnings.warn(
+            "ElementwiseNumerical without `df`: the tangent kernel will differentiate `fn` automatically.",
+            stacklevel=_TO_CALLER,
+        )
+        df = jax.grad(fn)
+    fn, df = jnp.vectorize(fn), jnp.vectorize(df)
+    return _elementwise(fn, activations.ElementwiseNumerical(fn, df, deg))
+
+
+def _elementwise(fn: Callable[[Array], Array], activation: activations.Activation | None):
+    """A layer without parameters that applies `fn`; without a kernel if there is no `activation`."""
+
+    def init_fn(rng, input_shape):
+        return input_shape, ()
+
+    def apply_fn(params, inputs, **kwargs):
+        return fn(inputs)
+
+    if activation is None:
+        return init_fn, apply_fn, Rule("Elementwise", emit=_no_kernel)
+    return init_fn, apply_fn, step_rule(steps.Dual(activation), _REQUIREMENTS)
+
+
+def _scalar_function(fn: Callable[[Any], Any] | None) -> Callable[[Array], Array]:
+    return _no_function if fn is None else jnp.vectorize(fn)
+
+
+def _no_function(inputs):
+    raise NotImplementedError("This Elementwise layer has no finite network: give it `fn`, the function to be applied.")
+
+
+def _no_kernel(builder, value):
+    raise NotImplementedError("This Elementwise layer has no kernel: give it `nngp_fn(cov12, var1, var2)`.")

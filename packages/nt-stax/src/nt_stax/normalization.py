@@ -1,0 +1,144 @@
+"""Layer normalisation."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from nt_core import steps
+from nt_core.kernel import Kernel
+from nt_core.layer import layer, supports_masking
+from nt_core.layouts import interleave_ones, zipped_diagonal
+from nt_core.rules import NoStep, Rule
+from nt_core.spec import Spec
+
+
+@layer
+@supports_masking(remask_kernel=False)
+def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: int = 0, channel_axis: int = -1):
+    """Layer normalisation, `(x - mean) / sqrt(eps + variance)` over some axes (arXiv:1607.06450).
+
+    Of an infinitely wide Gaussian layer the mean is zero, and the variance `v` of a sample is the average over the
+    normalised positions of its covariance with itself: a covariance of two samples, and their tangent kernel, are
+    divided by `sqrt((eps + v1) (eps + v2))`. Masked entries count neither for the mean nor for the variance.
+
+    Args:
+      axis: the axes to be normalised over. The channel axis must be among them. With the batch axis, the statistics are
+        those of all samples of a batch together.
+      eps: added to the variance.
+      batch_axis: batch axis of the inputs.
+      channel_axis: channel axis of the inputs.
+
+    Raises:
+      ValueError: the channel axis is not in `axis`, or `axis` does not fit the inputs.
+      NotImplementedError: the kernel of inputs that are not Gaussian, or masked in some channels only.
+
+    >>> from nt_stax import Dense, LayerNorm, serial
+    >>> _, _, kernel_fn = serial(Dense(512, W_std=3.0), LayerNorm())
+    >>> print(kernel_fn(jnp.ones((1, 3)), 2 * jnp.ones((1, 3)), "nngp").round(4))
+    [[1.]]
+    """
+
+    def init_fn(rng, input_shape):
+        _normalized_axes(axis, len(input_shape), channel_axis)
+        return input_shape, ()
+
+    def apply_fn(params, inputs, *, mask=None, **kwargs):
+        axes = _normalized_axes(axis, inputs.ndim, channel_axis)
+        mean = _mean(inputs, axes, mask)
+        variance = _mean((inputs - mean) ** 2, axes, mask)
+        return (inputs - mean) / jnp.sqrt(eps + variance)
+
+    def step(spec: Spec) -> steps.Normalize:
+        axes = _normalized_axes(axis, spec.ndim, channel_axis)
+        return steps.Normalize(eps, tuple(i for i, a in enumerate(spec.spatial_axes) if a in axes))
+
+    def is_over_batch(spec: Spec) -> bool:
+        return spec.batch_axis in _normalized_axes(axis, spec.ndim, channel_axis)
+
+    def emit(builder, value):
+        if is_over_batch(value.spec):
+            raise NoStep
+        return builder.add(step(value.spec), value)
+
+    def function(kernel: Kernel, **kwargs) -> Kernel:
+        if kernel.is_reversed:
+            return function(kernel.reverse()).reverse()
+        return _normalize(kernel, step(kernel.spec), is_over_batch(kernel.spec))
+
+    requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+    return init_fn, apply_fn, Rule("LayerNorm", requirements, emit, function)
+
+
+def _normalized_axes(axis: int | Sequence[int], ndim: int, channel_axis: int) -> tuple[int, ...]:
+    """Returns the axes to be normalised over, non-negative and checked."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) < len(axes):
+        raise ValueError(f"LayerNorm: axis={axis} must name different axes of inputs of rank {ndim}.")
+    if channel_axis % ndim not in (a % ndim for a in axes):
+        raise ValueError(
+            f"LayerNorm: axis={axis} does not include the channel axis {channel_axis} of inputs of rank {ndim}, and "
+            "only averages over infinitely many channels have a limit. Add it to `axis`."
+        )
+    return tuple(a % ndim for a in axes)
+
+
+def _mean(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
+    """Mean over the entries that are not masked, with axes of size 1 in the place of `axes`."""
+    if mask is None:
+        return jnp.mean(x, axes, keepdims=True)
+    valid = jnp.broadcast_to(~mask, x.shape)
+    count = jnp.sum(valid, axes, keepdims=True, dtype=x.dtype)
+    return jnp.sum(x, axes, keepdims=True, where=valid) / jnp.maximum(count, 1)
+
+
+def _normalize(kernel: Kernel, step: steps.Normalize, over_batch: bool) -> Kernel:
+    spec = step.infer(kernel.spec)
+    axes = (0,) * over_batch + tuple(1 + i for i in step.space_axes)
+
+    def scale(cov, mask, shape):
+        """Returns `1 / sqrt(eps + variance)` as `(n, *space)`."""
+        variance = _variance(cov, spec)
+        total = step.eps + (_mean(variance, axes, _masked_positions(mask, shape, spec)) if axes else variance)
+        positive = total > 0  # with eps = 0, zero inputs stay zero
+        return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
+
+    scale1 = scale2 = scale(kernel.cov1, kernel.mask1, kernel.shape1)
+    if kernel.cov2 is not None:
+        scale2 = scale(kernel.cov2, kernel.mask2, kernel.shape2)
+
+    def rescale(k, first, second, same_sample=False):
+        if k is None or k.ndim == 0:  # not asked for; or the zero before any layer with parameters
+            return k
+        start, stop = int(same_sample), 1 if spec.diagonal_spatial else first.ndim
+        return k * interleave_ones(first, start, stop, second=False) * interleave_ones(second, start, stop, second=True)
+
+    return Kernel.from_spec(
+        spec,
+        nngp=rescale(kernel.nngp, scale1, scale2),
+        ntk=rescale(kernel.ntk, scale1, scale2),
+        cov1=rescale(kernel.cov1, scale1, scale1, spec.diagonal_batch),
+        cov2=rescale(kernel.cov2, scale2, scale2, spec.diagonal_batch),
+        x1_is_x2=kernel.x1_is_x2,
+        mask1=kernel.mask1,
+        mask2=kernel.mask2,
+    )
+
+
+def _variance(cov: Array, spec: Spec) -> Array:
+    """Returns the same-sample, same-position entries of a covariance as `(n, *space)`."""
+    if not spec.diagonal_batch:
+        cov = jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0)
+    return cov if spec.diagonal_spatial else zipped_diagonal(cov, 1)
+
+
+def _masked_positions(mask: Array | None, shape: tuple[int, ...], spec: Spec) -> Array | None:
+    """Returns the mask of activations of `shape` as `(n, *space)`."""
+    if mask is None:
+        return None
+    if mask.shape[spec.channel_axis] != 1:
+        raise NotImplementedError(
+            f"LayerNorm of inputs that are masked in some channels only has no kernel here, got a mask of shape "
+            f"{mask.shape} with channel axis {spec.channel_axis}."
+        )
+    masked = jnp.moveaxis(jnp.broadcast_to(mask, shape), (spec.batch_axis, spec.channel_axis), (0, -1))
+    return masked[..., 0]

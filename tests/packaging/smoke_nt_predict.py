@@ -1,0 +1,10 @@
+"""nt-predict in an environment of its own: a kernel matrix in, predictions out."""
+
+import jax.numpy as jnp
+import numpy as np
+from nt_predict import gradient_descent_mse
+
+k_train, y_train, k_test = jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.array([[1.0], [0.0]]), jnp.array([[1.0, 1.0]])
+train, test = gradient_descent_mse(k_train, y_train)(fx_train_0=0.0, fx_test_0=0.0, k_test_train=k_test)
+np.testing.assert_allclose(train, y_train, atol=1e-6)
+np.testing.assert_allclose(test, [[1 / 3]], rtol=1e-6)

@@ -1,0 +1,96 @@
+"""Fits the two polynomials behind the duals of the ReLU family and prints them as source code.
+
+    python tools/fit_relu_polynomials.py [python|c++]
+
+With w = 1 - |c| for a correlation c, the two functions that the arc-cosine kernels (Cho & Saul, 2009) need at negative
+correlations are
+
+    arccos(1 - w) / pi                                     = w^(1/2) P(w),
+    (sqrt(w (2 - w)) - (1 - w) arccos(1 - w)) / pi         = w^(3/2) Q(w),
+
+with P and Q analytic for |w| < 2. They are interpolated at Chebyshev nodes on [0, 1] in 60 digits, and the printed
+error is the largest relative one on a fine grid, of the polynomial itself ("fit") and of its evaluation in that
+precision.
+Needs mpmath and numpy.
+"""
+
+import sys
+
+import mpmath as mp
+import numpy as np
+
+# The lowest degrees whose error is well below half a unit in the last place.
+DEGREES = {"float32": {"P": 8, "Q": 7}, "float64": {"P": 18, "Q": 17}}
+
+
+def _p(w):
+    return mp.sqrt(2) / mp.pi if w == 0 else mp.acos(1 - w) / (mp.pi * mp.sqrt(w))
+
+
+def _q(w):
+    if w == 0:
+        return 2 * mp.sqrt(2) / (3 * mp.pi)
+    return (mp.sqrt(w * (2 - w)) - (1 - w) * mp.acos(1 - w)) / (mp.pi * w ** mp.mpf(1.5))
+
+
+def _interpolate(f, degree):
+    """Returns the coefficients, constant first, of the interpolant of `f` at the Chebyshev nodes of [0, 1]."""
+    nodes = [(1 - mp.cos(mp.pi * (2 * k + 1) / (2 * degree + 2))) / 2 for k in range(degree + 1)]
+    vandermonde = mp.matrix(degree + 1, degree + 1)
+    for i, node in enumerate(nodes):
+        for j in range(degree + 1):
+            vandermonde[i, j] = node**j
+    return list(mp.lu_solve(vandermonde, mp.matrix([f(node) for node in nodes])))
+
+
+def _horner(coefficients, w):
+    value = np.full_like(w, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * w + w.dtype.type(c)
+    return value
+
+
+def _errors(f, coefficients, dtype):
+    grid = np.linspace(0, 1, 2001).astype(dtype)
+    exact = [f(mp.mpf(float(w))) for w in grid]
+    fit = max(
+        abs(sum(c * mp.mpf(float(w)) ** k for k, c in enumerate(coefficients)) / e - 1)
+        for w, e in zip(grid, exact, strict=True)
+    )
+    rounded = _horner([dtype(float(c)) for c in coefficients], grid)
+    evaluated = max(abs(mp.mpf(float(v)) / e - 1) for v, e in zip(rounded, exact, strict=True))
+    return f"fit {mp.nstr(fit, 2)}, evaluated {mp.nstr(evaluated, 2)}"
+
+
+def _print_python(dtype, name, coefficients, note):
+    print(f"# {dtype} {name}: {note}")
+    print(f"{name}_{dtype.upper()} = (")
+    for c in coefficients:
+        print(f"    {float(c)!r},")
+    print(")")
+
+
+def _print_cpp(dtype, name, coefficients, note):
+    scalar = {"float32": "float", "float64": "double"}[dtype]
+    suffix = "f" if dtype == "float32" else ""
+    print(f"// {dtype} {name}: {note}")
+    print(f"inline constexpr {scalar} k{name}_{dtype}[] = {{")
+    for c in coefficients:
+        print(f"    {float(c)!r}{suffix},")
+    print("};")
+
+
+def _main():
+    language = sys.argv[1] if len(sys.argv) > 1 else "python"
+    if language not in ("python", "c++"):
+        sys.exit(f"The language should be 'python' or 'c++', got {language!r}.")
+    mp.mp.dps = 60
+    for dtype, degrees in DEGREES.items():
+        for name, f in (("P", _p), ("Q", _q)):
+            coefficients = _interpolate(f, degrees[name])
+            note = _errors(f, coefficients, np.dtype(dtype).type)
+            (_print_python if language == "python" else _print_cpp)(dtype, name, coefficients, note)
+
+
+if __name__ == "__main__":
+    _main()
