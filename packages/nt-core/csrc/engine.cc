@@ -271,17 +271,9 @@ class Engine {
             }
           }
           break;
-        case Op::kDual: {
-          T* root = plane(wide, Statistic::kRootHalfVariance, input);
-          T* reciprocal = plane(wide, Statistic::kReciprocalStd, input);
-          for (int64_t p = 0; p < n; ++p) {
-            const V v = load(half_in + p * kL);
-            store(root + p * kL, sqrt(v));
-            store(reciprocal + p * kL, if_positive(v, broadcast(T(1)) / sqrt(v + v), V{}));
-            if (half) store(half + p * kL, v * broadcast(coefficient[0]));
-          }
+        case Op::kDual:
+          with_dual(i, [&](const auto& dual) { prepare_dual(dual, half_in, n, plane(wide, Statistic::kDual, i), half); });
           break;
-        }
         case Op::kNormalize:
           normalize(value, half_in, coefficient[0], plane(wide, Statistic::kNormalizer, i),
                     plane(wide, Statistic::kNormalizedHalf, i), half);
@@ -385,6 +377,36 @@ class Engine {
           store(out, sum);
         }
       }
+    }
+  }
+
+  template <class Dual>
+  static void prepare_dual(const Dual& dual, const T* half_in, int64_t n, T* planes, T* half) {
+    for (int64_t p = 0; p < n; ++p) {
+      V of_sample[Dual::kPlanes];
+      const V after = dual.prepare(load(half_in + p * kL), of_sample);
+      for (int k = 0; k < Dual::kPlanes; ++k) store(planes + (k * n + p) * kL, of_sample[k]);
+      if (half) store(half + p * kL, after);
+    }
+  }
+
+  // Calls a function with the nonlinearity of a value.
+  template <class Call>
+  void with_dual(int value, const Call& call) const {
+    const T* c = job_.coefficients + program_.values[value].coefficient;
+    switch (program_.values[value].activation) {
+      case Activation::kAbRelu:
+        return call(AbRelu<T>(c));
+      case Activation::kErf:
+        return call(Erf<T>(c));
+      case Activation::kGelu:
+        return call(Gelu<T>(c));
+      case Activation::kSin:
+        return call(Sin<T>(c));
+      case Activation::kRbf:
+        return call(Rbf<T>(c));
+      case Activation::kExp:
+        return call(Exp<T>(c));
     }
   }
 
@@ -1090,11 +1112,9 @@ class Engine {
       const V* const no_tangents[3] = {zeros(work), zeros(work), zeros(work)};
       const auto call = [&](auto ntk, auto covariance) {
         linear_relu<T, kWide, ntk.value, covariance.value, kRows>(
-            n, d, has_ntk ? t : no_tangents, c[0] * mean, relu_of(target.value),
-            first<kWide>(work, Statistic::kRootHalfVariance, linear.value, at),
-            first<kWide>(work, Statistic::kReciprocalStd, linear.value, at),
-            second(work, Statistic::kRootHalfVariance, linear.value, at),
-            second(work, Statistic::kReciprocalStd, linear.value, at), d_out, t_out);
+            n, d, has_ntk ? t : no_tangents, c[0] * mean,
+            AbRelu<T>(job_.coefficients + program_.values[target.value].coefficient),
+            dual_rows<AbRelu<T>, kWide>(work, target.value, at), d_out, t_out);
       };
       return dispatch(t_out != nullptr, !target.deficit, call);
     }
@@ -1128,9 +1148,17 @@ class Engine {
     return at;
   }
 
-  AbRelu<T> relu_of(int value) const {
-    const T* c = job_.coefficients + program_.values[value].coefficient;
-    return {broadcast(c[0]), broadcast(c[1])};
+  template <class Dual, bool kWide>
+  DualRows<T, Dual::kPlanes> dual_rows(const Work& work, int value, const Place& at) const {
+    DualRows<T, Dual::kPlanes> rows;
+    const int64_t n = n_positions(at.geometry.space);
+    rows.first[0] = first<kWide>(work, Statistic::kDual, value, at);
+    rows.second[0] = second(work, Statistic::kDual, value, at);
+    for (int k = 1; k < Dual::kPlanes; ++k) {
+      rows.first[k] = {rows.first[0].at + k * n * (kWide ? kL : rows_)};
+      rows.second[k] = {rows.second[0].at + k * n * kL, rows.second[0].stride};
+    }
+    return rows;
   }
 
   template <class Call>
@@ -1160,16 +1188,15 @@ class Engine {
         work.scratch.d[0] = d;
         work.scratch.t[0] = t;
         return finish_linear_rows<kWide, 1>(work, instance, -1, at, n, input.has_ntk);
-      case Kind::kDual: {
-        const int v = input.value;
-        const auto call = [&](auto ntk, auto covariance) {
-          relu_row<T, kWide, ntk.value, covariance.value>(
-              n, d, t, relu_of(instance.value), first<kWide>(work, Statistic::kRootHalfVariance, v, at),
-              first<kWide>(work, Statistic::kReciprocalStd, v, at), second(work, Statistic::kRootHalfVariance, v, at),
-              second(work, Statistic::kReciprocalStd, v, at), d_out, t_out);
-        };
-        return dispatch(t_out != nullptr, !instance.deficit, call);
-      }
+      case Kind::kDual:
+        return with_dual(instance.value, [&](const auto& dual) {
+          using Dual = std::decay_t<decltype(dual)>;
+          static_assert(Dual::kPlanes > 0);
+          const auto rows = dual_rows<Dual, kWide>(work, instance.value, at);
+          dispatch(t_out != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
+            dual_row<T, Dual, kWide, ntk.value, covariance.value>(n, d, t, dual, rows, d_out, t_out);
+          });
+        });
       case Kind::kNormalize: {
         const auto r1 = first<kWide>(work, Statistic::kNormalizer, instance.value, at);
         const auto r2 = second(work, Statistic::kNormalizer, instance.value, at);

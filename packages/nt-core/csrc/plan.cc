@@ -379,12 +379,8 @@ Record make_record(const Program& program) {
     const Value& value = program.values[i];
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
-    const int input = value.inputs.empty() ? -1 : value.inputs[0];
     if (value.op == Op::kLinear && value.needs) record.add(Statistic::kHalfAverage, i, n);
-    if (value.op == Op::kDual) {
-      record.add(Statistic::kRootHalfVariance, input, n);
-      record.add(Statistic::kReciprocalStd, input, n);
-    }
+    if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * sizes_of(value.activation).planes);
     if (value.op == Op::kNormalize) {
       record.add(Statistic::kNormalizer, i, n);
       record.add(Statistic::kNormalizedHalf, i, n);

@@ -18,8 +18,7 @@ namespace nt {
 enum class Statistic {
   kHalfVariance,         // var / 2
   kHalfAverage,          // of a linear step: half the average of its input's variances over each window
-  kRootHalfVariance,     // sqrt(var / 2)
-  kReciprocalStd,        // 1 / sqrt(var), and 0 for var = 0
+  kDual,                 // of a dual: what it wants to know, several planes
   kNormalizer,           // of a normalization: 1 / sqrt(mean(var + eps))
   kNormalizedHalf,       // of a normalization: var / 2 times the normalizer
   kOwnDeficit,           // of a pool: the pooled deficit of each window with itself
@@ -42,7 +41,7 @@ class Record {
   int64_t size() const { return size_; }
 
  private:
-  using Starts = std::array<int64_t, 8>;
+  using Starts = std::array<int64_t, 7>;
   static Starts none() {
     Starts starts;
     starts.fill(-1);

@@ -65,7 +65,7 @@ int coefficients_of(const Value& value) {
     case Op::kLinear:
       return 4;
     case Op::kDual:
-      return 2;
+      return sizes_of(value.activation).coefficients;
     case Op::kNormalize:
       return 1;
     case Op::kCombine:
@@ -158,7 +158,7 @@ Program decode_program(const int64_t* code, int64_t length) {
         read_windows(reader, value);
         break;
       case Op::kDual:
-        value.activation = static_cast<Activation>(reader.next(0, 0, "an activation"));
+        value.activation = static_cast<Activation>(reader.next(0, static_cast<int>(Activation::kExp), "an activation"));
         break;
       case Op::kPool:
         value.mean = reader.flag("mean");

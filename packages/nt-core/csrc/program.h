@@ -21,7 +21,17 @@ struct Window {
 
 enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine };
 
-enum class Activation { kAbRelu };
+enum class Activation { kAbRelu, kErf, kGelu, kSin, kRbf, kExp };
+
+// How many coefficients it has, and how many numbers it wants to have of each sample and position.
+struct ActivationSizes {
+  int coefficients, planes;
+};
+inline constexpr ActivationSizes kActivationSizes[] = {{2, 2}, {3, 5}, {0, 6}, {5, 2}, {1, 1}, {2, 2}};
+
+inline constexpr ActivationSizes sizes_of(Activation activation) {
+  return kActivationSizes[static_cast<int>(activation)];
+}
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {

@@ -7,9 +7,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from nt_core.activations import ABRelu
+from nt_core.activations import ABRelu, Activation, Erf, Exp, Gelu, Rbf, Sin
 from nt_core.backends.base import Request
 from nt_core.backends.xla.block import needs_variance
 from nt_core.program import Node, Program
@@ -19,7 +20,6 @@ from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Norm
 
 _ENCODING = 1
 _INPUTS, _MATERIALISED, _LINEAR, _DUAL, _POOL, _FLATTEN, _NORMALIZE, _COMBINE = range(8)
-_AB_RELU = 0
 _MAX_AXES = 3
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
 _MAX_POOLED_PAIRS = 2**21
@@ -186,11 +186,8 @@ class _Encoder:
         self._add(_LINEAR, number, space, node.inputs, [follows, *(i for w in windows for i in w)], coefficients)
 
     def _dual(self, number: int, node: Node, step: Dual, space: tuple[int, ...]) -> None:
-        if not isinstance(step.activation, ABRelu):
-            raise Refused(f"the dual of {type(step.activation).__name__} is not native")
-        a, b = step.activation.a, step.activation.b
-        slope, kink = (a * a + b * b) / 2, (a - b) * (a - b) / 2
-        self._add(_DUAL, number, space, node.inputs, [_AB_RELU], [slope, kink])
+        activation, coefficients = _activation(step.activation)
+        self._add(_DUAL, number, space, node.inputs, [activation], coefficients)
 
     def _pool(self, number: int, node: Node, step: Pool | GlobalPool, before: Spec, space: tuple[int, ...]) -> None:
         if before.diagonal_spatial:
@@ -250,6 +247,24 @@ class _Encoder:
         numbers = [self._number[i] for i in inputs]
         count = [len(numbers)] if op not in (_INPUTS, _MATERIALISED) else []
         self._values.append([op, self._needs[number], start, *space, *count, *numbers, *map(int, parameters)])
+
+
+def _activation(activation: Activation) -> tuple[int, list[Any]]:
+    """The number of an activation and its coefficients, as the classes of csrc/duals.h expect them."""
+    match activation:
+        case ABRelu(a, b):
+            return 0, [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
+        case Erf(a, b, c):
+            return 1, [a * a * (2 / math.pi), 2 * b * b, c * c]
+        case Gelu():
+            return 2, []
+        case Sin(a, b, c):
+            return 3, [a * a / 2, b * b, jnp.cos(2 * c), 2 * jnp.cos(c) ** 2, jnp.sin(c) ** 2]
+        case Rbf(gamma):
+            return 4, [2 * gamma]
+        case Exp(a, b):
+            return 5, [a * a, b * b]
+    raise Refused(f"the dual of {type(activation).__name__} is not native")
 
 
 def _pairs_of_different_positions(program: Program) -> list[bool]:
