@@ -290,6 +290,18 @@ class Engine {
             }
           }
           break;
+        case Op::kMultiply:
+          if (half) {
+            for (int64_t p = 0; p < n; ++p) {
+              V product = load(half_in + p * kL);
+              for (size_t k = 1; k < value.inputs.size(); ++k) {
+                const T* in = plane(wide, Statistic::kHalfVariance, value.inputs[k]);
+                product *= load(in + p * kL) * broadcast(T(2));
+              }
+              store(half + p * kL, product);
+            }
+          }
+          break;
         case Op::kFlatten:
           if (half) {
             const int64_t n_in = n_positions(program_.values[input].space);
@@ -1215,14 +1227,14 @@ class Engine {
         to_other<kWide>(work, instance.value, at, n, d, d_out);
         if (t_out && t_out != t) std::copy(t, t + n, t_out);
         return;
+      case Kind::kMultiply:
+        return multiply<kWide>(work, instance, value, at, n, d_out, t_out);
       default:
         combine(work, instance, value, at, n, d_out, t_out);
     }
   }
 
-  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, int n, V* d_out,
-               V* t_out) const {
-    const T* weights = job_.coefficients + value.coefficient;
+  void gather_branches(Work& work, const Instance& instance, const Place& at) const {
     auto& rows = work.scratch.branches_d;
     auto& rows_t = work.scratch.branches_t;
     rows.clear();
@@ -1232,6 +1244,14 @@ class Engine {
       rows.push_back(in.row_d(at.z, at.y));
       rows_t.push_back(in.row_t(at.z, at.y));
     }
+  }
+
+  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, int n, V* d_out,
+               V* t_out) const {
+    const T* weights = job_.coefficients + value.coefficient;
+    gather_branches(work, instance, at);
+    const auto& rows = work.scratch.branches_d;
+    const auto& rows_t = work.scratch.branches_t;
     for (int x = 0; x < n; ++x) {
       V sum{}, sum_t{};
       for (size_t k = 0; k < rows.size(); ++k) {
@@ -1240,6 +1260,47 @@ class Engine {
       }
       d_out[x] = sum;
       if (t_out) t_out[x] = sum_t;
+    }
+  }
+
+  // Branch by branch, as `_multiply` in nt_core/backends/xla/block.py.
+  template <bool kWide>
+  void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, int n, V* d_out,
+                V* t_out) const {
+    gather_branches(work, instance, at);
+    const auto& rows = work.scratch.branches_d;
+    const auto& rows_t = work.scratch.branches_t;
+    const auto half1 = [&](size_t k, int x) {
+      return get<kWide>(first<kWide>(work, Statistic::kHalfVariance, value.inputs[k], at), x);
+    };
+    const auto half2 = [&](size_t k, int x) {
+      return get(second(work, Statistic::kHalfVariance, value.inputs[k], at), x);
+    };
+    for (int x = 0; x < n; ++x) {
+      V d = rows[0][x], t = rows_t[0] ? rows_t[0][x] : V{};
+      V h1{}, h2{}, k = d;  // halves of the variances, and the covariance, of the product so far
+      if (instance.deficit) {
+        h1 = half1(0, x);
+        h2 = half2(0, x);
+        k = h1 + h2 - d;
+      }
+      for (size_t i = 1; i < rows.size(); ++i) {
+        V other = rows[i][x];
+        if (instance.deficit) {
+          const V g1 = half1(i, x), g2 = half2(i, x), deficit = other;
+          other = g1 + g2 - deficit;
+          d = fma(h1 - h2, g1 - g2, fma(h1 + h2, deficit, d * other));
+          h1 *= g1 + g1;
+          h2 *= g2 + g2;
+        } else {
+          d *= other;
+        }
+        t *= other;
+        if (rows_t[i]) t = fma(rows_t[i][x], k, t);
+        k *= other;
+      }
+      d_out[x] = d;
+      if (t_out) t_out[x] = t;
     }
   }
 

@@ -109,6 +109,9 @@ class StageBuilder {
       case Op::kNormalize:
         made.kind = Kind::kNormalize;
         break;
+      case Op::kMultiply:
+        made.kind = Kind::kMultiply;
+        break;
       default:
         made.kind = Kind::kCombine;
     }

@@ -87,7 +87,7 @@ struct Rectangle {
 };
 
 // A value in the geometry in which a stage needs it: at `scale` times the offset of the stage.
-enum class Kind { kLoad, kLinear, kDual, kNormalize, kCombine, kToCovariance };
+enum class Kind { kLoad, kLinear, kDual, kNormalize, kCombine, kMultiply, kToCovariance };
 struct Instance {
   Kind kind;
   int value;

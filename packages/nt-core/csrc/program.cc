@@ -107,7 +107,8 @@ void check(const Program& program) {
           if (program.values[input].space != value.space) malformed("sizes of images disagree");
         }
     }
-    if (value.op != Op::kCombine && value.inputs.size() != 1) malformed("a step reads more than one value");
+    const bool joins = value.op == Op::kCombine || value.op == Op::kMultiply;
+    if (!joins && value.inputs.size() != 1) malformed("a step reads more than one value");
     for (int input : value.inputs) {
       const bool reads_variance = value.needs || value.op == Op::kDual || value.op == Op::kNormalize;
       if (reads_variance && !program.values[input].needs) malformed("variances are missing");
@@ -134,7 +135,7 @@ Program decode_program(const int64_t* code, int64_t length) {
   program.output = reader.next(0, n_values - 1, "the output");
   for (int i = 0; i < n_values; ++i) {
     Value value;
-    value.op = static_cast<Op>(reader.next(0, static_cast<int>(Op::kCombine), "a step"));
+    value.op = static_cast<Op>(reader.next(0, static_cast<int>(Op::kMultiply), "a step"));
     const bool is_source = value.op == Op::kInputs || value.op == Op::kMaterialised;
     if (is_source != (i < program.n_sources)) malformed("sources come first");
     value.needs = reader.flag("needs");

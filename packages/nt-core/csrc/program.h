@@ -19,7 +19,7 @@ struct Window {
   int extent() const { return (taps - 1) * dilation + 1; }
 };
 
-enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine };
+enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine, kMultiply };
 
 enum class Activation { kAbRelu, kErf, kGelu, kSin, kRbf, kExp };
 

@@ -85,6 +85,17 @@ def residual(spec):
     return builder.build(builder.add(steps.GlobalPool(MEAN), x))
 
 
+def products(spec):
+    """Products of two and of three branches, before and after a nonlinearity."""
+    builder = Builder()
+    x = builder.add(conv(), builder.source(spec))
+    gate = builder.add(RELU, builder.add(conv((1, 1)), x))
+    x = builder.add(conv(), builder.add(steps.Multiply(), x, gate))
+    y = builder.add(ABS, x)
+    x = builder.add(steps.Multiply(), y, builder.add(RELU, builder.add(dense(), y)), builder.add(conv(b_var=None), y))
+    return builder.build(builder.add(dense(), builder.add(steps.GlobalPool(MEAN), x)))
+
+
 def inputs(space, n1, n2, dtype, seed=0):
     random = np.random.default_rng(seed)
     return random.normal(size=(n1, *space, 3)).astype(dtype), random.normal(size=(n2, *space, 3)).astype(dtype)
@@ -149,6 +160,14 @@ class Conformance:
         self.agree(
             run(program, x1, x2, implementation=self.implementation), dense_reference.propagate(program, x1, x2), 1e-12
         )
+
+    def test_products(self, x64):
+        x1, x2 = inputs((5, 4), 3, 2, "float64")
+        program = products(spec_of(x1, x2))
+        expected = dense_reference.propagate(program, x1, x2)
+        self.agree(run(program, x1, x2, implementation=self.implementation), expected, 1e-12)
+        own = run(products(spec_of(x1, x1)), x1, None, implementation=self.implementation)
+        np.testing.assert_array_equal(own.ntk, own.ntk.T)
 
     def test_only_what_is_asked_for(self):
         x1, x2 = inputs((6, 6), 3, 2, "float32")

@@ -7,7 +7,7 @@ deficits) are propagated. Slow, and meant to be read.
 import itertools
 
 import numpy as np
-from nt_core.steps import Combine, Conv, Dense, Dual, Flatten, GlobalPool, Normalize, Pool, window_pads, window_space
+from nt_core.steps import Combine, Conv, Dense, Dual, Flatten, GlobalPool, Multiply, Normalize, Pool, window_pads, window_space
 
 
 def propagate(program, x1, x2):
@@ -58,6 +58,11 @@ def _step(step, inputs, spec):
                 sum(w * part for w, part in zip(step.weights, parts, strict=True))
                 for parts in zip(*inputs, strict=True)
             )
+        case Multiply():
+            for other in inputs[1:]:
+                ntk = ntk * other[0] + nngp * other[1]
+                nngp, cov1, cov2 = nngp * other[0], cov1 * other[2], cov2 * other[3]
+            return nngp, ntk, cov1, cov2
         case Pool():
             return tuple(_pool(k, step, spec) for k in inputs[0])
         case GlobalPool():

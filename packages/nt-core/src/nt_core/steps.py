@@ -262,6 +262,20 @@ class Combine(Step):
         )
 
 
+@step
+class Multiply(Step):
+    """The product of independent branches: `K = prod_i K_i`, `T = sum_i T_i prod_{j != i} K_j`."""
+
+    def infer(self, *specs: Spec) -> Spec:
+        first = specs[0]
+        reversals = sum(s.is_reversed for s in specs)
+        return first.replace(
+            is_gaussian=first.is_gaussian and len(specs) == 1,
+            is_reversed=reversals > len(specs) / 2,
+            is_input=False,
+        )
+
+
 def window_pads(
     space: Sequence[int], window: Sequence[int], strides: Sequence[int], padding: str | Pads, dilation: Sequence[int]
 ) -> Pads:

@@ -16,10 +16,10 @@ from nt_core.backends.xla.block import needs_variance
 from nt_core.program import Node, Program
 from nt_core.sources import Inputs, Source
 from nt_core.spec import Spec
-from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Normalize, Pool, window_pads
+from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Multiply, Normalize, Pool, window_pads
 
 _ENCODING = 1
-_INPUTS, _MATERIALISED, _LINEAR, _DUAL, _POOL, _FLATTEN, _NORMALIZE, _COMBINE = range(8)
+_INPUTS, _MATERIALISED, _LINEAR, _DUAL, _POOL, _FLATTEN, _NORMALIZE, _COMBINE, _MULTIPLY = range(9)
 _MAX_AXES = 3
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
 _MAX_POOLED_PAIRS = 2**21
@@ -168,6 +168,8 @@ class _Encoder:
                 self._add(_NORMALIZE, number, space, node.inputs, flags, [step.eps])
             case Combine():
                 self._add(_COMBINE, number, space, node.inputs, [], step.weights)
+            case Multiply():
+                self._add(_MULTIPLY, number, space, node.inputs, [])
             case _:
                 raise Refused(f"it does not know the step {type(step).__name__}")
 

@@ -1,7 +1,9 @@
 """Evaluates a program on a block of pairs of samples."""
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +16,7 @@ from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts, windows
 from nt_core.program import Node, Program
 from nt_core.spec import Spec
-from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Normalize, Pool
+from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Multiply, Normalize, Pool
 
 # Images with fewer positions are pooled from all their pairs at once: the loop over planes would cost more.
 _MIN_POSITIONS_FOR_PLANES = 32
@@ -170,6 +172,8 @@ class Block:
                 return self._normalize(number, node, inputs[0], after)
             case Combine():
                 return self._combine(number, node, inputs, after)
+            case Multiply():
+                return self._multiply(number, node, inputs, after)
         raise NotImplementedError(f"The xla backend does not know the step {type(node.step).__name__}.")
 
     def _repeated(self, number: int, node: Node, x: Pairs, geometry: Geometry) -> Pairs:
@@ -263,6 +267,26 @@ class Block:
         values = [w * x.value for w, x in zip(step.weights, inputs, strict=True)]
         ntks = [w * x.ntk for w, x in zip(step.weights, inputs, strict=True) if x.ntk is not None]
         return Pairs(sum(values[1:], values[0]), sum(ntks[1:], ntks[0]) if ntks else None)
+
+    def _multiply(self, number: int, node: Node, inputs: list[Pairs], geometry: Geometry) -> Pairs:
+        as_deficit = self._needs[number]
+        covariances = [self._as_covariance(i, x, geometry).value for i, x in zip(node.inputs, inputs, strict=True)]
+        (value, ntk), covariance = inputs[0], covariances[0]
+        variances = self._variances(node.inputs[0]) if as_deficit else None
+        if not as_deficit:
+            value = covariance
+        for i, factor, other in zip(node.inputs[1:], inputs[1:], covariances[1:], strict=True):
+            terms = [t * k for t, k in ((ntk, other), (factor.ntk, covariance)) if t is not None]
+            ntk = sum(terms[1:], terms[0]) if terms else None
+            if variances is None:
+                value = value * other
+            else:  # the mean of the products of variances is that of the means, and what their differences add
+                variances2 = self._variances(i)
+                apart = [geometry.first(a) - geometry.second(b) for a, b in (variances, variances2)]
+                value = _mean(variances, geometry) * factor.value + value * other + apart[0] * apart[1] / 4
+                variances = (variances[0] * variances2[0], variances[1] * variances2[1])
+            covariance = covariance * other
+        return Pairs(value, ntk)
 
     def _variances(self, number: int) -> tuple[Array, Array]:
         return self._first.variance[number], self._second.variance[number]
@@ -537,6 +561,8 @@ def _variance_after(node: Node, spec: Spec, variances: list[Array]) -> Array:
         case Combine():
             terms = [w * v for w, v in zip(step.weights, variances, strict=True)]
             return sum(terms[1:], terms[0])
+        case Multiply():
+            return functools.reduce(operator.mul, variances)
         case Flatten():
             return jnp.mean(var, tuple(range(len(spec.space))))
         case Pool() | GlobalPool():

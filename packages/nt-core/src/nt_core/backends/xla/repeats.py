@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nt_core.program import Node, Program
-from nt_core.steps import Combine, Conv, Dense, Dual, Normalize, Step, static, step
+from nt_core.steps import Combine, Conv, Dense, Dual, Multiply, Normalize, Step, static, step
 
 _MAX_PERIOD = 24
 _MIN_REPEATS = 3
@@ -84,7 +84,7 @@ def _is_block(program: Program, needs: tuple[bool, ...], read_by: list[set[int]]
     (source,) = entry
     spec = program.spec(source)
     same_space = all(node.spec.space == spec.space for node in nodes)
-    known = all(isinstance(node.step, Dense | Conv | Dual | Normalize | Combine) for node in nodes)
+    known = all(isinstance(node.step, Dense | Conv | Dual | Normalize | Combine | Multiply) for node in nodes)
     keeps_axes = all(getattr(node.step, "axes_out", None) is None for node in nodes)
     private = all(read_by[i] <= set(inside) for i in inside[:-1])
     loops = _plain(nodes[-1].spec) == _plain(spec) and needs[source] == needs[inside[-1]]
