@@ -108,6 +108,13 @@ UNBIASED = {
             stax.FanOut(2), stax.parallel(dense(width), dense(width, 0.8, None)), stax.FanInSum(), stax.Relu()
         )
     ),
+    "FanInProd": Case(
+        lambda width: stax.serial(
+            stax.FanOut(2),
+            stax.parallel(dense(width), stax.serial(dense(width), stax.Relu())),
+            stax.FanInProd(),
+        )
+    ),
     "FanInConcat, channels": Case(
         lambda width: stax.serial(
             stax.FanOut(2),

@@ -41,6 +41,8 @@ Index3 times(const Index3& a, const Index3& b) { return {a[0] * b[0], a[1] * b[1
 
 int64_t position(const Index3& space, int z, int y, int x) { return (int64_t{z} * space[1] + y) * space[2] + x; }
 
+int64_t position(const Index3& space, const Index3& p) { return position(space, p[0], p[1], p[2]); }
+
 bool is_inside(int i, int size) { return i >= 0 && i < size; }
 
 // The positions of one axis that a pool's window `window`, of the output offset `delta`, takes from an offset plane.
@@ -600,8 +602,8 @@ class Engine {
     V* t = nullptr;
     int64_t stride = 0;
 
-    V* row_d(int z, int y) const { return d + (int64_t{z} * r.size[1] + y) * stride; }
-    V* row_t(int z, int y) const { return t ? t + (int64_t{z} * r.size[1] + y) * stride : nullptr; }
+    V* row_d(int z, int y, int x = 0) const { return d + (int64_t{z} * r.size[1] + y) * stride + x; }
+    V* row_t(int z, int y, int x = 0) const { return t ? row_d(z, y, x) + (t - d) : nullptr; }
   };
 
   // What is under way.
@@ -653,6 +655,10 @@ class Engine {
         for (int a = 0; a < kAxes; ++a) {
           if (k == 0 || offset[a] != stage.offsets[k - 1][a]) {
             work.links[a] = pool_links(pool->window[a], space[a], pool->space[a], offset[a]);
+            if (stage.wrapped[a] && offset[a] > 0) {
+              const auto others = pool_links(pool->window[a], space[a], pool->space[a], offset[a] - space[a]);
+              work.links[a].insert(work.links[a].end(), others.begin(), others.end());
+            }
           }
         }
       }
@@ -750,7 +756,7 @@ class Engine {
   void place_planes(Work& work) const {
     work.planes.clear();
     for (const Instance& instance : work.stage.instances) {
-      Plane plane{Rectangle(instance.space, times(work.offset, instance.scale))};
+      Plane plane{Rectangle(instance.space, times(work.offset, instance.scale), work.stage.wrapped)};
       if (one_position_) plane.r.size[2] = work.tile.rows;
       plane.stride = plane.r.size[2] + work.stage.pad_low + work.stage.pad_high;
       if (instance.buffer >= 0) {
@@ -776,19 +782,33 @@ class Engine {
             one_position_ ? 0 : kL};
   }
 
-  // A row of a plane, as the steps see it.
+  // A row of a plane, or that part of it whose partners are side by side, as the steps see it.
   struct Place {
     const Instance& geometry;
     const Rectangle& r;
-    int z, y;  // within the rectangle
+    int z, y;       // within the rectangle
+    int x, n;       // where it begins, and its length
+    Index3 first;   // its first position
+    Index3 second;  // and the partner of that
   };
+
+  template <class Visit>
+  void each_part(const Instance& geometry, const Rectangle& r, int z, int y, const Visit& visit) const {
+    const int n = r.size[2];
+    const int end = r.wrapped[2] ? std::min(n, r.space[2] - r.offset[2]) : n;
+    for (int x = 0; x < n; x = x < end ? end : n) {
+      const Index3 p{r.low[0] + z, r.low[1] + y, r.low[2] + x};
+      const Index3 partner{r.partner(0, p[0]), r.partner(1, p[1]), r.partner(2, p[2])};
+      visit(Place{geometry, r, z, y, x, (x < end ? end : n) - x, p, partner});
+    }
+  }
+
   template <bool kWide>
   Row1<T> first(const Work& work, Statistic statistic, int value, const Place& at) const {
-    return first<kWide>(work, statistic, value, at.geometry.space, at.r.low[0] + at.z, at.r.low[1] + at.y, at.r.low[2]);
+    return first<kWide>(work, statistic, value, at.geometry.space, at.first[0], at.first[1], at.first[2]);
   }
   Row2<T> second(const Work& work, Statistic statistic, int value, const Place& at) const {
-    return second(work, statistic, value, at.geometry.space, at.r.low[0] + at.z + at.r.offset[0],
-                  at.r.low[1] + at.y + at.r.offset[1], at.r.low[2] + at.r.offset[2]);
+    return second(work, statistic, value, at.geometry.space, at.second[0], at.second[1], at.second[2]);
   }
 
   template <bool kWide>
@@ -797,21 +817,23 @@ class Engine {
     place_planes(work);
     for (const Pass& pass : stage.passes) {
       const Instance& geometry = stage.instances[pass.geometry];
-      const Plane& shape = plane_of(work, geometry);
+      const Rectangle& r = plane_of(work, geometry).r;
       const bool is_last = &pass == &stage.passes.back();
-      if (pass.head >= 0 && stage.instances[pass.head].kind == Kind::kLinear) start_ring(work, pass);
-      for (int z = 0; z < shape.r.size[0]; ++z) {
-        for (int y = 0; y < shape.r.size[1]; ++y) {
-          const Place place{geometry, shape.r, z, y};
-          if (pass.head >= 0) {
-            if (geometry.kind == Kind::kLoad) {
+      const bool convolves = pass.head >= 0 && geometry.kind == Kind::kLinear;
+      if (convolves) start_ring(work, pass);
+      for (int z = 0; z < r.size[0]; ++z) {
+        for (int y = 0; y < r.size[1]; ++y) {
+          SummedRows rows;
+          if (convolves) rows = sum_rows<kWide>(work, pass, r, z, y);
+          each_part(geometry, r, z, y, [&](const Place& place) {
+            if (convolves) {
+              finish_linear<kWide>(work, stage.instances[pass.head], pass.fused_dual, place, rows);
+            } else if (pass.head >= 0) {
               load_row<kWide>(work, geometry, place);
-            } else {
-              convolve_row<kWide>(work, pass, place);
             }
-          }
-          for (int op : pass.row_ops) apply_row<kWide>(work, stage.instances[op], place);
-          if (is_last) read_out(work, place);
+            for (int op : pass.row_ops) apply_row<kWide>(work, stage.instances[op], place);
+          });
+          if (is_last) read_out(work, r, z, y);
         }
       }
     }
@@ -822,34 +844,32 @@ class Engine {
   template <bool kWide>
   void load_row(Work& work, const Instance& instance, const Place& at) {
     const Plane& out = plane_of(work, instance);
-    V* d = out.row_d(at.z, at.y);
-    V* t = out.row_t(at.z, at.y);
+    V* d = out.row_d(at.z, at.y, at.x);
+    V* t = out.row_t(at.z, at.y, at.x);
     const Value& value = program_.values[instance.value];
-    const int n = out.r.size[2];
     switch (value.op) {
       case Op::kInputs:
-        load_inputs<kWide>(work, instance, at, n, d);
+        load_inputs<kWide>(work, instance, at, d);
         break;
       case Op::kMaterialised:
-        load_materialised<kWide>(work, instance, at, n, d, t);
+        load_materialised<kWide>(work, instance, at, d, t);
         break;
       default: {
         const int number = work.plan.tensor_of[instance.value];
         const Tensor& tensor = work.plan.tensors[number];
-        const V* from = tensor_data(work.plan, work.scratch, number) + tensor.start[tensor.offsets.index(at.r.offset)] +
-                        (int64_t{at.z} * at.r.size[1] + at.y) * n;
-        std::copy(from, from + n, d);
-        if (t) {
-          const V* from_t = tangent(work.plan, const_cast<V*>(from));
-          std::copy(from_t, from_t + n, t);
-        }
+        const Index3& p = at.first;
+        const Rectangle r(instance.space, {at.second[0] - p[0], at.second[1] - p[1], at.second[2] - p[2]});
+        V* from = tensor_data(work.plan, work.scratch, number) + tensor.start[tensor.offsets.index(r.offset)] +
+                  ((p[0] - r.low[0]) * int64_t{r.size[1]} + p[1] - r.low[1]) * r.size[2] + p[2] - r.low[2];
+        std::copy(from, from + at.n, d);
+        if (t) std::copy(tangent(work.plan, from), tangent(work.plan, from) + at.n, t);
       }
     }
   }
 
   template <bool kWide>
-  void load_inputs(Work& work, const Instance& instance, const Place& at, int n, V* d) const {
-    const int channels = program_.values[instance.value].channels;
+  void load_inputs(Work& work, const Instance& instance, const Place& at, V* d) const {
+    const int channels = program_.values[instance.value].channels, n = at.n;
     const T* x1 = work.tile.inputs1[instance.value];
     const T* x2 = work.tile.inputs2[instance.value];
     if (one_position_) {
@@ -859,9 +879,7 @@ class Engine {
       for (; x < n; ++x) pair_positions<kWide>(instance.deficit, x1 + x * size, x2, channels, d[x]);
       return;
     }
-    const Rectangle& r = at.r;
-    const int64_t p1 = position(instance.space, r.low[0] + at.z, r.low[1] + at.y, r.low[2]);
-    const int64_t p2 = p1 + position(instance.space, r.offset[0], r.offset[1], r.offset[2]);
+    const int64_t p1 = position(instance.space, at.first), p2 = position(instance.space, at.second);
     for (int x = 0; x < n; ++x) {
       const T* from1 = x1 + (p1 + x) * channels * (kWide ? kL : 1);
       pair_positions<kWide>(instance.deficit, from1, x2 + (p2 + x) * channels * kL, channels, d[x]);
@@ -915,18 +933,17 @@ class Engine {
   static constexpr int kChannelBlock = 128;
 
   template <bool kWide>
-  void load_materialised(Work& work, const Instance& instance, const Place& at, int n, V* d, V* t) const {
+  void load_materialised(Work& work, const Instance& instance, const Place& at, V* d, V* t) const {
     const Value& value = program_.values[instance.value];
     const Source<T>& source = job_.sources[instance.value];
     const Tile<T>& tile = work.tile;
     const int64_t size = n_positions(value.space);
     const int64_t per_pair = value.same_position ? size : size * size;
     const T* k = !tile.own ? source.nngp : tile.which == 1 ? source.own1 : source.own2;
-    for (int x = 0; x < n; ++x) {
+    const int64_t first = position(value.space, at.first), second = position(value.space, at.second);
+    for (int x = 0; x < at.n; ++x) {
       const int row = one_position_ ? x : 0;
-      const int64_t p =
-          one_position_ ? 0 : position(value.space, at.r.low[0] + at.z, at.r.low[1] + at.y, at.r.low[2] + x);
-      const int64_t partner = p + position(value.space, at.r.offset[0], at.r.offset[1], at.r.offset[2]);
+      const int64_t p = first + x - row, partner = second + x - row;
       const int64_t entry = value.same_position ? p : p * size + partner;
       for (int l = 0; l < kL; ++l) {
         const int64_t pair = tile.own ? tile.i[l] : (tile.i[l] + row) * program_.n2 + tile.j[l];
@@ -935,10 +952,10 @@ class Engine {
       }
     }
     if (!instance.deficit) return;
-    to_other<kWide>(work, instance.value, at, n, d, d);
-    if (at.r.offset != Index3{0, 0, 0}) return;
+    to_other<kWide>(work, instance.value, at, d, d);
+    if (first != second) return;
     const bool same = tile.own || job_.coefficients[0] != T(0);
-    for (int x = 0; x < n; ++x) {
+    for (int x = 0; x < at.n; ++x) {
       for (int l = 0; l < kL; ++l) {
         if (same && tile.i[l] + (one_position_ ? x : 0) == tile.j[l]) d[x][l] = 0;
       }
@@ -947,10 +964,10 @@ class Engine {
 
   // Deficits to covariances, or back.
   template <bool kWide>
-  void to_other(const Work& work, int value, const Place& at, int n, const V* in, V* out) const {
+  void to_other(const Work& work, int value, const Place& at, const V* in, V* out) const {
     const auto half1 = first<kWide>(work, Statistic::kHalfVariance, value, at);
     const auto half2 = second(work, Statistic::kHalfVariance, value, at);
-    for (int x = 0; x < n; ++x) out[x] = get<kWide>(half1, x) + get(half2, x) - in[x];
+    for (int x = 0; x < at.n; ++x) out[x] = get<kWide>(half1, x) + get(half2, x) - in[x];
   }
 
   // Convolutions: rows are summed horizontally once, kept in a ring, and added up vertically for each output row.
@@ -972,21 +989,25 @@ class Engine {
     work.scratch.t.resize(work.scratch.d.size());
   }
 
+  // How many of the rows in scratch.d and scratch.t add up to a row of the output.
+  struct SummedRows {
+    int n = 0;
+    bool has_ntk = false;
+  };
+
   template <bool kWide>
-  void convolve_row(Work& work, const Pass& pass, const Place& at) {
+  SummedRows sum_rows(Work& work, const Pass& pass, const Rectangle& r, int z, int y) {
     const Instance& linear = work.stage.instances[pass.head];
     const Instance& input = work.stage.instances[linear.inputs[0]];
     const Value& value = program_.values[linear.value];
-    const Plane& in = plane_of(work, input);
     Ring& ring = work.scratch.ring;
     const auto& w = value.window;
     const V** rows_d = work.scratch.d.data();
     const V** rows_t = work.scratch.t.data();
     int n_rows = 0;
     const V* no_tangents = zeros(work);
-    const int n = at.r.size[2];
     // Rows of the input are numbered from the first one under the first window.
-    const int first0 = at.z * w[0].stride, first1 = at.y * w[1].stride;
+    const int first0 = z * w[0].stride, first1 = y * w[1].stride;
     const int slot0 = first0 % ring.rows0, slot1 = ring.rows0 == 1 ? first1 % ring.rows1 : first1;
     for (int kz = 0; kz < w[0].taps; ++kz) {
       for (int ky = 0; ky < w[1].taps; ++ky) {
@@ -1000,8 +1021,8 @@ class Engine {
         const int64_t row = int64_t{row0} << 32 | row1;
         if (known != row) {
           known = row;
-          state = sum_row<kWide>(work, linear, value, input, in, at, row0 + at.r.low[0] * w[0].stride - w[0].low,
-                                 row1 + at.r.low[1] * w[1].stride - w[1].low, n, sum_d, sum_t);
+          state = sum_row<kWide>(work, linear, r, row0 + r.low[0] * w[0].stride - w[0].low,
+                                 row1 + r.low[1] * w[1].stride - w[1].low, sum_d, sum_t);
         }
         if (state == kNothing) continue;
         rows_d[n_rows] = sum_d;
@@ -1012,25 +1033,44 @@ class Engine {
       rows_d[0] = rows_t[0] = no_tangents;
       n_rows = 1;
     }
-    finish_linear<kWide>(work, linear, pass.fused_dual, at, n, n_rows, input.has_ntk);
+    if (n_rows > 3) n_rows = add_up(work, n_rows, r.size[2], input.has_ntk);
+    return {n_rows, input.has_ntk};
+  }
+
+  // Replaces rows by their sum, which is one row.
+  int add_up(Work& work, int n_rows, int n, bool has_ntk) const {
+    const auto reduce = [&](std::vector<const V*>& rows, V* into) {
+      for (int x = 0; x < n; ++x) {
+        V total = rows[0][x];
+        for (int k = 1; k < n_rows; ++k) total += rows[k][x];
+        into[x] = total;
+      }
+      rows[0] = into;
+    };
+    V* sum = work.scratch.rows.data() + 2 * widest_;
+    reduce(work.scratch.d, sum);
+    if (has_ntk) reduce(work.scratch.t, sum + widest_);
+    return 1;
   }
 
   // Sums one row of the input, inside or (for deficits) outside of the rectangle, over the windows along it.
   template <bool kWide>
-  RowState sum_row(Work& work, const Instance& linear, const Value& value, const Instance& input, const Plane& in,
-              const Place& at, int qz, int qy, int n, V* sum_d, V* sum_t) const {
-    const auto& w = value.window;
+  RowState sum_row(Work& work, const Instance& linear, const Rectangle& out, int qz, int qy, V* sum_d, V* sum_t) const {
+    const Instance& input = work.stage.instances[linear.inputs[0]];
+    const Plane& in = plane_of(work, input);
+    const auto& w = program_.values[linear.value].window;
     const Index3& space = input.space;
+    const int n = out.size[2];
     if (w[0].circular) qz = ((qz % space[0]) + space[0]) % space[0];
     if (w[1].circular) qy = ((qy % space[1]) + space[1]) % space[1];
     const int z = qz - in.r.low[0], y = qy - in.r.low[1];
     const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
-    const bool inside2 = is_inside(qz + in.r.offset[0], space[0]) && is_inside(qy + in.r.offset[1], space[1]);
+    const bool inside2 = is_inside(in.r.partner(0, qz), space[0]) && is_inside(in.r.partner(1, qy), space[1]);
     if (!inside1 && !inside2) return kNothing;
     const bool both = is_inside(z, in.r.size[0]) && is_inside(y, in.r.size[1]);
     if (!both && !linear.deficit) return kNothing;
-    const int begin = at.r.low[2] * w[2].stride - w[2].low;  // the first position under a window
-    const int end = (at.r.low[2] + n - 1) * w[2].stride + w[2].extent() - w[2].low;
+    const int begin = out.low[2] * w[2].stride - w[2].low;  // the first position under a window
+    const int end = (out.low[2] + n - 1) * w[2].stride + w[2].extent() - w[2].low;
     V* row_d = work.scratch.rows.data() - begin;  // outside
     V* row_t = nullptr;
     int filled_begin = end, filled_end = end;  // what is there already
@@ -1068,14 +1108,15 @@ class Engine {
   void ghost_fill(const Work& work, const Instance& input, const Plane& in, int qz, int qy, bool inside1, bool inside2,
                   int from, int to, V* row) const {
     const Index3& space = input.space;
-    const Index3& o = in.r.offset;
+    const int pz = in.r.partner(0, qz), py = in.r.partner(1, qy);
     for (int q = from; q < to; ++q) {
+      const int px = in.r.partner(2, q);
       V value{};
       if (inside1 && is_inside(q, space[2])) {
         value = get<kWide>(first<kWide>(work, Statistic::kHalfVariance, input.value, space, qz, qy, q), 0);
       }
-      if (inside2 && is_inside(q + o[2], space[2])) {
-        value += get(second(work, Statistic::kHalfVariance, input.value, space, qz + o[0], qy + o[1], q + o[2]), 0);
+      if (inside2 && is_inside(px, space[2])) {
+        value += get(second(work, Statistic::kHalfVariance, input.value, space, pz, py, px), 0);
       }
       row[q] = value;
     }
@@ -1084,42 +1125,34 @@ class Engine {
   // From the sums over the windows (rows of scratch.d and scratch.t) to the output of a linear step, or of the dual
   // after it.
   template <bool kWide>
-  void finish_linear(Work& work, const Instance& linear, int fused, const Place& at, int n, int n_rows, bool has_ntk) {
-    V* sum = work.scratch.rows.data() + 2 * widest_;
-    const auto reduce = [&](std::vector<const V*>& rows, V* into) {
-      for (int x = 0; x < n; ++x) {
-        V total = rows[0][x];
-        for (int k = 1; k < n_rows; ++k) total += rows[k][x];
-        into[x] = total;
-      }
-      rows[0] = into;
-    };
-    if (n_rows > 3) {
-      reduce(work.scratch.d, sum);
-      if (has_ntk) reduce(work.scratch.t, sum + widest_);
-      n_rows = 1;
+  void finish_linear(Work& work, const Instance& linear, int fused, const Place& at, SummedRows rows) {
+    const V* d[3];
+    const V* t[3];
+    for (int k = 0; k < rows.n; ++k) {
+      d[k] = work.scratch.d[k] + at.x;
+      t[k] = work.scratch.t[k] + at.x;
     }
-    switch (n_rows) {
+    switch (rows.n) {
       case 1:
-        return finish_linear_rows<kWide, 1>(work, linear, fused, at, n, has_ntk);
+        return finish_linear_rows<kWide, 1>(work, linear, fused, at, rows.has_ntk, d, t);
       case 2:
-        return finish_linear_rows<kWide, 2>(work, linear, fused, at, n, has_ntk);
+        return finish_linear_rows<kWide, 2>(work, linear, fused, at, rows.has_ntk, d, t);
       default:
-        return finish_linear_rows<kWide, 3>(work, linear, fused, at, n, has_ntk);
+        return finish_linear_rows<kWide, 3>(work, linear, fused, at, rows.has_ntk, d, t);
     }
   }
 
   template <bool kWide, int kRows>
-  void finish_linear_rows(Work& work, const Instance& linear, int fused, const Place& at, int n, bool has_ntk) {
+  void finish_linear_rows(Work& work, const Instance& linear, int fused, const Place& at, bool has_ntk,
+                          const V* const* d, const V* const* t) {
+    const int n = at.n;
     const Value& value = program_.values[linear.value];
     const T* c = job_.coefficients + value.coefficient;
     const T mean = T(1) / window_size(value);
-    const V* const* d = work.scratch.d.data();
-    const V* const* t = work.scratch.t.data();
     const Instance& target = fused >= 0 ? work.stage.instances[fused] : linear;
     const Plane& out = plane_of(work, target);
-    V* d_out = out.row_d(at.z, at.y);
-    V* t_out = out.row_t(at.z, at.y);
+    V* d_out = out.row_d(at.z, at.y, at.x);
+    V* t_out = out.row_t(at.z, at.y, at.x);
     if (fused >= 0) {
       const V* const no_tangents[3] = {zeros(work), zeros(work), zeros(work)};
       const auto call = [&](auto ntk, auto covariance) {
@@ -1187,19 +1220,17 @@ class Engine {
   template <bool kWide>
   void apply_row(Work& work, const Instance& instance, const Place& at) {
     const Plane& out = plane_of(work, instance);
-    V* d_out = out.row_d(at.z, at.y);
-    V* t_out = out.row_t(at.z, at.y);
-    const int n = out.r.size[2];
+    V* d_out = out.row_d(at.z, at.y, at.x);
+    V* t_out = out.row_t(at.z, at.y, at.x);
+    const int n = at.n;
     const Instance& input = work.stage.instances[instance.inputs[0]];
     const Plane& in = plane_of(work, input);
-    const V* d = in.row_d(at.z, at.y);
-    const V* t = in.row_t(at.z, at.y);
+    const V* d = in.row_d(at.z, at.y, at.x);
+    const V* t = in.row_t(at.z, at.y, at.x);
     const Value& value = program_.values[instance.value];
     switch (instance.kind) {
       case Kind::kLinear:
-        work.scratch.d[0] = d;
-        work.scratch.t[0] = t;
-        return finish_linear_rows<kWide, 1>(work, instance, -1, at, n, input.has_ntk);
+        return finish_linear_rows<kWide, 1>(work, instance, -1, at, input.has_ntk, &d, &t);
       case Kind::kDual:
         return with_dual(instance.value, [&](const auto& dual) {
           using Dual = std::decay_t<decltype(dual)>;
@@ -1224,13 +1255,13 @@ class Engine {
         return;
       }
       case Kind::kToCovariance:
-        to_other<kWide>(work, instance.value, at, n, d, d_out);
+        to_other<kWide>(work, instance.value, at, d, d_out);
         if (t_out && t_out != t) std::copy(t, t + n, t_out);
         return;
       case Kind::kMultiply:
-        return multiply<kWide>(work, instance, value, at, n, d_out, t_out);
+        return multiply<kWide>(work, instance, value, at, d_out, t_out);
       default:
-        combine(work, instance, value, at, n, d_out, t_out);
+        combine(work, instance, value, at, d_out, t_out);
     }
   }
 
@@ -1241,18 +1272,18 @@ class Engine {
     rows_t.clear();
     for (int input : instance.inputs) {
       const Plane& in = plane_of(work, work.stage.instances[input]);
-      rows.push_back(in.row_d(at.z, at.y));
-      rows_t.push_back(in.row_t(at.z, at.y));
+      rows.push_back(in.row_d(at.z, at.y, at.x));
+      rows_t.push_back(in.row_t(at.z, at.y, at.x));
     }
   }
 
-  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, int n, V* d_out,
+  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out,
                V* t_out) const {
     const T* weights = job_.coefficients + value.coefficient;
     gather_branches(work, instance, at);
     const auto& rows = work.scratch.branches_d;
     const auto& rows_t = work.scratch.branches_t;
-    for (int x = 0; x < n; ++x) {
+    for (int x = 0; x < at.n; ++x) {
       V sum{}, sum_t{};
       for (size_t k = 0; k < rows.size(); ++k) {
         sum = fma(rows[k][x], broadcast(weights[k]), sum);
@@ -1265,7 +1296,7 @@ class Engine {
 
   // Branch by branch, as `_multiply` in nt_core/backends/xla/block.py.
   template <bool kWide>
-  void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, int n, V* d_out,
+  void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out,
                 V* t_out) const {
     gather_branches(work, instance, at);
     const auto& rows = work.scratch.branches_d;
@@ -1276,7 +1307,7 @@ class Engine {
     const auto half2 = [&](size_t k, int x) {
       return get(second(work, Statistic::kHalfVariance, value.inputs[k], at), x);
     };
-    for (int x = 0; x < n; ++x) {
+    for (int x = 0; x < at.n; ++x) {
       V d = rows[0][x], t = rows_t[0] ? rows_t[0][x] : V{};
       V h1{}, h2{}, k = d;  // halves of the variances, and the covariance, of the product so far
       if (instance.deficit) {
@@ -1306,18 +1337,18 @@ class Engine {
 
   // Readouts
 
-  void read_out(Work& work, const Place& at) const {
+  void read_out(Work& work, const Rectangle& r, int z, int y) const {
     const Instance& root = work.stage.instances[work.stage.root];
     const Plane& plane = plane_of(work, root);
-    const V* d = plane.row_d(at.z, at.y);
-    const V* t = plane.row_t(at.z, at.y);
+    const V* d = plane.row_d(z, y);
+    const V* t = plane.row_t(z, y);
     if (work.stage.readout < 0) {
-      write_out(work, at, plane.r.size[2], d, t);
+      each_part(root, r, z, y, [&](const Place& at) { write_out(work, at, d + at.x, t ? t + at.x : nullptr); });
     } else if (program_.values[work.stage.readout].op == Op::kFlatten) {
-      *work.sum_d += row_sum(d, plane.r.size[2]);
-      if (t) *work.sum_t += row_sum(t, plane.r.size[2]);
+      *work.sum_d += row_sum(d, r.size[2]);
+      if (t) *work.sum_t += row_sum(t, r.size[2]);
     } else {
-      pool_row(work, at, d, t);
+      pool_row(work, r, z, y, d, t);
     }
   }
 
@@ -1331,10 +1362,10 @@ class Engine {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
-  void pool_row(Work& work, const Place& at, const V* d, const V* t) const {
+  void pool_row(Work& work, const Rectangle& plane, int row_z, int row_y, const V* d, const V* t) const {
     const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.readout]];
     const Index3& space = tensor.offsets.space();
-    const int z = at.r.low[0] + at.z, y = at.r.low[1] + at.y, low = at.r.low[2];
+    const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
     const auto& along = work.links[2];
     const size_t n = along.size();
     if (work.scratch.n_link_sums < 2 * n) {
@@ -1366,16 +1397,16 @@ class Engine {
     }
   }
 
-  void write_out(const Work& work, const Place& at, int n, const V* d, const V* t) const {
+  void write_out(const Work& work, const Place& at, const V* d, const V* t) const {
     const Tile<T>& tile = work.tile;
     const Index3& space = at.geometry.space;
     const int64_t size = n_positions(space);
     const int64_t per_pair = program_.all_pairs ? size * size : size;
     const int64_t n2 = program_.n2;
-    for (int x = 0; x < n; ++x) {
+    const int64_t first = position(space, at.first), second = position(space, at.second);
+    for (int x = 0; x < at.n; ++x) {
       const int row = one_position_ ? x : 0;
-      const int64_t p = one_position_ ? 0 : position(space, at.r.low[0] + at.z, at.r.low[1] + at.y, at.r.low[2] + x);
-      const int64_t partner = p + position(space, at.r.offset[0], at.r.offset[1], at.r.offset[2]);
+      const int64_t p = first + x - row, partner = second + x - row;
       const int64_t entry = program_.all_pairs ? p * size + partner : p;
       const int64_t mirrored = program_.all_pairs ? partner * size + p : p;
       for (int l = 0; l < tile.n_lanes; ++l) {

@@ -20,11 +20,13 @@ std::vector<Index3> Offsets::list() const {
   return found;
 }
 
-Rectangle::Rectangle(const Index3& space, const Index3& o) : offset(o) {
+Rectangle::Rectangle(const Index3& s, const Index3& o, const Flags3& w) : space(s), offset(o), wrapped(w) {
   for (int a = 0; a < kAxes; ++a) {
-    low[a] = std::max(0, -o[a]);
-    size[a] = space[a] - std::abs(o[a]);
-    if (size[a] <= 0) throw std::invalid_argument("An offset is larger than the image.");
+    low[a] = wrapped[a] ? 0 : std::max(0, -o[a]);
+    size[a] = space[a] - (wrapped[a] ? 0 : std::abs(o[a]));
+    if (size[a] <= 0 || (wrapped[a] && (o[a] < 0 || o[a] >= space[a]))) {
+      throw std::invalid_argument("An offset is larger than the image.");
+    }
   }
 }
 
@@ -307,6 +309,56 @@ void allocate(Tensor& tensor) {
   }
 }
 
+// Along which axes positions wrap around.
+//
+// A circular convolution maps pairs of positions at the offset d and at d minus the size of the image to each other:
+// both are one plane then, which only circular convolutions keep apart from others.
+Flags3 wrapped_axes(const Program& program, const Stage& stage) {
+  Flags3 circular{}, padded{};
+  for (const Instance& instance : stage.instances) {
+    if (instance.kind != Kind::kLinear) continue;
+    const Value& value = program.values[instance.value];
+    const Index3& before = stage.instances[instance.inputs[0]].space;
+    for (int a = 0; a < kAxes; ++a) {
+      const Window& w = value.window[a];
+      if (w.trivial() || before[a] == 1) continue;
+      const bool closes = w.circular && w.stride * value.space[a] == before[a];
+      (closes ? circular : padded)[a] = true;
+      if (w.circular && !closes) circular[a] = true;
+    }
+  }
+  for (int a = 0; a < kAxes; ++a) {
+    if (circular[a] && padded[a]) {
+      throw std::invalid_argument("Circular convolutions and others share a plane, or a stride divides no circle.");
+    }
+  }
+  return circular;
+}
+
+void wrap(Stage& stage, const Index3& space, Offsets& offsets) {
+  Offsets wrapped(space);
+  for (Index3 d : offsets.list()) {
+    for (int a = 0; a < kAxes; ++a) {
+      if (stage.wrapped[a] && d[a] < 0) d[a] += space[a];
+    }
+    wrapped.add(d);
+  }
+  offsets = wrapped;
+}
+
+// Adds an offset of a stage as a tensor knows it: those on both sides of a wrapped axis.
+void add_unwrapped(const Stage& stage, const Index3& d, Offsets& offsets, int axis = 0) {
+  if (axis == kAxes) {
+    offsets.add(d);
+    return;
+  }
+  add_unwrapped(stage, d, offsets, axis + 1);
+  if (!stage.wrapped[axis] || d[axis] == 0) return;
+  Index3 other = d;
+  other[axis] -= offsets.space()[axis];
+  add_unwrapped(stage, other, offsets, axis + 1);
+}
+
 Index3 scaled(const Index3& d, const Index3& scale) { return {d[0] * scale[0], d[1] * scale[1], d[2] * scale[2]}; }
 
 }  // namespace
@@ -356,12 +408,19 @@ Plan make_plan(const Program& program, Purpose purpose) {
     } else {
       offsets.add({0, 0, 0});
     }
+    const std::vector<Index3> all = offsets.list();
+    if (all.size() > 1 || (all.size() == 1 && all[0] != Index3{0, 0, 0})) {
+      stage->wrapped = wrapped_axes(program, *stage);
+      wrap(*stage, root.space, offsets);
+    }
     stage->offsets = offsets.list();
     plan.n_planes += static_cast<int64_t>(stage->offsets.size());
     for (const Instance& instance : stage->instances) {
       const int tensor = plan.tensor_of[instance.value];
       if (instance.kind != Kind::kLoad || tensor < 0) continue;
-      for (const Index3& d : stage->offsets) plan.tensors[tensor].offsets.add(scaled(d, instance.scale));
+      for (const Index3& d : stage->offsets) {
+        add_unwrapped(*stage, scaled(d, instance.scale), plan.tensors[tensor].offsets);
+      }
     }
   }
   for (Tensor& tensor : plan.tensors) {

@@ -78,12 +78,20 @@ class Offsets {
   std::vector<bool> member_;
 };
 
-// The positions p for which both p and p + offset are inside an image.
-struct Rectangle {
-  Index3 offset, low, size;
+using Flags3 = std::array<bool, kAxes>;
 
-  Rectangle(const Index3& space, const Index3& offset);
+// The positions p of one image whose partners p + offset are inside the other. Along a wrapped axis those are all
+// positions: partners are counted modulo the size, and offsets are not negative.
+struct Rectangle {
+  Index3 space, offset, low, size;
+  Flags3 wrapped;
+
+  Rectangle(const Index3& space, const Index3& offset, const Flags3& wrapped = {});
   int64_t n_positions() const { return nt::n_positions(size); }
+  int partner(int axis, int p) const {
+    const int q = p + offset[axis];
+    return wrapped[axis] && q >= space[axis] ? q - space[axis] : q;
+  }
 };
 
 // A value in the geometry in which a stage needs it: at `scale` times the offset of the stage.
@@ -121,6 +129,7 @@ struct Stage {
   std::vector<Instance> instances;    // in an order of evaluation
   std::vector<Pass> passes;
   std::vector<Index3> offsets;
+  Flags3 wrapped{};                   // axes along which convolutions are circular
   int n_buffers = 0;
   int64_t buffer_size = 0;            // in positions
   int pad_low = 0, pad_high = 0;      // room beside each row for what is read beyond its ends

@@ -27,8 +27,8 @@ from nt_core import Builder, Request, Spec, activations, propagate, steps
 from nt_core.sources import Inputs
 
 REFUSED = {
-    "after global pool": "CIRCULAR convolution before a pool",
-    "circular strides": "CIRCULAR convolution before a pool",
+    "after global pool": "CIRCULAR convolutions and others share",
+    "circular strides": "CIRCULAR convolutions and others share",
     "circular pool": "pools with CIRCULAR padding",
 }
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -159,11 +159,34 @@ def test_no_samples(n1, n2):
     assert kernel.nngp.shape == kernel.ntk.shape == (n1, n2)
 
 
+CIRCULAR = {
+    "global pool": ((6, 5), [conv(padding="CIRCULAR"), RELU, conv((2, 3), padding="CIRCULAR"), ABS, steps.GlobalPool(MEAN)]),
+    "strides": ((8, 6), [conv(padding="CIRCULAR"), RELU, conv((3, 3), (2, 2), "CIRCULAR"), RELU, steps.GlobalPool(SUM)]),
+    "pool": (
+        (6, 6),
+        [conv(padding="CIRCULAR"), RELU, pool((3, 3), (2, 2), "SAME"), conv(padding="CIRCULAR"), RELU]
+        + [steps.GlobalPool(MEAN)],
+    ),
+    "after a padded one": ((4, 6), [conv(), RELU, pool(), conv(padding="CIRCULAR"), RELU, conv(padding="CIRCULAR")]),
+    "one axis": ((5, 4), [conv((3, 1), padding="CIRCULAR"), RELU, conv((1, 3)), RELU, conv((3, 1), padding="CIRCULAR")]),
+}
+
+
+@pytest.mark.parametrize("name", CIRCULAR)
+def test_circular_convolutions(name, x64):
+    space, layers = CIRCULAR[name]
+    x1, x2 = inputs(space, 3, 18, "float64")
+    program = chain(spec_of(x1, x2), layers)
+    agree(run(program, x1, x2, Request(), "cpu"), run(program, x1, x2, Request(), "xla"), 1e-12)
+    program = chain(spec_of(x1, x1), layers)
+    agree(run(program, x1, None, Request(), "cpu"), run(program, x1, None, Request(), "xla"), 1e-12)
+
+
 def test_what_is_refused_goes_to_the_next_backend():
     x1, x2 = inputs((4, 4), 3, 2, "float32")
-    layers = [conv(), steps.Dual(activations.Rbf(1.0)), steps.GlobalPool(MEAN)]
-    program = chain(spec_of(x1, x2), layers)
-    with pytest.raises(NotImplementedError, match="dual of Rbf is not native"):
+    square = activations.Elementwise(lambda cov12, var1, var2: 2 * cov12**2 + var1 * var2)
+    program = chain(spec_of(x1, x2), [conv(), steps.Dual(square), steps.GlobalPool(MEAN)])
+    with pytest.raises(NotImplementedError, match="dual of Elementwise is not native"):
         run(program, x1, x2, Request(), "cpu")
     agree(run(program, x1, x2), run(program, x1, x2, Request(), "xla"), 0)
 

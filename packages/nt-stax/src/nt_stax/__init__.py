@@ -9,7 +9,7 @@ the covariance of its outputs ('nngp') and its tangent kernel ('ntk'). Layers co
 from nt_core import Bool, Diagonal, MaskedArray, layer, requires, supports_masking, unmask_fn
 
 from nt_stax.attention import AttentionMechanism, GlobalSelfAttention, PositionalEmbedding
-from nt_stax.branching import FanInConcat, FanInSum, FanOut
+from nt_stax.branching import FanInConcat, FanInProd, FanInSum, FanOut
 from nt_stax.combinators import parallel, repeat, serial
 from nt_stax.elementwise import (
     ABRelu,
@@ -48,6 +48,7 @@ __all__ = [
     "Erf",
     "Exp",
     "FanInConcat",
+    "FanInProd",
     "FanInSum",
     "FanOut",
     "Flatten",

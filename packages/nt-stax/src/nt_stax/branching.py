@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,29 +59,47 @@ def FanInSum():
     AnalyticKernel(nngp=Array([[1.5]], dtype=float32), ntk=Array([[2.]], dtype=float32))
     """
 
-    def init_fn(rng, input_shape):
-        shapes = _branches("FanInSum", input_shape)
-        _check_equal("FanInSum", shapes)
-        return shapes[0], ()
-
-    def apply_fn(params, inputs, **kwargs):
-        _check_equal("FanInSum", [x.shape for x in _branches("FanInSum", inputs)])
-        return functools.reduce(operator.add, inputs)
-
-    def mask_fn(mask, input_shape):
-        return functools.reduce(jnp.logical_and, [m for m in mask if m is not None])
+    init_fn, apply_fn, mask_fn = _entrywise("FanInSum", operator.add)
 
     def emit(builder: Builder, values: Sequence[Value]) -> Value:
-        specs = [value.spec for value in _branches("FanInSum", values)]
-        _check_layouts("FanInSum", specs)
-        _check_equal("FanInSum", [spec.shape1 for spec in specs])
-        _check_equal("FanInSum", [spec.shape2 for spec in specs])
+        specs = _specs_of_equal_branches("FanInSum", values)
         if len(specs) > 1:
             _check_gaussian("FanInSum", specs)
-            _warn_of_shared_weights(builder, values)
+            _warn_of_shared_weights("FanInSum", builder, values)
         return builder.add(steps.Combine((1.0,) * len(values)), *values)
 
     return init_fn, apply_fn, Rule("FanInSum", emit=emit), mask_fn
+
+
+@layer
+@supports_masking(remask_kernel=False)
+def FanInProd():
+    """Multiplies branches, as in gated networks.
+
+    Covariances are multiplied, `K = prod_i K_i`, and tangent kernels follow the product rule, `T = sum_i T_i
+    prod_{j != i} K_j`, which takes branches that are independent (see `FanInSum`). They need not be Gaussian, but their
+    product is not: end it with a Dense or Conv layer before a nonlinearity. Masked is what is masked in all branches.
+
+    Raises:
+      ValueError: branches of different shapes.
+      NotImplementedError: the kernel of branches that differ in layout.
+
+    >>> from nt_stax import Dense, FanInProd, FanOut, Relu, parallel, serial
+    >>> gated = serial(FanOut(2), parallel(Dense(512), serial(Dense(512), Relu())), FanInProd())
+    >>> _, _, kernel_fn = gated
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, ("nngp", "ntk")))
+    AnalyticKernel(nngp=Array([[0.5]], dtype=float32), ntk=Array([[1.]], dtype=float32))
+    """
+
+    init_fn, apply_fn, mask_fn = _entrywise("FanInProd", operator.mul)
+
+    def emit(builder: Builder, values: Sequence[Value]) -> Value:
+        specs = _specs_of_equal_branches("FanInProd", values)
+        if len(specs) > 1:
+            _warn_of_shared_weights("FanInProd", builder, values)
+        return builder.add(steps.Multiply(), *values)
+
+    return init_fn, apply_fn, Rule("FanInProd", emit=emit), mask_fn
 
 
 @layer
@@ -135,6 +153,32 @@ def FanInConcat(axis: int = -1):
         return _concatenate_apart(kernels, axis % spec.ndim)
 
     return init_fn, apply_fn, Rule("FanInConcat", emit=emit, function=concatenate), mask_fn
+
+
+def _entrywise(name: str, operation: Callable[[Any, Any], Any]) -> tuple[Callable, Callable, Callable]:
+    """Returns `init_fn`, `apply_fn` and `mask_fn` of a layer that joins branches entry by entry."""
+
+    def init_fn(rng, input_shape):
+        shapes = _branches(name, input_shape)
+        _check_equal(name, shapes)
+        return shapes[0], ()
+
+    def apply_fn(params, inputs, **kwargs):
+        _check_equal(name, [x.shape for x in _branches(name, inputs)])
+        return functools.reduce(operation, inputs)
+
+    def mask_fn(mask, input_shape):
+        return functools.reduce(jnp.logical_and, [m for m in mask if m is not None])
+
+    return init_fn, apply_fn, mask_fn
+
+
+def _specs_of_equal_branches(name: str, values: Sequence[Value]) -> list[Spec]:
+    specs = [value.spec for value in _branches(name, values)]
+    _check_layouts(name, specs)
+    _check_equal(name, [spec.shape1 for spec in specs])
+    _check_equal(name, [spec.shape2 for spec in specs])
+    return specs
 
 
 def _concatenate_apart(kernels: Sequence[Kernel], axis: int) -> Kernel:
@@ -266,13 +310,13 @@ def _most_are_reversed(specs: Sequence[Spec]) -> bool:
     return sum(spec.is_reversed for spec in specs) > len(specs) / 2
 
 
-def _warn_of_shared_weights(builder: Builder, values: Sequence[Value]) -> None:
+def _warn_of_shared_weights(name: str, builder: Builder, values: Sequence[Value]) -> None:
     """Warns of branches that are not independent, as far as the program shows."""
     weights = [_last_weights(builder, value) for value in values]
     if any(a & b for a, b in itertools.combinations(weights, 2)):
         warnings.warn(
-            "FanInSum: two branches end in the weights of the same layer, before they were parted, so they are not "
-            "independent and the kernel of their sum is wrong. End all but one of them with a Dense or Conv layer.",
+            f"{name}: two branches end in the weights of the same layer, before they were parted, so they are not "
+            "independent and the kernel of what joins them is wrong. End all but one with a Dense or Conv layer.",
             stacklevel=2,
         )
 

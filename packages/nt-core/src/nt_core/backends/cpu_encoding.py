@@ -72,6 +72,8 @@ class _Encoder:
         self._axes: list[tuple[int, ...]] = []
         self._values: list[list[int]] = []
         self._coefficients: list[Any] = []
+        # Axes of windows since the last readout, and whether they are circular.
+        self._wrapping: list[set[tuple[int, bool]]] = []
 
     def encode(self, same_inputs: Any) -> Encoded:
         program, spec = self._program, self._program.spec(self._output)
@@ -80,12 +82,16 @@ class _Encoder:
         for number, source in enumerate(self._sources):
             self._axes.append(tuple(range(len(source.spec.space))))
             self._number.append(len(self._values))
+            self._wrapping.append(set())
             self._source(number, source, owns)
         for number, node in enumerate(program.nodes, self._n_sources):
             self._axes.append(self._axes_after(node))
+            self._wrapping.append(self._wrapping_after(node))
             self._node(number, node)
         has_ntk = self._request.ntk and self._has_parameters()
         all_pairs = math.prod(spec.space) > 1 and not spec.diagonal_spatial
+        if all_pairs:
+            self._check_wrapping(self._output)
         symmetric = all(_is_symmetric(source) for source in self._sources)
         header = [
             _ENCODING,
@@ -182,8 +188,8 @@ class _Encoder:
             for w, size, count in zip(windows, self._canonical(before.space, node.inputs[0]), space, strict=True):
                 if (count - 1) * w[1] >= size:
                     raise Refused(f"the padding {step.padding} of Conv is larger than the image of {before.space}")
-                if w[5] and size > 1 and self._apart[number]:
-                    raise Refused("a CIRCULAR convolution before a pool mixes offset planes")
+                if w[5] and size > 1 and self._apart[number] and count * w[1] != size:
+                    raise Refused(f"a CIRCULAR convolution whose stride {w[1]} does not divide {size} positions")
         follows = step.parameterization == "ntk"
         self._add(_LINEAR, number, space, node.inputs, [follows, *(i for w in windows for i in w)], coefficients)
 
@@ -198,6 +204,7 @@ class _Encoder:
             raise Refused(
                 f"a pool leaves {math.prod(space)} positions, whose pairs are too many for its scratch memory"
             )
+        self._check_wrapping(node.inputs[0])
         normalize_edges = False
         if isinstance(step, GlobalPool):
             windows = [[size, 1, 1, 0, 0, 0] for size in self._canonical(before.space, node.inputs[0])]
@@ -225,6 +232,20 @@ class _Encoder:
         if isinstance(node.step, Conv):
             return tuple(before[0][i] for i in node.step.space_order(self._program.spec(node.inputs[0])))
         return before[0][: len(node.spec.space)]
+
+    def _wrapping_after(self, node: Node) -> set[tuple[int, bool]]:
+        if isinstance(node.step, Pool | GlobalPool | Flatten):
+            return set()
+        wrapping = set().union(*(self._wrapping[i] for i in node.inputs))
+        if isinstance(node.step, Conv):
+            windows = self._windows(node, node.step, node.step.dilation, self._program.spec(node.inputs[0]))
+            wrapping |= {(a, bool(w[5])) for a, w in enumerate(windows) if w[:5] != [1, 1, 1, 0, 0]}
+        return wrapping
+
+    def _check_wrapping(self, number: int) -> None:
+        """Circular convolutions mix the offset planes that all others keep apart."""
+        if any((axis, True) in self._wrapping[number] and (axis, False) in self._wrapping[number] for axis in range(3)):
+            raise Refused("CIRCULAR convolutions and others share their offset planes")
 
     def _canonical(self, space: tuple[int, ...], number: int) -> tuple[int, ...]:
         """Sizes along the axes of the sources, with leading ones."""
