@@ -8,6 +8,7 @@
 #pragma once
 
 #include "functions.h"
+#include "program.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -310,6 +311,25 @@ class Exp {
  private:
   V amplitude_, square_;  // a^2, b^2
 };
+
+// Calls a function with a nonlinearity.
+template <class T, class Call>
+void with_dual(Activation activation, const T* coefficients, const Call& call) {
+  switch (activation) {
+    case Activation::kAbRelu:
+      return call(AbRelu<T>(coefficients));
+    case Activation::kErf:
+      return call(Erf<T>(coefficients));
+    case Activation::kGelu:
+      return call(Gelu<T>(coefficients));
+    case Activation::kSin:
+      return call(Sin<T>(coefficients));
+    case Activation::kRbf:
+      return call(Rbf<T>(coefficients));
+    case Activation::kExp:
+      return call(Exp<T>(coefficients));
+  }
+}
 
 }  // namespace NT_LEVEL
 }  // namespace nt

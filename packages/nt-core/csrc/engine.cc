@@ -274,7 +274,9 @@ class Engine {
           }
           break;
         case Op::kDual:
-          with_dual(i, [&](const auto& dual) { prepare_dual(dual, half_in, n, plane(wide, Statistic::kDual, i), half); });
+          with_dual(value.activation, coefficient, [&](const auto& dual) {
+            prepare_dual(dual, half_in, n, plane(wide, Statistic::kDual, i), half);
+          });
           break;
         case Op::kNormalize:
           normalize(value, half_in, coefficient[0], plane(wide, Statistic::kNormalizer, i),
@@ -401,26 +403,6 @@ class Engine {
       const V after = dual.prepare(load(half_in + p * kL), of_sample);
       for (int k = 0; k < Dual::kPlanes; ++k) store(planes + (k * n + p) * kL, of_sample[k]);
       if (half) store(half + p * kL, after);
-    }
-  }
-
-  // Calls a function with the nonlinearity of a value.
-  template <class Call>
-  void with_dual(int value, const Call& call) const {
-    const T* c = job_.coefficients + program_.values[value].coefficient;
-    switch (program_.values[value].activation) {
-      case Activation::kAbRelu:
-        return call(AbRelu<T>(c));
-      case Activation::kErf:
-        return call(Erf<T>(c));
-      case Activation::kGelu:
-        return call(Gelu<T>(c));
-      case Activation::kSin:
-        return call(Sin<T>(c));
-      case Activation::kRbf:
-        return call(Rbf<T>(c));
-      case Activation::kExp:
-        return call(Exp<T>(c));
     }
   }
 
@@ -1232,9 +1214,8 @@ class Engine {
       case Kind::kLinear:
         return finish_linear_rows<kWide, 1>(work, instance, -1, at, input.has_ntk, &d, &t);
       case Kind::kDual:
-        return with_dual(instance.value, [&](const auto& dual) {
+        return with_dual(value.activation, job_.coefficients + value.coefficient, [&](const auto& dual) {
           using Dual = std::decay_t<decltype(dual)>;
-          static_assert(Dual::kPlanes > 0);
           const auto rows = dual_rows<Dual, kWide>(work, instance.value, at);
           dispatch(t_out != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
             dual_row<T, Dual, kWide, ntk.value, covariance.value>(n, d, t, dual, rows, d_out, t_out);
@@ -1437,13 +1418,39 @@ class Engine {
   int64_t widest_ = 1;     // positions of the longest row
 };
 
+template <class T>
+void run_dual(const DualJob<T>& job) {
+  constexpr int kL = kLanes<T>;
+  using V = Vec<T>;
+  with_dual(job.activation, job.coefficients, [&](const auto& dual) {
+    using Dual = std::decay_t<decltype(dual)>;
+    for (int64_t begin = 0; begin < job.n; begin += kL) {
+      V in[3]{}, first[Dual::kPlanes], second[Dual::kPlanes], value, factor;
+      const int lanes = static_cast<int>(std::min<int64_t>(kL, job.n - begin));
+      for (int l = 0; l < lanes; ++l) {
+        in[0][l] = T(0.5) * job.variance1[begin + l];
+        in[1][l] = T(0.5) * job.variance2[begin + l];
+        in[2][l] = job.deficit[begin + l];
+      }
+      const V half = dual.prepare(in[0], first);
+      dual.prepare(in[1], second);
+      dual.template apply<false, true>(in[2], first, second, value, factor);
+      for (int l = 0; l < lanes; ++l) {
+        job.variance_out[begin + l] = 2 * half[l];
+        job.deficit_out[begin + l] = value[l];
+        job.factor[begin + l] = factor[l];
+      }
+    }
+  });
+}
+
 void run_float(const Job<float>& job, const Parallel& parallel) { Engine<float>(job, parallel).run(); }
 void run_double(const Job<double>& job, const Parallel& parallel) { Engine<double>(job, parallel).run(); }
 
 }  // namespace
 
 extern const Level kLevel;
-const Level kLevel{NT_LEVEL_NAME, run_float, run_double};
+const Level kLevel{NT_LEVEL_NAME, run_float, run_double, run_dual<float>, run_dual<double>};
 
 }  // namespace NT_LEVEL
 }  // namespace nt

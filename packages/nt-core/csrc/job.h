@@ -39,11 +39,27 @@ struct Job {
   T* cov2 = nullptr;  // or null
 };
 
+// One nonlinearity on `n` numbers, for tests of its accuracy.
+template <class T>
+struct DualJob {
+  Activation activation;
+  const T* coefficients;
+  int64_t n;
+  const T* variance1;
+  const T* variance2;
+  const T* deficit;
+  T* variance_out;  // after it, of the first
+  T* deficit_out;
+  T* factor;
+};
+
 // The engine, compiled for one instruction set.
 struct Level {
   const char* name;
   void (*run_float)(const Job<float>&, const Parallel&);
   void (*run_double)(const Job<double>&, const Parallel&);
+  void (*dual_float)(const DualJob<float>&);
+  void (*dual_double)(const DualJob<double>&);
 };
 
 // The best level that this machine has. The environment variable NT_CPU_LEVEL (baseline, avx2 or avx512) lowers it.

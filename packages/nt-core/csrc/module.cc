@@ -1,9 +1,12 @@
 // The Python module nt_core._native: which FFI it was built for, and its handlers.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <utility>
 
 #include "handler.h"
+#include "job.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace py = pybind11;
@@ -16,10 +19,48 @@ py::dict registrations() {
   return handlers;
 }
 
+template <class T>
+using Numbers = py::array_t<T, py::array::c_style>;
+
+// (variance1 after it, deficit, factor of the tangent kernel) of a nonlinearity.
+template <class T>
+py::tuple dual(int activation, Numbers<T> coefficients, Numbers<T> variance1, Numbers<T> variance2,
+               Numbers<T> deficit) {
+  if (activation < 0 || activation > static_cast<int>(nt::Activation::kExp)) throw std::invalid_argument("activation");
+  const auto which = static_cast<nt::Activation>(activation);
+  const auto n = deficit.size();
+  if (coefficients.size() != nt::sizes_of(which).coefficients || variance1.size() != n || variance2.size() != n) {
+    throw std::invalid_argument("sizes of arrays");
+  }
+  Numbers<T> variance_out(n), deficit_out(n), factor(n);
+  const nt::DualJob<T> job{which,
+                           coefficients.data(),
+                           n,
+                           variance1.data(),
+                           variance2.data(),
+                           deficit.data(),
+                           variance_out.mutable_data(),
+                           deficit_out.mutable_data(),
+                           factor.mutable_data()};
+  const nt::Level& level = nt::choose_level();
+  if constexpr (sizeof(T) == 4) {
+    level.dual_float(job);
+  } else {
+    level.dual_double(job);
+  }
+  return py::make_tuple(variance_out, deficit_out, factor);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
         "The (major, minor) version of the XLA FFI that the handlers were compiled for.");
   m.def("registrations", &registrations, "The handlers: FFI target name -> capsule.");
+  const char* about_dual =
+      "A nonlinearity by itself, for tests: (activation, coefficients, variance1, variance2, deficit) -> (variance1 "
+      "after it, deficit after it, factor of the tangent kernel).";
+  m.def("dual", &dual<float>, py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), about_dual);
+  m.def("dual", &dual<double>, about_dual);
 }

@@ -2,8 +2,15 @@
 
 from typing import Any
 
+import numpy as np
+
 def ffi_api_version() -> tuple[int, int]:
     """The (major, minor) version of the XLA FFI that the handlers were compiled for."""
 
 def registrations() -> dict[str, Any]:
     """The handlers: FFI target name -> capsule."""
+
+def dual(
+    activation: int, coefficients: np.ndarray, variance1: np.ndarray, variance2: np.ndarray, deficit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A nonlinearity by itself, for tests: (variance1 after it, deficit after it, factor of the tangent kernel)."""

@@ -194,7 +194,7 @@ class _Encoder:
         self._add(_LINEAR, number, space, node.inputs, [follows, *(i for w in windows for i in w)], coefficients)
 
     def _dual(self, number: int, node: Node, step: Dual, space: tuple[int, ...]) -> None:
-        activation, coefficients = _activation(step.activation)
+        activation, coefficients = encode_activation(step.activation)
         self._add(_DUAL, number, space, node.inputs, [activation], coefficients)
 
     def _pool(self, number: int, node: Node, step: Pool | GlobalPool, before: Spec, space: tuple[int, ...]) -> None:
@@ -272,7 +272,7 @@ class _Encoder:
         self._values.append([op, self._needs[number], start, *space, *count, *numbers, *map(int, parameters)])
 
 
-def _activation(activation: Activation) -> tuple[int, list[Any]]:
+def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
     """The number of an activation and its coefficients, as the classes of csrc/duals.h expect them."""
     match activation:
         case ABRelu(a, b):
