@@ -25,6 +25,8 @@ struct Network {
   bool all_pairs;
 };
 
+constexpr int kCoefficients = 10;
+
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
 
 std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
@@ -33,43 +35,65 @@ std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
   return all;
 }
 
-// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-6 of every dual, 7-8 weights of a sum.
+// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-9 of every dual, 7-8 weights of a sum.
 std::vector<int64_t> inputs(bool needs, nt::Index3 s, int channels) {
   return {0, needs, 0, s[0], s[1], s[2], channels};
 }
 std::vector<int64_t> linear(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({{2, needs, 1, s[0], s[1], s[2], 1, input, 1}, kNoWindow, y, x});
 }
-std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) { return {3, needs, 5, s[0], s[1], s[2], 1, input, 0}; }
+std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, int input) {
+  return {3, needs, 5, s[0], s[1], s[2], 1, input, static_cast<int64_t>(activation)};
+}
+std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
+  return dual(nt::Activation::kAbRelu, needs, s, input);
+}
 std::vector<int64_t> pool(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({{4, needs, 0, s[0], s[1], s[2], 1, input, 1, 0}, kNoWindow, y, x});
 }
 std::vector<int64_t> sum(bool needs, nt::Index3 s, int a, int b) { return {7, needs, 7, s[0], s[1], s[2], 2, a, b}; }
+std::vector<int64_t> product(bool needs, nt::Index3 s, int a, int b) {
+  return {8, needs, 0, s[0], s[1], s[2], 2, a, b};
+}
 
 const std::vector<int64_t> kThree = {3, 1, 1, 1, 1, 0}, kStrided = {3, 2, 1, 1, 1, 0}, kDilated = {2, 1, 2, 1, 1, 0};
+const std::vector<int64_t> kRound = {3, 1, 1, 1, 1, 1}, kRoundStrided = {3, 2, 1, 1, 1, 1};
 
 std::vector<Network> networks() {
-  const nt::Index3 one{1, 1, 1}, image{1, 6, 5}, half{1, 3, 3}, small{1, 3, 2}, strided{1, 3, 3};
+  const nt::Index3 one{1, 1, 1}, image{1, 6, 5}, half{1, 3, 3}, small{1, 3, 2}, strided{1, 3, 3}, even{1, 4, 6}, quarter{1, 2, 3};
   return {
       {"fully connected",
        {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), relu(false, one, 1)},
-       9, one, 7, false},
+       kCoefficients, one, 7, false},
       {"two pools",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kDilated), relu(true, image, 1),
         pool(true, small, 2, {2, 2, 1, 0, 0, 0}, {2, 2, 1, 0, 0, 0}), linear(true, small, 3, kThree, kThree),
         relu(false, small, 4), pool(false, one, 5, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
-       9, image, 3, false},
+       kCoefficients, image, 3, false},
       {"overlapping pool, full output",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         pool(true, half, 2, {3, 2, 1, 1, 1, 0}, {3, 2, 1, 1, 1, 0}), linear(true, half, 3, kThree, kThree),
         relu(false, half, 4)},
-       9, image, 3, true},
+       kCoefficients, image, 3, true},
       {"residual",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         linear(true, strided, 2, kStrided, kStrided), linear(true, strided, 1, kStrided, kStrided),
         sum(true, strided, 3, 4), relu(false, strided, 5),
         pool(false, one, 6, {3, 1, 1, 0, 0, 0}, {3, 1, 1, 0, 0, 0})},
-       9, image, 3, false},
+       kCoefficients, image, 3, false},
+      {"circular, a product",
+       {inputs(true, even, 2), linear(true, even, 0, kRound, kRound), relu(true, even, 1),
+        linear(true, quarter, 2, kRoundStrided, kRoundStrided), relu(true, quarter, 3),
+        product(true, quarter, 3, 4), pool(true, quarter, 5, kThree, kThree), linear(false, quarter, 6, kRound, kRound)},
+       kCoefficients, even, 2, true},
+      {"smooth nonlinearities",
+       {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), dual(nt::Activation::kErf, true, image, 1),
+        linear(true, image, 2, kThree, kThree), dual(nt::Activation::kGelu, true, image, 3),
+        linear(true, image, 4, kThree, kThree), dual(nt::Activation::kSin, true, image, 5),
+        linear(true, image, 6, kThree, kThree), dual(nt::Activation::kRbf, true, image, 7),
+        linear(true, image, 8, kThree, kThree), dual(nt::Activation::kExp, false, image, 9),
+        pool(false, one, 10, {6, 1, 1, 0, 0, 0}, {5, 1, 1, 0, 0, 0})},
+       kCoefficients, image, 3, false},
   };
 }
 
@@ -107,7 +131,7 @@ std::vector<T> run(const Network& network, int n1, int n2, bool symmetric, int n
   job.pairs = nt::make_plan(job.program, nt::Purpose::kPairs);
   job.own = nt::make_plan(job.program, nt::Purpose::kOwnOutput);
   job.record = nt::make_record(job.program);
-  const std::vector<T> coefficients = {0, T(1.7), T(0.1), T(1.7), T(0.1), T(0.5), T(0.5), T(1), T(0.5)};
+  const std::vector<T> coefficients = {0, T(1.7), T(0.1), T(1.7), T(0.1), T(0.5), T(0.5), T(1), T(0.5), T(0.25)};
   job.coefficients = coefficients.data();
   std::mt19937 random(0);
   std::normal_distribution<T> normal;
