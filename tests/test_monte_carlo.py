@@ -9,7 +9,8 @@ parameters (and of dropout), two statistics are averaged:
 With one layer of random hidden units both have the kernels as their expectation at *any* width, since the hidden units
 are independent: there is no finite-width bias to allow for, and the difference is judged in standard errors. Several
 layers, or divisions by averages over channels, give the expectation `K + a / width + O(1 / width^2)`. There
-`2 K(2 width) - K(width)` is judged, in which the term `a / width` cancels.
+`2 K(2 width) - K(width)` is judged, in which the term `a / width` cancels. (Not so where an average over channels goes
+through a kink: attention with 'ABS' or 'RELU' approaches its limit like `1 / sqrt(width)` where that limit is near 0.)
 """
 
 from collections.abc import Callable
@@ -172,9 +173,7 @@ BIASED = {
         IMAGES,
     ),
     "GlobalSelfAttention, masks": Case(
-        lambda width: stax.serial(
-            dense(width, 0.7), attention(width, attention_mechanism="ABS", pos_emb_type="CONCAT", W_pos_emb_std=0.7)
-        ),
+        lambda width: stax.serial(dense(width, 0.7), attention(width, pos_emb_type="CONCAT", W_pos_emb_std=0.7)),
         MASKED,
         kwargs={"mask_constant": jnp.nan},
     ),
