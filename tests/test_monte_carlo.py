@@ -199,9 +199,9 @@ def samples(case, width, n_samples, seed):
         gradients = [g.reshape(n, -1) for g in jax.tree.leaves(jax.jacrev(outputs)(params))]
         return nngp, sum(g @ g.T for g in gradients)
 
-    # Outside of jit: compiling random numbers takes longer than all else, and is shared by all networks this way.
+    # Random numbers would take longer to compile than all else. Not these ones, and outside of jit once for all networks.
     init = jax.vmap(lambda key: network[0](key, x.shape)[1])
-    keys = random.split(random.key(seed), (n_samples // CHUNK, 2, CHUNK))
+    keys = random.split(random.key(seed, impl="rbg"), (n_samples // CHUNK, 2, CHUNK))
     draws = [statistics(init(init_keys), rngs) for init_keys, rngs in keys]
     return [np.concatenate([np.asarray(k, float) for k in statistic]) for statistic in zip(*draws, strict=True)]
 
