@@ -199,7 +199,7 @@ def samples(case, width, n_samples, seed):
         gradients = [g.reshape(n, -1) for g in jax.tree.leaves(jax.jacrev(outputs)(params))]
         return nngp, sum(g @ g.T for g in gradients)
 
-    # Random numbers would take longer to compile than all else. Not these ones, and outside of jit once for all networks.
+    # Random numbers would take longer to compile than all else. These ones do not; outside of jit, networks share them.
     init = jax.vmap(lambda key: network[0](key, x.shape)[1])
     keys = random.split(random.key(seed, impl="rbg"), (n_samples // CHUNK, 2, CHUNK))
     draws = [statistics(init(init_keys), rngs) for init_keys, rngs in keys]
