@@ -12,6 +12,7 @@ import matplotlib
 import neural_tangents as nt
 import numpy as np
 from neural_tangents import stax
+from scipy.special import log_ndtr
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
@@ -20,9 +21,10 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TRAIN_SIZES = (25, 50, 100, 200, 400)
-N_TEST = 300
+TRAIN_SIZES = (25, 50, 100, 200, 400, 1000)
+N_TEST = 597
 N_REPEATS = 3  # training sets of each size, for the spread of the learning curves
+GALLERY_SIZE = 100  # training images of the network whose most and least certain predictions are shown
 N_CLASSES = 10
 ROWS = 100  # images whose kernels are computed in one call, between two ticks of the progress bar
 DIAG_REG = 1e-3  # noise of the labels, relative to the mean of the kernel's diagonal
@@ -34,8 +36,9 @@ class Result:
     """How one method does with training sets of one size."""
 
     accuracy: list[float] = dataclasses.field(default_factory=list)
+    certainty: list[float] = dataclasses.field(default_factory=list)  # as often as this, the method means to be right
     negative_log_likelihood: list[float] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def fully_connected():
@@ -68,26 +71,43 @@ def kernels_of_all(kernel_fn: Callable, x: np.ndarray, name: str):
     return (nngp + nngp.T) / 2, (ntk + ntk.T) / 2
 
 
-def probabilities(gaussian: nt.predict.Gaussian, n_draws: int = 1000) -> np.ndarray:
-    """Returns how often each class has the largest output, over draws from the predictive distribution."""
-    mean, std = np.asarray(gaussian.mean), np.sqrt(np.maximum(np.diag(gaussian.covariance), 0) + DIAG_REG)
-    draws = mean + std[:, None] * np.random.default_rng(0).normal(size=(n_draws, *mean.shape))
-    counts = np.apply_along_axis(np.bincount, 0, draws.argmax(-1), minlength=N_CLASSES).T
-    return (counts + 1) / (n_draws + N_CLASSES)
-
-
 def infinite_network(
     kernels: tuple[np.ndarray, np.ndarray], kind: str, train: np.ndarray, test: np.ndarray, labels: np.ndarray
-):
+) -> np.ndarray:
     """Returns class probabilities of the test images: the exact posterior, or the ensemble after gradient descent."""
 
     def both(rows, columns):
-        nngp, ntk = (k[np.ix_(rows, columns)] for k in kernels)
-        return Kernels(nngp, ntk)
+        return Kernels(*(k[np.ix_(rows, columns)] for k in kernels))
 
     y_train = np.eye(N_CLASSES, dtype=np.float32)[labels[train]] - 1 / N_CLASSES
-    predict_fn = nt.predict.gp_inference(both(train, train), y_train, diag_reg=DIAG_REG)
-    return probabilities(predict_fn(kind, both(test, train), both(test, test)))
+    k_train_train = both(train, train)
+    predict_fn = nt.predict.gp_inference(k_train_train, y_train, diag_reg=DIAG_REG)
+    gaussian = predict_fn(kind, both(test, train), both(test, test))
+    variance = np.maximum(np.diag(gaussian.covariance), 0)
+    return probabilities(np.asarray(gaussian.mean), scale_of_outputs(k_train_train.nngp, y_train) * variance)
+
+
+def scale_of_outputs(k_train_train: np.ndarray, y_train: np.ndarray) -> float:
+    """Returns the most likely variance of the last layer's weights, given the labels.
+
+    It multiplies kernels and noise alike, and so the variances of all predictions, but not their means.
+    """
+    noise = DIAG_REG * np.trace(k_train_train) / len(k_train_train)
+    whitened = np.linalg.solve(k_train_train + noise * np.eye(len(k_train_train)), y_train)
+    return np.sum(y_train * whitened) / y_train.size
+
+
+def probabilities(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Returns the probability of each class to have the largest output, by quadrature.
+
+    The outputs of the classes are independent, with means (image, class) and one variance for each image. Where class c
+    has the output m_c + s z, z standard normal, class j is below it with probability Phi(z + (m_c - m_j) / s).
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(32)
+    gaps = (mean[:, :, None] - mean[:, None, :]) / np.sqrt(variance + 1e-12)[:, None, None]
+    log_others_below = log_ndtr(gaps[..., None] + nodes).sum(2) - log_ndtr(nodes)
+    p = np.exp(log_others_below) @ weights
+    return p / p.sum(1, keepdims=True)
 
 
 @dataclasses.dataclass
@@ -108,13 +128,12 @@ def main() -> None:
     args = parser.parse_args()
 
     digits = load_digits()
-    n = N_TEST + max(TRAIN_SIZES)
-    order = np.random.default_rng(0).permutation(len(digits.target))[:n]
+    order = np.random.default_rng(0).permutation(len(digits.target))
     images, labels = digits.images[order].astype(np.float32) / 16, digits.target[order]
-    x, test, pool = images[..., None] - images.mean(), np.arange(N_TEST), np.arange(N_TEST, n)
+    x, test, pool = images[..., None] - images.mean(), np.arange(N_TEST), np.arange(N_TEST, len(images))
 
     results: dict[tuple[str, int], Result] = {}
-    certainties = {}
+    probabilities_of = {}
     draws = [np.random.default_rng(seed).permutation(pool) for seed in range(N_REPEATS)]
     kernel_seconds = {}
     for name, network in (("FCN", fully_connected()), ("CNN", convolutional())):
@@ -124,35 +143,37 @@ def main() -> None:
         for size in TRAIN_SIZES:
             for kind in ("nngp", "ntk"):
                 result = results.setdefault((f"{name} {kind.upper()}", size), Result())
-                start = time.perf_counter()
                 for draw in draws:
+                    start = time.perf_counter()
                     p = infinite_network(kernels, kind, draw[:size], test, labels)
+                    result.seconds.append(time.perf_counter() - start)
                     result.accuracy.append(np.mean(p.argmax(1) == labels[test]))
+                    result.certainty.append(np.mean(p.max(1)))
                     result.negative_log_likelihood.append(-np.mean(np.log(p[test, labels[test]])))
-                    certainties[name, kind, size] = p
-                result.seconds = (time.perf_counter() - start) / N_REPEATS
+                probabilities_of[name, kind, size] = p
     for name, model in (("k-nearest neighbours", KNeighborsClassifier(3)), ("SVM, RBF kernel", SVC(C=10.0))):
         for size in TRAIN_SIZES:
             result = results.setdefault((name, size), Result())
-            start = time.perf_counter()
-            result.accuracy = [classical(model, x, draw[:size], test, labels) for draw in draws]
-            result.seconds = (time.perf_counter() - start) / N_REPEATS
+            for draw in draws:
+                start = time.perf_counter()
+                result.accuracy.append(classical(model, x, draw[:size], test, labels))
+                result.seconds.append(time.perf_counter() - start)
 
     print_table(results, kernel_seconds)
-    draw_figure(args.figure, results, images[test], labels[test], certainties["CNN", "nngp", max(TRAIN_SIZES)])
+    draw_figure(args.figure, results, images[test], labels[test], probabilities_of["CNN", "nngp", GALLERY_SIZE])
     print(f"Figure: {args.figure}")
 
 
 def print_table(results: dict[tuple[str, int], Result], kernel_seconds: dict[str, float]) -> None:
-    print(f"\n{N_TEST} test images, means over {N_REPEATS} training sets")
-    print(f"{'method':22s} {'images':>7s} {'accuracy':>9s} {'neg. log-lik.':>14s} {'seconds':>8s}")
+    print(f"\n{N_TEST} test images, means over {N_REPEATS} training sets (seconds: medians)")
+    print(f"{'method':22s} {'images':>7s} {'accuracy':>9s} {'certainty':>10s} {'neg. log-lik.':>14s} {'seconds':>8s}")
     for (name, size), result in results.items():
-        likelihood = (
-            f"{np.mean(result.negative_log_likelihood):14.3f}" if result.negative_log_likelihood else " " * 13 + "-"
-        )
-        print(f"{name:22s} {size:7d} {np.mean(result.accuracy):9.1%} {likelihood} {result.seconds:8.3f}")
+        uncertainty = f"{'-':>10s} {'-':>14s}"
+        if result.certainty:
+            uncertainty = f"{np.mean(result.certainty):10.1%} {np.mean(result.negative_log_likelihood):14.3f}"
+        print(f"{name:22s} {size:7d} {np.mean(result.accuracy):9.1%} {uncertainty} {np.median(result.seconds):8.3f}")
     for name, seconds in kernel_seconds.items():
-        print(f"Kernels of the {name} between all {N_TEST + max(TRAIN_SIZES)} images: {seconds:.1f} s")
+        print(f"Kernels of the {name} between all images: {seconds:.1f} s")
 
 
 def draw_figure(path: str, results, images: np.ndarray, labels: np.ndarray, p: np.ndarray) -> None:
@@ -161,17 +182,19 @@ def draw_figure(path: str, results, images: np.ndarray, labels: np.ndarray, p: n
     curves, gallery = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     axes = curves.subplots()
     for name in dict.fromkeys(name for name, _ in results):
-        accuracy = np.array([results[name, size].accuracy for size in TRAIN_SIZES])
-        mean, spread = 100 * accuracy.mean(1), 100 * accuracy.std(1)
-        (line,) = axes.plot(TRAIN_SIZES, mean, "o-" if "NN" in name or "NTK" in name else "s--", label=name)
-        axes.fill_between(TRAIN_SIZES, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
-    axes.set(xscale="log", xlabel="training images", ylabel="test accuracy, %", title="Handwritten digits (8 x 8)")
+        errors = 100 - 100 * np.array([results[name, size].accuracy for size in TRAIN_SIZES])
+        (line,) = axes.plot(TRAIN_SIZES, errors.mean(1), "o-" if name[:3] in ("FCN", "CNN") else "s--", label=name)
+        axes.fill_between(TRAIN_SIZES, errors.min(1), errors.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="training images", ylabel="test errors, %")
+    axes.set_title(f"Handwritten digits (8 x 8): means and ranges over {N_REPEATS} training sets", fontsize=11)
     axes.set_xticks(TRAIN_SIZES, [str(s) for s in TRAIN_SIZES])
+    axes.set_yticks(ticks := (0.5, 1, 2, 5, 10, 20, 40), [str(t) for t in ticks])
     axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend()
     certainty = p.max(1)
     ranked = np.argsort(certainty)
-    gallery.suptitle("CNN, Bayesian posterior: most certain (top) and least certain")
+    gallery.suptitle(f"Bayesian CNN, {GALLERY_SIZE} images: most certain (top), least (bottom)", fontsize=11)
     for axes, i in zip(gallery.subplots(4, 5).flat, (*ranked[:-11:-1], *ranked[:10]), strict=True):
         axes.imshow(images[i], cmap="gray_r")
         right = p[i].argmax() == labels[i]

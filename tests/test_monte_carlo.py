@@ -9,7 +9,8 @@ parameters (and of dropout), two statistics are averaged:
 With one layer of random hidden units both have the kernels as their expectation at *any* width, since the hidden units
 are independent: there is no finite-width bias to allow for, and the difference is judged in standard errors. Several
 layers, or divisions by averages over channels, give the expectation `K + a / width + O(1 / width^2)`. There
-`2 K(2 width) - K(width)` is judged, in which the term `a / width` cancels.
+`2 K(2 width) - K(width)` is judged, in which the term `a / width` cancels. (Not so where an average over channels goes
+through a kink: attention with 'ABS' or 'RELU' approaches its limit like `1 / sqrt(width)` where that limit is near 0.)
 """
 
 from collections.abc import Callable
@@ -179,9 +180,7 @@ BIASED = {
         IMAGES,
     ),
     "GlobalSelfAttention, masks": Case(
-        lambda width: stax.serial(
-            dense(width, 0.7), attention(width, attention_mechanism="ABS", pos_emb_type="CONCAT", W_pos_emb_std=0.7)
-        ),
+        lambda width: stax.serial(dense(width, 0.7), attention(width, pos_emb_type="CONCAT", W_pos_emb_std=0.7)),
         MASKED,
         kwargs={"mask_constant": jnp.nan},
     ),
@@ -207,9 +206,9 @@ def samples(case, width, n_samples, seed):
         gradients = [g.reshape(n, -1) for g in jax.tree.leaves(jax.jacrev(outputs)(params))]
         return nngp, sum(g @ g.T for g in gradients)
 
-    # Outside of jit: compiling random numbers takes longer than all else, and is shared by all networks this way.
+    # Random numbers would take longer to compile than all else. These ones do not; outside of jit, networks share them.
     init = jax.vmap(lambda key: network[0](key, x.shape)[1])
-    keys = random.split(random.key(seed), (n_samples // CHUNK, 2, CHUNK))
+    keys = random.split(random.key(seed, impl="rbg"), (n_samples // CHUNK, 2, CHUNK))
     draws = [statistics(init(init_keys), rngs) for init_keys, rngs in keys]
     return [np.concatenate([np.asarray(k, float) for k in statistic]) for statistic in zip(*draws, strict=True)]
 

@@ -47,10 +47,44 @@ def test_headline_float32(case, arrays):
 @pytest.mark.slow
 @pytest.mark.parametrize("case, arrays", LAYERS, ids=[case["id"] for case, _ in LAYERS])
 def test_layers_float32(case, arrays):
-    check(case, arrays, "float32")
+    check(case, arrays, "float32", float32_tolerance(case, arrays))
 
 
-def check(case, arrays, dtype):
+def test_few_cases_cannot_keep_the_tolerance_in_float32():
+    tolerances = [float32_tolerance(case, arrays) for case, arrays in LAYERS]
+    assert sum(tolerance > TOLERANCE["float32"] for tolerance in tolerances) <= 2
+
+
+def float32_tolerance(case, arrays):
+    """Returns a larger tolerance where one rounding in the first layer already exceeds the usual one.
+
+    With one channel and one position in the first layer, all correlations are 1 or -1. There the factor of the tangent
+    kernel, `arccos(-c) / pi` for Relu, has infinite slope, and `n` roundings of `c` change it by `sqrt(2 n eps) / pi`.
+    """
+    if all_are_parallel(case, arrays) and change_by_one_rounding(case, arrays) > TOLERANCE["float32"]:
+        return (2 * 4 * np.finfo("float32").eps) ** 0.5 / np.pi
+    return TOLERANCE["float32"]
+
+
+def all_are_parallel(case, arrays):
+    if "serial" not in case["net"] or arrays[f"{case['id']}/x1"].shape[-1] > 1:
+        return False
+    first = case["net"]["serial"][0]
+    return first.get("layer") == "Conv" and set(first["args"][1]) == {1} and first["kwargs"].get("b_std") is None
+
+
+def change_by_one_rounding(case, arrays):
+    """Rounds the covariances after the first layer to float32, and nothing else. Returns the change of the NTK."""
+    with jax.enable_x64(True):
+        layers = case["net"]["serial"]
+        kernel = build(layers[0])[2](arrays[f"{case['id']}/x1"], arrays[f"{case['id']}/x2"])
+        rounded = kernel.replace(nngp=kernel.nngp.astype("float32").astype("float64"))
+        rest = build({"serial": layers[1:]})[2]
+        exact, changed = (np.asarray(rest(k, None, "ntk", implementation="xla")) for k in (kernel, rounded))
+    return np.abs(changed - exact).max() / np.abs(exact).max()
+
+
+def check(case, arrays, dtype, tolerance=None):
     x1, x2 = (arrays[f"{case['id']}/{name}"].astype(dtype) for name in ("x1", "x2"))
     kwargs = {} if case["mask_constant"] is None else {"mask_constant": case["mask_constant"]}
     with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():
@@ -59,10 +93,9 @@ def check(case, arrays, dtype):
         pair = kernel_fn(x1, x2, ("nngp", "ntk"), **kwargs)
         own = kernel_fn(x1, None, ("nngp", "ntk"), **kwargs)
     kernels = {"nngp": pair.nngp, "ntk": pair.ntk, "nngp_self": own.nngp, "ntk_self": own.ntk}
+    tolerance = tolerance or TOLERANCE[dtype]
     for name, kernel in kernels.items():
         expected = arrays[f"{case['id']}/{name}"]
         assert kernel.dtype == dtype
         assert kernel.shape == expected.shape
-        np.testing.assert_allclose(
-            kernel, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max(), err_msg=name
-        )
+        np.testing.assert_allclose(kernel, expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=name)

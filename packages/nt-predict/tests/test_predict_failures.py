@@ -205,7 +205,9 @@ def test_trace_axes_that_do_not_exist():
 
 
 def test_labels_without_an_output_axis():
-    with pytest.raises(ValueError, match=r"`y_train` of shape \(3,\) and trace axes \(0,\)"):
+    with pytest.raises(
+        ValueError, match=r"`y_train` of shape \(3,\) and trace axes \(0,\).*scalar labels the shape \(n, 1\)"
+    ):
         gp_inference(np.eye(3), np.ones(3))
 
 

@@ -104,7 +104,8 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
         """Returns the infinite-width kernels of this network.
 
         Args:
-          x1_or_kernel: inputs `x1`, or the `Kernel` of preceding layers; or nested lists and tuples of these.
+          x1_or_kernel: inputs `x1`, or the `Kernel` of preceding layers; or nested lists and tuples of these. Inputs of
+            any real type are computed with in JAX's default precision: float32, or float64 under `jax_enable_x64`.
           x2: inputs of the same structure, or None for the kernel of `x1` with itself.
           get: 'nngp', 'ntk' or another field of `Kernel`, for the bare value; several of them, for a namedtuple; None
             for the whole `Kernel`. What is not asked for is not computed.
@@ -189,7 +190,8 @@ def _fields(get: Any) -> str | tuple[str, ...] | None:
         raise ValueError(f'All strings in "get" must be unique, got {get}.')
     for name in names:
         if name not in _KERNEL_FIELDS:
-            raise KeyError(f'Unknown field {name!r} in "get"; a Kernel has {", ".join(_KERNEL_FIELDS)}.')
+            # Without quotation marks, which the message of a KeyError escapes.
+            raise KeyError(f"`get` has {name}, and a Kernel has {', '.join(_KERNEL_FIELDS)} only.")
     return names[0] if isinstance(get, str) else names
 
 

@@ -108,6 +108,10 @@ def _as_float(x: Any, name: str) -> Array:
         )
     if x.ndim < 2:
         raise ValueError(f"{name} needs a batch axis and a channel axis, i.e. rank at least 2, got shape {x.shape}.")
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} is complex ({x.dtype}), and kernels are of real inputs. Give real and imaginary parts."
+        )
     return jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
 
 

@@ -113,6 +113,7 @@ class OutputLayout:
         return (
             f"`{name}` has shape {kernel.shape}; for `y_train` of shape {self.shape} and trace axes {self.trace_axes} "
             f"{expected}: a pair of axes for every axis of `y_train` that is not in `trace_axes`."
+            + (" Give n scalar labels the shape (n, 1)." if len(self.shape) == 1 else "")
         )
 
 

@@ -113,15 +113,15 @@ def GlobalSelfAttention(
       ValueError: an unknown mechanism or embedding; a size that is needed is unknown; `decay` is no correlation.
       NotImplementedError: a kernel with `linear_scaling=False` and a mechanism other than 'IDENTITY'.
 
-    Attention that weighs all positions alike, since all keys are zero, averages over them:
+    Attention with independent queries and keys, and no nonlinearity, multiplies a covariance by the sum of its squares:
 
     >>> from nt_stax import GlobalSelfAttention
     >>> _, _, kernel_fn = GlobalSelfAttention(
-    ...     8, n_chan_key=4, n_chan_val=4, n_heads=2, linear_scaling=True, W_key_std=0.0)
-    >>> x = jnp.array([[[1.0], [3.0]]])
-    >>> print(kernel_fn(x, None, "nngp")[0, 0])
-    [[4. 4.]
-     [4. 4.]]
+    ...     8, n_chan_key=4, n_chan_val=4, n_heads=2, linear_scaling=False, attention_mechanism="IDENTITY")
+    >>> x = jnp.array([[[1.0], [2.0]]])
+    >>> print(kernel_fn(x, None, "nngp")[0, 0])  # (1 + 4 + 4 + 16) times [[1, 2], [2, 4]]
+    [[ 25.  50.]
+     [ 50. 100.]]
     """
     mechanism = _member(AttentionMechanism, attention_mechanism, "attention_mechanism")
     embedding = _embedding(

@@ -166,7 +166,7 @@ def _parts(name: str, layers: Sequence[Layer]) -> tuple[list, list, list[tuple[R
 
 def _branches(name: str, inputs: Any, n: int) -> Sequence[Any]:
     if not isinstance(inputs, list | tuple) or len(inputs) != n:
-        given = f"{len(inputs)}" if isinstance(inputs, list | tuple) else type(inputs).__name__
+        given = f"{len(inputs)}" if isinstance(inputs, list | tuple) else "a single one"
         raise ValueError(
             f"{name} of {n} layers takes a list or tuple of {n} inputs, e.g. from FanOut({n}), got {given}."
         )
