@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.fusion import unfused
+from nt_core.backends.xla.fusion import rematerialized, unfused
 from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Window, keeps_planes
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts, windows
@@ -185,7 +185,7 @@ class Block:
             return block.evaluate(body.outputs[0], geometry), None
 
         xs = (step.body, self._first.repeated.get(number, {}), self._second.repeated.get(number, {}))
-        x, _ = lax.scan(apply, x, xs)
+        x, _ = lax.scan(rematerialized(apply), x, xs)
         return x
 
     def _linear(self, number: int, node: Node, x: Pairs, geometry: Geometry) -> Pairs:
@@ -446,7 +446,7 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
             x, _ = plane(index)
             return Pairs(*(None if a is None else _sum_space(a, len(spec.space)) for a in x))  # type: ignore[arg-type]
 
-        sums = lax.map(total, indices)
+        sums = lax.map(rematerialized(total), indices)
         return Pairs(
             *(None if a is None else _add_pair_axes(_sum_in_two(a), len(spec.space)) for a in sums)  # type: ignore
         )
@@ -459,7 +459,7 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
     first, _ = plane(indices[0])  # only its shape is used
     counts = tuple(w.count for w in along)
     zeros = [None if a is None else jnp.zeros(counts + counts + a.shape[len(counts) :], a.dtype) for a in first]
-    sums, _ = lax.scan(accumulate, Pairs(*zeros), indices)  # type: ignore[arg-type]
+    sums, _ = lax.scan(rematerialized(accumulate), Pairs(*zeros), indices)  # type: ignore[arg-type]
     return Pairs(*(None if a is None else _planes_to_pairs(a, counts) for a in sums))  # type: ignore[arg-type]
 
 

@@ -22,3 +22,13 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
         return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
 
     return lax.cond(always, fn, never, *args)
+
+
+def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the body of a loop such that reverse mode keeps its inputs only, and computes it again.
+
+    Loops over blocks of pairs, over offset planes within a block, and over repeated layers within a plane: without it,
+    the derivative would keep what lies within every layer of every plane of every block. A loop needs no barrier
+    against common subexpressions, which would cost time.
+    """
+    return jax.checkpoint(body, prevent_cse=False)

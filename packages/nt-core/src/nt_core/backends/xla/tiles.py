@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.xla.block import Pairs
+from nt_core.backends.xla.fusion import rematerialized
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.program import Program
 from nt_core.steps import Conv, GlobalPool, Pool
@@ -42,7 +43,7 @@ def map_samples(fn: Callable[[Any], Any], data: Any, n: int, block: int) -> Any:
         return fn(data)
     count = -(-n // block)
     padded = _pad_last(data, count * block)
-    blocks = lax.map(lambda i: fn(_take_last(padded, i, block)), jnp.arange(count))
+    blocks = lax.map(rematerialized(lambda i: fn(_take_last(padded, i, block))), jnp.arange(count))
     return jax.tree.map(lambda a: _join_last(a)[..., :n], blocks)
 
 
@@ -81,7 +82,7 @@ def map_pairs(
 
         return fn(_take_last(data1, i, b1), _take_last(data2, j, b2), jax.tree.map(cut, pairs))
 
-    blocks = lax.map(compute, jnp.asarray(np.array(grid)))
+    blocks = lax.map(rematerialized(compute), jnp.asarray(np.array(grid)))
     where = np.zeros((rows, columns), int)
     for number, (i, j) in enumerate(grid):  # below the diagonal of a symmetric grid, any block does
         where[i, j] = number
