@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.backends.xla.fusion import rematerialized, unfused
-from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Window, keeps_planes
+from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Window, keeps_planes, window_sums
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts, windows
 from nt_core.program import Node, Program
@@ -25,6 +25,27 @@ class Pairs(NamedTuple):
 
     value: Array
     ntk: Array | None
+
+
+def pools_planes(program: Program, number: int) -> bool:
+    """Whether a pool is evaluated one offset plane after another.
+
+    Every layer from the last readouts to this pool must map offset planes to offset planes.
+    """
+    pending, seen = [number], set()
+    while pending:
+        i = pending.pop()
+        node = program.nodes[i - len(program.sources)] if i >= len(program.sources) else None
+        if i in seen or node is None or (i != number and is_readout(node)):
+            continue
+        seen.add(i)
+        spec = program.spec(node.inputs[0])
+        if i == number and math.prod(spec.space) < _MIN_POSITIONS_FOR_PLANES:
+            return False
+        if isinstance(node.step, Conv | Pool) and not all(keeps_planes(w) for w in windows(node.step, spec)):
+            return False
+        pending.extend(node.inputs)
+    return True
 
 
 class Loader(Protocol):
@@ -96,7 +117,7 @@ class Block:
         for key in sorted(wanted):
             number, geometry = key[0], wanted[key]
             node = self._node(number)
-            if node is None or _is_readout(node):
+            if node is None or is_readout(node):
                 results[key] = self._stored_value(number, geometry)
             else:
                 before = _before(node, self._program, geometry)
@@ -139,7 +160,7 @@ class Block:
         while pending:
             number, geometry = pending.pop()
             node = self._node(number)
-            if node is None or _is_readout(node):
+            if node is None or is_readout(node):
                 continue
             before = _before(node, self._program, geometry)
             for i in node.inputs:
@@ -196,25 +217,14 @@ class Block:
         if not as_deficit:
             x = self._as_covariance(source, x, geometry)
         variances = self._variances(source) if as_deficit else None
-        moving = [(axis, w) for axis, w in enumerate(windows(step, spec)) if not w.is_trivial()]
-
-        def average(x: Pairs, variances: tuple[Array, Array] | None) -> tuple[Array, Array | None, Array | None]:
-            moved = geometry
-            value, ntk = x
-            for axis, window in moving:
-                value = moved.convolve(value, axis, window, variances)
-                ntk = None if ntk is None else moved.convolve(ntk, axis, window, None)
-                if variances is not None:
-                    variances = (window.sum(variances[0], axis), window.sum(variances[1], axis))
-                moved = moved.after(axis, window)
-            scale = 1 / step.window_size
-            value = value * scale
-            covariance = value
-            if variances is not None:
-                covariance = _mean(variances, moved) * scale - value
-            return value, None if ntk is None else ntk * scale, covariance if self._ntk else None
-
-        value, ntk, covariance = unfused(average, x, variances) if moving else average(x, variances)
+        along, scale = windows(step, spec), 1 / step.window_size
+        value = geometry.convolve(x.value, along, variances) * scale
+        ntk = None if x.ntk is None else geometry.convolve(x.ntk, along, None) * scale
+        covariance = value if self._ntk else None
+        if variances is not None and self._ntk:
+            after = geometry.after(along)
+            summed = (window_sums(variances[0], along), window_sums(variances[1], along))
+            covariance = _mean(summed, after) * scale - value
         if covariance is not None:
             weight, bias = step.ntk_coefficients(spec)
             own = weight * covariance + bias
@@ -308,7 +318,7 @@ class Block:
             x = self.evaluate(source, geometry)
             return x if as_deficit else self._as_covariance(source, x, geometry)
 
-        if math.prod(spec.space) >= _MIN_POSITIONS_FOR_PLANES and self._keeps_planes(number):
+        if pools_planes(self._program, number):
             x = _pool_planes(pool, spec, inputs)
         else:
             x = _pool_all_pairs(pool, spec, inputs(AllPairs(len(spec.space))))
@@ -352,23 +362,6 @@ class Block:
         uneven = _trailing((pairs.first(counts) - pairs.second(counts)) / (2 * size**2), pooled.ndim)
         sums1, sums2 = pool_sum(pool, spec, var1), pool_sum(pool, spec, var2)
         return deficit + uneven.astype(pooled.dtype) * (pairs.first(sums1) - pairs.second(sums2))
-
-    def _keeps_planes(self, number: int) -> bool:
-        """Whether every layer from the last readouts to this pool maps offset planes to offset planes."""
-        pending, seen = [number], set()
-        while pending:
-            i = pending.pop()
-            node = self._node(i)
-            if i in seen or node is None or (i != number and _is_readout(node)):
-                continue
-            seen.add(i)
-            if isinstance(node.step, Conv | Pool) and not all(
-                keeps_planes(w) for w in windows(node.step, self._input_spec(node))
-            ):
-                return False
-            pending.extend(node.inputs)
-        return True
-
 
 class _Constant:
     """The source of the body of a loop: what the iteration before left."""
@@ -575,7 +568,7 @@ def _trailing(x: Array, ndim: int) -> Array:
     return lax.expand_dims(x, range(x.ndim, ndim))
 
 
-def _is_readout(node: Node) -> bool:
+def is_readout(node: Node) -> bool:
     return isinstance(node.step, Pool | GlobalPool | Flatten)
 
 

@@ -21,7 +21,7 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     def never(*_: Any) -> Any:
         return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
 
-    return lax.cond(always, fn, never, *args)
+    return lax.cond(always, rematerialized(fn), never, *args)
 
 
 def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:
