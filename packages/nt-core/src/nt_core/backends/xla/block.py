@@ -8,8 +8,16 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.fusion import rematerialized, unfused
-from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Window, keeps_planes, window_sums
+from nt_core.backends.xla.fusion import constant, rematerialized, unfused
+from nt_core.backends.xla.geometry import (
+    AllPairs,
+    Geometry,
+    OffsetPlane,
+    SamePosition,
+    Window,
+    keeps_planes,
+    window_sums,
+)
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts, windows
 from nt_core.program import Node, Program
@@ -36,7 +44,7 @@ def pools_planes(program: Program, number: int) -> bool:
     while pending:
         i = pending.pop()
         node = program.nodes[i - len(program.sources)] if i >= len(program.sources) else None
-        if i in seen or node is None or (i != number and is_readout(node)):
+        if i in seen or node is None or (i != number and _is_readout(node)):
             continue
         seen.add(i)
         spec = program.spec(node.inputs[0])
@@ -117,7 +125,7 @@ class Block:
         for key in sorted(wanted):
             number, geometry = key[0], wanted[key]
             node = self._node(number)
-            if node is None or is_readout(node):
+            if node is None or _is_readout(node):
                 results[key] = self._stored_value(number, geometry)
             else:
                 before = _before(node, self._program, geometry)
@@ -160,7 +168,7 @@ class Block:
         while pending:
             number, geometry = pending.pop()
             node = self._node(number)
-            if node is None or is_readout(node):
+            if node is None or _is_readout(node):
                 continue
             before = _before(node, self._program, geometry)
             for i in node.inputs:
@@ -363,6 +371,7 @@ class Block:
         sums1, sums2 = pool_sum(pool, spec, var1), pool_sum(pool, spec, var2)
         return deficit + uneven.astype(pooled.dtype) * (pairs.first(sums1) - pairs.second(sums2))
 
+
 class _Constant:
     """The source of the body of a loop: what the iteration before left."""
 
@@ -451,7 +460,7 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
 
     first, _ = plane(indices[0])  # only its shape is used
     counts = tuple(w.count for w in along)
-    zeros = [None if a is None else jnp.zeros(counts + counts + a.shape[len(counts) :], a.dtype) for a in first]
+    zeros = [None if a is None else constant(counts + counts + a.shape[len(counts) :], 0, a) for a in first]
     sums, _ = lax.scan(rematerialized(accumulate), Pairs(*zeros), indices)  # type: ignore[arg-type]
     return Pairs(*(None if a is None else _planes_to_pairs(a, counts) for a in sums))  # type: ignore[arg-type]
 
@@ -568,7 +577,7 @@ def _trailing(x: Array, ndim: int) -> Array:
     return lax.expand_dims(x, range(x.ndim, ndim))
 
 
-def is_readout(node: Node) -> bool:
+def _is_readout(node: Node) -> bool:
     return isinstance(node.step, Pool | GlobalPool | Flatten)
 
 

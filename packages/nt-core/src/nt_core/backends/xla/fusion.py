@@ -19,7 +19,7 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     shapes = jax.eval_shape(fn, *args)
 
     def never(*_: Any) -> Any:
-        return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+        return jax.tree.map(lambda s: constant(s.shape, jnp.nan, s), shapes)
 
     return lax.cond(always, rematerialized(fn), never, *args)
 
@@ -32,3 +32,10 @@ def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:
     against common subexpressions, which would cost time.
     """
     return jax.checkpoint(body, prevent_cse=False)
+
+
+def constant(shape: tuple[int, ...], value: float, like: Any) -> jax.Array:
+    """Returns an array of one value, which under `jax.shard_map` varies over the same mesh axes as `like`."""
+    axes = tuple(jax.typeof(like).vma) if isinstance(like, jax.Array) else tuple(like.vma or ())
+    array = jnp.full(shape, value, like.dtype)
+    return lax.pcast(array, axes, to="varying") if axes else array

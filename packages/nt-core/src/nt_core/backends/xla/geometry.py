@@ -228,7 +228,7 @@ class OffsetPlane:
         )
 
     def _edges(self, variance: Array, along: Sequence[Window]) -> Array:
-        """Sum of the variance over the taps that lie inside for the first position and in the padding for the second."""
+        """Sum of the variance over the taps inside for the first position and in the padding for the second."""
         plane, edges = self, jnp.zeros_like(variance)
         for axis, window in enumerate(along):
 

@@ -42,7 +42,7 @@ def _evenly(n: int, block: int) -> int:
 
 
 def _numbers_per_pair(program: Program) -> int:
-    """Size of the largest array for one pair of samples: of all pairs of positions where they are formed, or a plane."""
+    """Size of the largest array for one pair of samples: all pairs of positions where they are formed, or a plane."""
     formed = set(program.outputs)
     for number, node in reversed(list(enumerate(program.nodes, len(program.sources)))):
         if isinstance(node.step, Pool | GlobalPool):
@@ -52,9 +52,7 @@ def _numbers_per_pair(program: Program) -> int:
         elif number in formed and not isinstance(node.step, Flatten):
             formed.update(node.inputs)
     specs = [program.spec(i) for i in range(program.n_values)]
-    return max(
-        math.prod(s.space) ** (2 if i in formed and not s.diagonal_spatial else 1) for i, s in enumerate(specs)
-    )
+    return max(math.prod(s.space) ** (2 if i in formed and not s.diagonal_spatial else 1) for i, s in enumerate(specs))
 
 
 def map_samples(fn: Callable[[Any], Any], data: Any, n: int, block: int) -> Any:
