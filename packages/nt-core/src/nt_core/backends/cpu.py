@@ -61,7 +61,8 @@ def _differentiable(request: Request) -> Any:
 
     @compute.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(reference, primals, tangents)
+        # The value stays native: in reverse mode the forward pass of the reference is then dead code.
+        return compute(*primals), jax.jvp(reference, primals, tangents)[1]
 
     return compute
 

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.fusion import unfused
-from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Window, keeps_planes
+from nt_core.backends.xla.fusion import constant, rematerialized, unfused
+from nt_core.backends.xla.geometry import (
+    AllPairs,
+    Geometry,
+    OffsetPlane,
+    SamePosition,
+    Window,
+    keeps_planes,
+    window_sums,
+)
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts, windows
 from nt_core.program import Node, Program
@@ -27,6 +35,27 @@ class Pairs(NamedTuple):
 
     value: Array
     ntk: Array | None
+
+
+def pools_planes(program: Program, number: int) -> bool:
+    """Whether a pool is evaluated one offset plane after another.
+
+    Every layer from the last readouts to this pool must map offset planes to offset planes.
+    """
+    pending, seen = [number], set()
+    while pending:
+        i = pending.pop()
+        node = program.nodes[i - len(program.sources)] if i >= len(program.sources) else None
+        if i in seen or node is None or (i != number and _is_readout(node)):
+            continue
+        seen.add(i)
+        spec = program.spec(node.inputs[0])
+        if i == number and math.prod(spec.space) < _MIN_POSITIONS_FOR_PLANES:
+            return False
+        if isinstance(node.step, Conv | Pool) and not all(keeps_planes(w) for w in windows(node.step, spec)):
+            return False
+        pending.extend(node.inputs)
+    return True
 
 
 class Loader(Protocol):
@@ -189,7 +218,7 @@ class Block:
             return block.evaluate(body.outputs[0], geometry), None
 
         xs = (step.body, self._first.repeated.get(number, {}), self._second.repeated.get(number, {}))
-        x, _ = lax.scan(apply, x, xs)
+        x, _ = lax.scan(rematerialized(apply), x, xs)
         return x
 
     def _linear(self, number: int, node: Node, x: Pairs, geometry: Geometry) -> Pairs:
@@ -200,25 +229,14 @@ class Block:
         if not as_deficit:
             x = self._as_covariance(source, x, geometry)
         variances = self._variances(source) if as_deficit else None
-        moving = [(axis, w) for axis, w in enumerate(windows(step, spec)) if not w.is_trivial()]
-
-        def average(x: Pairs, variances: tuple[Array, Array] | None) -> tuple[Array, Array | None, Array | None]:
-            moved = geometry
-            value, ntk = x
-            for axis, window in moving:
-                value = moved.convolve(value, axis, window, variances)
-                ntk = None if ntk is None else moved.convolve(ntk, axis, window, None)
-                if variances is not None:
-                    variances = (window.sum(variances[0], axis), window.sum(variances[1], axis))
-                moved = moved.after(axis, window)
-            scale = 1 / step.window_size
-            value = value * scale
-            covariance = value
-            if variances is not None:
-                covariance = _mean(variances, moved) * scale - value
-            return value, None if ntk is None else ntk * scale, covariance if self._ntk else None
-
-        value, ntk, covariance = unfused(average, x, variances) if moving else average(x, variances)
+        along, scale = windows(step, spec), 1 / step.window_size
+        value = geometry.convolve(x.value, along, variances) * scale
+        ntk = None if x.ntk is None else geometry.convolve(x.ntk, along, None) * scale
+        covariance = value if self._ntk else None
+        if variances is not None and self._ntk:
+            after = geometry.after(along)
+            summed = (window_sums(variances[0], along), window_sums(variances[1], along))
+            covariance = _mean(summed, after) * scale - value
         if covariance is not None:
             weight, bias = step.ntk_coefficients(spec)
             own = weight * covariance + bias
@@ -332,7 +350,7 @@ class Block:
             x = self.evaluate(source, geometry)
             return x if as_deficit else self._as_covariance(source, x, geometry)
 
-        if math.prod(spec.space) >= _MIN_POSITIONS_FOR_PLANES and self._keeps_planes(number):
+        if pools_planes(self._program, number):
             x = _pool_planes(pool, spec, inputs)
         else:
             x = _pool_all_pairs(pool, spec, inputs(AllPairs(len(spec.space))))
@@ -376,22 +394,6 @@ class Block:
         uneven = _trailing((pairs.first(counts) - pairs.second(counts)) / (2 * size**2), pooled.ndim)
         sums1, sums2 = pool_sum(pool, spec, var1), pool_sum(pool, spec, var2)
         return deficit + uneven.astype(pooled.dtype) * (pairs.first(sums1) - pairs.second(sums2))
-
-    def _keeps_planes(self, number: int) -> bool:
-        """Whether every layer from the last readouts to this pool maps offset planes to offset planes."""
-        pending, seen = [number], set()
-        while pending:
-            i = pending.pop()
-            node = self._node(i)
-            if i in seen or node is None or (i != number and _is_readout(node)):
-                continue
-            seen.add(i)
-            if isinstance(node.step, Conv | Pool) and not all(
-                keeps_planes(w) for w in windows(node.step, self._input_spec(node))
-            ):
-                return False
-            pending.extend(node.inputs)
-        return True
 
 
 class _Constant:
@@ -470,7 +472,7 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
             x, _ = plane(index)
             return Pairs(*(None if a is None else _sum_space(a, len(spec.space)) for a in x))  # type: ignore[arg-type]
 
-        sums = lax.map(total, indices)
+        sums = lax.map(rematerialized(total), indices)
         return Pairs(
             *(None if a is None else _add_pair_axes(_sum_in_two(a), len(spec.space)) for a in sums)  # type: ignore
         )
@@ -482,8 +484,8 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
 
     first, _ = plane(indices[0])  # only its shape is used
     counts = tuple(w.count for w in along)
-    zeros = [None if a is None else jnp.zeros(counts + counts + a.shape[len(counts) :], a.dtype) for a in first]
-    sums, _ = lax.scan(accumulate, Pairs(*zeros), indices)  # type: ignore[arg-type]
+    zeros = [None if a is None else constant(counts + counts + a.shape[len(counts) :], 0, a) for a in first]
+    sums, _ = lax.scan(rematerialized(accumulate), Pairs(*zeros), indices)  # type: ignore[arg-type]
     return Pairs(*(None if a is None else _planes_to_pairs(a, counts) for a in sums))  # type: ignore[arg-type]
 
 

@@ -19,6 +19,23 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     shapes = jax.eval_shape(fn, *args)
 
     def never(*_: Any) -> Any:
-        return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+        return jax.tree.map(lambda s: constant(s.shape, jnp.nan, s), shapes)
 
-    return lax.cond(always, fn, never, *args)
+    return lax.cond(always, rematerialized(fn), never, *args)
+
+
+def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the body of a loop such that reverse mode keeps its inputs only, and computes it again.
+
+    Loops over blocks of pairs, over offset planes within a block, and over repeated layers within a plane: without it,
+    the derivative would keep what lies within every layer of every plane of every block. A loop needs no barrier
+    against common subexpressions, which would cost time.
+    """
+    return jax.checkpoint(body, prevent_cse=False)
+
+
+def constant(shape: tuple[int, ...], value: float, like: Any) -> jax.Array:
+    """Returns an array of one value, which under `jax.shard_map` varies over the same mesh axes as `like`."""
+    axes = tuple(jax.typeof(like).vma) if isinstance(like, jax.Array) else tuple(like.vma or ())
+    array = jnp.full(shape, value, like.dtype)
+    return lax.pcast(array, axes, to="varying") if axes else array

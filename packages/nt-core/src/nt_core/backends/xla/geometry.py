@@ -54,12 +54,30 @@ class Window:
         limit = start + (self.count - 1) * self.stride + 1
         return lax.slice_in_dim(padded, start, limit, self.stride, axis)
 
+    def under(self, x: Array, tap: int, axis: int) -> Array:
+        """The entries under a tap, one for every window, and 0 in the padding."""
+        if self.circular:
+            return self.tap(self.pad(x, (axis,)), tap, axis)
+        start, stop = self._span(tap)
+        widths = [(0, 0, 0)] * x.ndim
+        widths[axis] = (-start, stop - self.size, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        return x if self.stride == 1 else lax.slice_in_dim(x, 0, None, self.stride, axis)
+
+    def is_inside(self, tap: int) -> bool:
+        """Whether a tap is inside the image for every window."""
+        start, stop = self._span(tap)
+        return self.circular or (start >= 0 and stop <= self.size)
+
+    def _span(self, tap: int) -> tuple[int, int]:
+        start = tap * self.dilation - self.low
+        return start, start + (self.count - 1) * self.stride + 1
+
     def sum(self, x: Array, axis: int) -> Array:
         """Sums over the windows along an axis."""
         if self.is_trivial():
             return x
-        padded = self.pad(x, (axis,))
-        return _add(self.tap(padded, k, axis) for k in range(self.taps))
+        return _add(self.under(x, k, axis) for k in range(self.taps))
 
     def counts(self) -> Array:
         """How many positions of every window lie inside."""
@@ -79,18 +97,19 @@ class Geometry(Protocol):
         """The same for the second position."""
         ...
 
-    def convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
-        """Sums over a window that moves both positions of a pair alike, along one spatial axis.
+    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+        """Sums over windows that move both positions of a pair alike.
 
         Args:
           x: covariances, or deficits if `variances` is given.
+          along: a window for each spatial axis.
           variances: of both batches, `(*space, *batch)`. A tap inside for one position of a pair and in the padding
             for the other has covariance 0, hence as its deficit half the variance of the former.
         """
         ...
 
-    def after(self, axis: int, window: Window) -> "Geometry":
-        """Returns the geometry once a window has moved along an axis."""
+    def after(self, along: Sequence[Window]) -> "Geometry":
+        """Returns the geometry once windows have moved."""
         ...
 
 
@@ -102,10 +121,10 @@ class SamePosition:
 
     second = first
 
-    def convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
-        return window.sum(x, axis)
+    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+        return window_sums(x, along)
 
-    def after(self, axis: int, window: Window) -> "SamePosition":
+    def after(self, along: Sequence[Window]) -> "SamePosition":
         return self
 
 
@@ -121,9 +140,15 @@ class AllPairs:
     def second(self, x: Array) -> Array:
         return jnp.expand_dims(x, tuple(2 * a for a in range(self.n_space)))
 
-    def convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
-        if window.is_trivial():
-            return x
+    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+        for axis, window in enumerate(along):
+            if not window.is_trivial():
+                x = unfused(lambda x, v, a=axis, w=window: self._convolve(x, a, w, v), x, variances)
+            if variances is not None:
+                variances = tuple(unfused(lambda v, a=axis, w=window: w.sum(v, a), v) for v in variances)
+        return x
+
+    def _convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
         rows, columns = 2 * axis, 2 * axis + 1
         padded = window.pad(x, (rows, columns))
         if variances is not None and not window.circular:
@@ -133,7 +158,7 @@ class AllPairs:
             padded = jnp.where(both, padded, (self.first(var1) + self.second(var2)) / 2)
         return _add(window.tap(window.tap(padded, k, rows), k, columns) for k in range(window.taps))
 
-    def after(self, axis: int, window: Window) -> "AllPairs":
+    def after(self, along: Sequence[Window]) -> "AllPairs":
         return self
 
 
@@ -160,47 +185,82 @@ class OffsetPlane:
     def second(self, x: Array) -> Array:
         for axis, offset in enumerate(self.offset):
             size = self.space[axis]
-            x = lax.dynamic_slice_in_dim(wrap_pad(x, axis, 0, size - 1), offset, size, axis)
+            twice = unfused(lambda x, a=axis, n=size: wrap_pad(x, a, 0, n - 1), x)
+            x = lax.dynamic_slice_in_dim(twice, offset, size, axis)
         return x
 
-    def convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
-        if window.is_trivial():
-            return x
-        padded = wrap_pad(x, axis, window.low, window.high)
-        if window.circular:
-            return _add(window.tap(padded, k, axis) for k in range(window.taps))
-        inside = [self._inside(axis, window, k) for k in range(window.taps)]
-        total = _add(
-            jnp.where(_along(in1 & in2, axis, x.ndim), window.tap(padded, k, axis), 0)
-            for k, (in1, in2) in enumerate(inside)
-        )
+    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+        plane = self
+        for axis, window in enumerate(along):
+            x = unfused(lambda x, p=plane, a=axis, w=window: p._convolve(x, a, w), x)
+            plane = plane._after(axis, window)
         if variances is None:
-            return total
+            return x
+        edges1 = self._edges(variances[0], along)
+        edges2 = plane.second(self._mirrored()._edges(variances[1], along))
+        return x + (edges1 + edges2) / 2
 
-        def edges(variance: Array, only: list[Array]) -> Array:
-            """Sum over the taps that are inside for this position and in the padding for its partner."""
-            padded = wrap_pad(variance, axis, window.low, window.high)
-            return _add(
-                jnp.where(_along(mask, axis, x.ndim), window.tap(padded, k, axis), 0) for k, mask in enumerate(only)
-            )
+    def after(self, along: Sequence[Window]) -> "OffsetPlane":
+        plane = self
+        for axis, window in enumerate(along):
+            plane = plane._after(axis, window)
+        return plane
 
-        # Small arrays, which XLA would otherwise compute anew for every pair of samples.
-        edges1 = unfused(edges, variances[0], [in1 & ~in2 for in1, in2 in inside])
-        edges2 = unfused(edges, self.second(variances[1]), [in2 & ~in1 for in1, in2 in inside])
-        return total + (edges1 + edges2) / 2
-
-    def after(self, axis: int, window: Window) -> "OffsetPlane":
+    def _after(self, axis: int, window: Window) -> "OffsetPlane":
         space, offset = list(self.space), list(self.offset)
         space[axis], offset[axis] = window.count, offset[axis] // window.stride
         return OffsetPlane(tuple(space), tuple(offset), self.scale)
 
-    def _inside(self, axis: int, window: Window, tap: int) -> tuple[Array, Array]:
-        """Whether a tap lies inside the image, for the first and for the second position."""
-        offset_out = self.offset[axis] // window.stride
-        windows = jnp.arange(window.count)
-        partners = (windows + offset_out) % window.count
-        shift = tap * window.dilation - window.low
-        return tuple(_inside(w * window.stride + shift, window.size) for w in (windows, partners))  # type: ignore
+    def _mirrored(self) -> "OffsetPlane":
+        """The same pairs, but ordered by the second position."""
+        offset = tuple(-d % size for d, size in zip(self.offset, self.space, strict=True))
+        return OffsetPlane(self.space, offset, self.scale)
+
+    def _convolve(self, x: Array, axis: int, window: Window) -> Array:
+        """Sums over the taps that lie inside for both positions of a pair, along one axis."""
+        if window.is_trivial():
+            return x
+        return _add(
+            window.under(x, k, axis)
+            if window.is_inside(k)
+            else self._partner_inside(axis, window, k, x) * window.under(x, k, axis)
+            for k in range(window.taps)
+        )
+
+    def _edges(self, variance: Array, along: Sequence[Window]) -> Array:
+        """Sum of the variance over the taps inside for the first position and in the padding for the second."""
+        plane, edges = self, jnp.zeros_like(variance)
+        for axis, window in enumerate(along):
+
+            def move(edges: Array, variance: Array, p=plane, a=axis, w=window) -> tuple[Array, Array]:
+                only = [
+                    (1 - p._partner_inside(a, w, k, variance)) * w.under(variance, k, a)
+                    for k in range(w.taps)
+                    if not w.is_inside(k)
+                ]
+                return _add(only, p._convolve(edges, a, w)), w.sum(variance, a)
+
+            # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
+            edges, variance = unfused(move, edges, variance)
+            plane = plane._after(axis, window)
+        return edges
+
+    def _partner_inside(self, axis: int, window: Window, tap: int, like: Array) -> Array:
+        """1 where a tap lies inside the image for the second position of a pair, 0 where it does not.
+
+        Products of floating point numbers are vectorised by XLA where selections of shifted arrays are not.
+        """
+        partners = (jnp.arange(window.count) + self.offset[axis] // window.stride) % window.count
+        inside = _inside(partners * window.stride + tap * window.dilation - window.low, window.size)
+        return _along(inside.astype(like.dtype), axis, like.ndim)
+
+
+def window_sums(x: Array, along: Sequence[Window]) -> Array:
+    """Sums `(*space, *batch)` over windows along every axis."""
+    for axis, window in enumerate(along):
+        if not window.is_trivial():
+            x = unfused(lambda x, a=axis, w=window: w.sum(x, a), x)
+    return x
 
 
 def keeps_planes(window: Window) -> bool:
@@ -227,5 +287,5 @@ def _along(x: Array, axis: int, ndim: int) -> Array:
     return lax.expand_dims(x, tuple(a for a in range(ndim) if a != axis))
 
 
-def _add(terms: Iterable[Array]) -> Array:
-    return functools.reduce(operator.add, terms)
+def _add(terms: Iterable[Array], *start: Array) -> Array:
+    return functools.reduce(operator.add, terms, *start)

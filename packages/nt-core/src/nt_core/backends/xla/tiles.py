@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nt_core.backends.xla.block import Pairs
+from nt_core.backends.xla.block import Pairs, pools_planes
+from nt_core.backends.xla.fusion import rematerialized
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.program import Program
-from nt_core.steps import Conv, GlobalPool, Pool
+from nt_core.steps import Conv, Flatten, GlobalPool, Pool
 
-# Pairs of samples that go through windows together: enough to fill vectors, few enough to stay in cache.
+# Numbers in an array that stays in cache, and pairs of samples that fill vectors: so many go through windows together.
+_IN_CACHE = 2**18
 _LANES = 256
 # Samples of the second batch in a block: XLA vectorises over them.
 _COLUMNS = 32
@@ -24,13 +26,33 @@ _MAX_ELEMENTS = 2**26
 
 def block_size(program: Program, n1: int, n2: int) -> tuple[int, int]:
     """Returns how many samples of each batch to take together."""
-    specs = [program.spec(i) for i in range(program.n_values)]
-    size = max(math.prod(s.space) ** (1 if s.diagonal_spatial else 2) for s in specs)
-    pairs = max(1, _MAX_ELEMENTS // size)
+    if n1 == 0 or n2 == 0:
+        return n1, n2
+    numbers = _numbers_per_pair(program)
+    pairs = max(1, _MAX_ELEMENTS // numbers)
     if any(isinstance(node.step, Conv | Pool | GlobalPool | Repeated) for node in program.nodes):
-        pairs = min(pairs, _LANES)
+        pairs = min(pairs, max(_LANES, _IN_CACHE // numbers))
     columns = min(n2, pairs, max(_COLUMNS, pairs // n1))
-    return min(n1, pairs // columns), columns
+    return _evenly(n1, pairs // columns), _evenly(n2, columns)
+
+
+def _evenly(n: int, block: int) -> int:
+    """Returns the size of blocks that are alike, of which `n` samples need as many as of blocks of the given size."""
+    return -(-n // -(-n // block))
+
+
+def _numbers_per_pair(program: Program) -> int:
+    """Size of the largest array for one pair of samples: all pairs of positions where they are formed, or a plane."""
+    formed = set(program.outputs)
+    for number, node in reversed(list(enumerate(program.nodes, len(program.sources)))):
+        if isinstance(node.step, Pool | GlobalPool):
+            formed.add(number)
+            if not pools_planes(program, number):
+                formed.update(node.inputs)
+        elif number in formed and not isinstance(node.step, Flatten):
+            formed.update(node.inputs)
+    specs = [program.spec(i) for i in range(program.n_values)]
+    return max(math.prod(s.space) ** (2 if i in formed and not s.diagonal_spatial else 1) for i, s in enumerate(specs))
 
 
 def map_samples(fn: Callable[[Any], Any], data: Any, n: int, block: int) -> Any:
@@ -42,7 +64,7 @@ def map_samples(fn: Callable[[Any], Any], data: Any, n: int, block: int) -> Any:
         return fn(data)
     count = -(-n // block)
     padded = _pad_last(data, count * block)
-    blocks = lax.map(lambda i: fn(_take_last(padded, i, block)), jnp.arange(count))
+    blocks = lax.map(rematerialized(lambda i: fn(_take_last(padded, i, block))), jnp.arange(count))
     return jax.tree.map(lambda a: _join_last(a)[..., :n], blocks)
 
 
@@ -81,7 +103,7 @@ def map_pairs(
 
         return fn(_take_last(data1, i, b1), _take_last(data2, j, b2), jax.tree.map(cut, pairs))
 
-    blocks = lax.map(compute, jnp.asarray(np.array(grid)))
+    blocks = lax.map(rematerialized(compute), jnp.asarray(np.array(grid)))
     where = np.zeros((rows, columns), int)
     for number, (i, j) in enumerate(grid):  # below the diagonal of a symmetric grid, any block does
         where[i, j] = number

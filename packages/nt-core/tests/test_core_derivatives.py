@@ -1,0 +1,165 @@
+"""Derivatives of the backends: every mode against finite differences, in bounded memory, sharded and inside loops."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import MEAN, RELU, chain, conv, inputs, run, spec_of
+from nt_core import Request, steps
+from nt_core.backends.xla import tiles
+
+BACKENDS = ["xla", "cpu"]
+TESTS = pathlib.Path(__file__).parent
+NTK = Request(ntk=True, covariances=False)
+
+
+def network(n_layers):
+    return [conv(), RELU] * n_layers + [steps.GlobalPool(MEAN)]
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_every_mode_agrees_with_finite_differences(implementation, x64):
+    """With respect to the images and to the variances of weights and biases, of first and of second order."""
+    x1, x2 = inputs((6, 6), 2, 2, "float64")
+
+    def total(x1, w_var, b_var):
+        layer = steps.Conv(w_var, b_var, 16, (3, 3), (1, 1), "SAME", (1, 1))
+        program = chain(spec_of(x1, x2), [layer, RELU, layer, RELU, steps.GlobalPool(MEAN)])
+        return jnp.sum(jnp.sin(run(program, x1, x2, NTK, implementation).ntk))
+
+    point = (jnp.asarray(x1), jnp.asarray(1.7), jnp.asarray(0.1))
+    random = np.random.default_rng(1)
+    direction = jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape)), point)
+
+    def moved(step):
+        return jax.tree.map(lambda a, d: a + step * d, point, direction)
+
+    @jax.jit
+    def derivatives(*point):
+        gradient = jax.grad(total, argnums=(0, 1, 2))
+        value, tangent = jax.jvp(total, point, direction)
+        _, linear = jax.linearize(total, *point)
+        _, hessian_vector = jax.jvp(gradient, point, direction)
+        return value, tangent, linear(*direction), gradient(*point), hessian_vector
+
+    def dot(a):
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, direction)))
+
+    step = 1e-5
+    value, tangent, linear, gradient, hessian_vector = derivatives(*point)
+    after, before = derivatives(*moved(step)), derivatives(*moved(-step))
+    np.testing.assert_allclose(value, total(*point), rtol=1e-12)
+    first = (after[0] - before[0]) / (2 * step)
+    np.testing.assert_allclose([tangent, linear, dot(gradient)], first, rtol=1e-7)
+    second = jax.tree.map(lambda a, b: (a - b) / (2 * step), after[3], before[3])
+    for actual, expected in zip(hessian_vector, second, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def temporary_bytes(space, n1, n2):
+    """Memory that the compiled gradient of a sum of kernels takes, besides its arguments and results."""
+    x1, x2 = inputs(space, n1, n2, "float32")
+    program = chain(spec_of(x1, x2), network(4))
+    gradient = jax.grad(lambda x1, x2: jnp.sum(run(program, x1, x2, NTK, "xla").ntk), argnums=(0, 1))
+    return jax.jit(gradient).lower(x1, x2).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_a_gradient_grows_neither_with_pairs_nor_with_offsets(monkeypatch):
+    """With samples and with positions it does: one plane of each layer, for the pairs of one block."""
+    monkeypatch.setattr(tiles, "_LANES", 16)
+    monkeypatch.setattr(tiles, "_IN_CACHE", 1)
+    monkeypatch.setattr(tiles, "_COLUMNS", 4)
+    jax.clear_caches()
+    few, many, large = temporary_bytes((6, 6), 8, 8), temporary_bytes((6, 6), 32, 32), temporary_bytes((12, 12), 8, 8)
+    jax.clear_caches()
+    assert many < 4.5 * few  # 4 times the samples, 16 times the pairs
+    assert large < 4.5 * few  # 4 times the positions, 16 times the pairs of positions
+
+
+PEAK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from conformance import chain, inputs, run, spec_of
+from test_core_derivatives import NTK, network
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+x1, x2 = inputs((16, 16), 20, 30, "float32")
+program = chain(spec_of(x1, x2), network(21))
+jax.block_until_ready(jax.jit(lambda x: x + 1)(x1))
+idle = peak()
+gradient = jax.jit(jax.grad(lambda x1: jnp.sum(run(program, x1, x2, NTK).ntk)))(x1)
+assert jnp.isfinite(gradient).all() and jnp.any(gradient != 0)
+print(peak() - idle)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_peak_memory_of_a_gradient(implementation):
+    """What lies within 21 layers of 600 pairs of images on 256 planes would take tens of gigabytes."""
+    assert int(in_process(PEAK, NT_IMPLEMENTATION=implementation)) < 0.6e9
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+from conformance import chain, inputs, run, spec_of
+from test_core_derivatives import NTK, network
+
+assert len(jax.devices()) == 4
+x1, x2 = map(jnp.asarray, inputs((6, 6), 8, 3, "float32"))
+
+def kernel(x1, x2):
+    return run(chain(spec_of(x1, x2), network(3)), x1, x2, NTK).ntk
+
+sharded = jax.shard_map(kernel, mesh=Mesh(jax.devices(), "rows"), in_specs=(P("rows"), P()), out_specs=P("rows"))
+
+def loss(kernel):
+    return lambda x1, x2: jnp.sum(jnp.sin(kernel(x1, x2)))
+
+for f in (lambda k: k, lambda k: jax.grad(loss(k), argnums=(0, 1))):
+    actual, expected = jax.jit(f(sharded))(x1, x2), jax.jit(f(kernel))(x1, x2)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shard_map(implementation):
+    """Rows of a block on four devices, and the gradients through them, equal those on one."""
+    flags = "--xla_force_host_platform_device_count=4"
+    assert in_process(SHARDED, NT_IMPLEMENTATION=implementation, XLA_FLAGS=flags).strip() == "equal"
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_inside_a_loop_and_vmap(implementation):
+    x1, x2 = inputs((6, 6), 2, 3, "float32")
+    program = chain(spec_of(x1, x2), network(2))
+    scales = jnp.asarray([0.5, 1.0, 2.0])
+
+    def kernel(scale):
+        return run(program, scale * x1, x2, NTK, implementation).ntk
+
+    expected = np.stack([kernel(s) for s in scales])
+    slopes = np.stack([jax.jacfwd(kernel)(s) for s in scales])
+    for over in (lambda f: jax.lax.map(f, scales), lambda f: jax.vmap(f)(scales)):
+        np.testing.assert_allclose(over(kernel), expected, rtol=2e-6)
+        np.testing.assert_allclose(over(jax.jacrev(lambda s: jnp.sum(kernel(s)))), slopes.sum((1, 2)), rtol=1e-5)
+
+
+def in_process(code, **environment):
+    """Runs code in a fresh process and returns what it prints."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, env=environment, text=True, capture_output=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
