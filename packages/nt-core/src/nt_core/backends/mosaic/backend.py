@@ -122,6 +122,7 @@ class MosaicTpuBackend(MosaicBackend):
 # Of a multiprocessor of Hopper, for one block of threads; and what is used of that of a TPU (128 MiB from v5e on).
 _SHARED_MEMORY = 227 * 2**10
 VECTOR_MEMORY = 100 * 2**20
+TPU_LANES = 128  # pairs of samples side by side
 
 
 def tpu_bytes(stage: Stage) -> int:
@@ -130,7 +131,7 @@ def tpu_bytes(stage: Stage) -> int:
     tables = stage.n_rows * (torus.lanes + stage.buffer_lanes)
     buffers = kernels * sum(stage.buffers) * stage.buffer_lanes
     results = kernels * torus.lanes * (stage.offsets if stage.windows is not None else 1)
-    return 4 * 128 * (tables + buffers + 2 * results)
+    return 4 * TPU_LANES * (tables + buffers + 2 * results)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,8 +91,8 @@ class Propagation:
         read: dict[int, Pairs] = {}
         for stage in self._stages:
             lanes = stage.torus.lanes
-            out = self._run_stage(
-                stage,
+            # One after another under `vmap`: each call fills the device, and memory stays what it is.
+            out = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))(
                 coefficients(stage),
                 table(stage, self._program, *block1, lanes),
                 table(stage, self._program, *block2, stage.buffer_lanes),
