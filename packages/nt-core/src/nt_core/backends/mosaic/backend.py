@@ -48,7 +48,9 @@ class MosaicBackend:
 
     def program_refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
         """Says why a program is not taken on any hardware, or None if it is."""
-        dtypes = sorted({source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name for source in sources})
+        dtypes = sorted(
+            {source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name for source in sources}
+        )
         if dtypes != ["float32"]:
             return f"it computes in float32, not in {', '.join(dtypes)}"
         if request.covariances and not all(source.spec.diagonal_batch for source in sources):

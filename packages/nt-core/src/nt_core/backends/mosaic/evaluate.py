@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from nt_core.activations.arcs import horner
 from nt_core.activations.polynomials import P_FLOAT32, Q_FLOAT32
-from nt_core.backends.mosaic.plan import Instance, Row, Stage, Two, is_relu, needs_average
+from nt_core.backends.mosaic.plan import Instance, Row, Stage, Two, is_relu, needs_average, pool_turns
 from nt_core.backends.xla.geometry import Window
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.steps import Combine, Dual, Linear, Normalize, Step
@@ -102,7 +102,7 @@ class Evaluation:
         assert stage.windows is not None
         window, stride = stage.windows[axis], stage.stride[axis]
         terms = []
-        for turn in range(-((window.taps - 1) // stride), (window.taps - 1 + stride - 1) // stride + 1):
+        for turn in pool_turns(window):
             # The partner of tap a is b = a + finer - stride * turn
             taps = []
             for a in range(window.taps):

@@ -114,7 +114,14 @@ class _Machine:
     """Tables in global memory, buffers in shared memory, planes in registers (see `Machine`)."""
 
     def __init__(
-        self, stage: Stage, refs: tuple[Any, ...], buffers: tuple[Any, ...], pair: Array, i: Array, j: Array, number: Int
+        self,
+        stage: Stage,
+        refs: tuple[Any, ...],
+        buffers: tuple[Any, ...],
+        pair: Array,
+        i: Array,
+        j: Array,
+        number: Int,
     ) -> None:
         self._stage = stage
         self._coefficients, self._first, self._second, self._sources = refs

@@ -23,6 +23,7 @@ Two = tuple[int, int]
 _MAX_TAPS = 5
 _MAX_SIZE = 64
 _MAX_CHANNELS = 16
+_MAX_POOL_READS = 512
 
 
 class Refused(Exception):
@@ -220,12 +221,16 @@ class _StageBuilder:
         self._made: dict[tuple[int, Two], int] = {}
         spec, step = program.spec(node.inputs[0]), node.step
         pool_windows = _canonical_windows(step, spec) if isinstance(step, Pool) else None
+        if pool_windows is not None and all(_covers_image(w) for w in pool_windows):
+            pool_windows = None
         if isinstance(step, Pool | GlobalPool) and spec.diagonal_spatial:
             raise Refused("a pool over same-position covariances")
         if pool_windows is not None and any(w.circular for w in pool_windows):
             raise Refused("pools with CIRCULAR padding")
         if pool_windows is not None and any(w.taps < w.stride for w in pool_windows):
             raise Refused("pools that leave positions out")
+        if pool_windows is not None and math.prod(_pool_reads(w) for w in pool_windows) > _MAX_POOL_READS:
+            raise Refused(f"pools of windows {step.window} with strides {step.strides}, which overlap too much")  # type: ignore
         stride = (1, 1) if pool_windows is None else (pool_windows[0].stride, pool_windows[1].stride)
         self._stage = Stage(number, step, spec, needs[number], pool_windows, stride)
 
@@ -263,9 +268,7 @@ class _StageBuilder:
                 isinstance(step, Linear | Repeated) or any(stage.instances[i].has_ntk for i in inputs)
             )
         before_spec = spec if node is None or step is None else program.spec(node.inputs[0])
-        made = Instance(
-            number, step, before_spec, inputs, canonical(spec.space), scale, self._needs[number], has_ntk
-        )
+        made = Instance(number, step, before_spec, inputs, canonical(spec.space), scale, self._needs[number], has_ntk)
         if node is not None and step is None:
             made.source = len(stage.sources)
             stage.sources.append(made)
@@ -440,7 +443,9 @@ def _allocate(stage: Stage) -> None:
 
     def chain(instances: list[Instance], kept: int | None) -> None:
         reads = [_stored_inputs(instances, i) for i in range(len(instances))]
-        last_use = {i: max([j for j in range(len(instances)) if i in reads[j]], default=i) for i in range(len(instances))}
+        last_use = {
+            i: max([j for j in range(len(instances)) if i in reads[j]], default=i) for i in range(len(instances))
+        }
         for j, instance in enumerate(instances):
             if not instance.stored and j < len(instances) - 1:
                 continue
@@ -514,6 +519,19 @@ def _padding(window: Window) -> int:
     """Ghosts that a window needs beside an image: one gap serves both of its ends."""
     last = (window.count - 1) * window.stride + (window.taps - 1) * window.dilation - window.low
     return max(0, window.low, last - (window.size - 1))
+
+
+def pool_turns(window: Window) -> range:
+    """By how much an offset after a pool may differ from that of the torus."""
+    return range(-((window.taps - 1) // window.stride), (window.taps + window.stride - 2) // window.stride + 1)
+
+
+def _pool_reads(window: Window) -> int:
+    return len(pool_turns(window)) * window.taps
+
+
+def _covers_image(window: Window) -> bool:
+    return window.count == 1 and window.low == window.high == 0 and window.taps == window.size and not window.circular
 
 
 def n_planes(stage: Stage) -> int:
