@@ -269,11 +269,7 @@ def kernel_of(*branches, join):
         (lambda: kernel_of(Dense(3), Dense(4), join=FanInSum()), ValueError, "equal shapes"),
         (lambda: kernel_of(Dense(3), Identity(), join=FanInSum()), NotImplementedError, r"branches \[1\] are not"),
         (lambda: kernel_of(Dense(3), Identity(), join=FanInConcat(1)), NotImplementedError, r"branches \[1\] are not"),
-        (
-            lambda: kernel_of(Dense(3), serial(Flatten(), Dense(3)), join=FanInSum()),
-            NotImplementedError,
-            "same channel",
-        ),
+        (lambda: kernel_of(Dense(3), serial(Flatten(), Dense(3)), join=FanInSum()), NotImplementedError, "same channel"),
         (lambda: kernel_of(Dense(3), Dense(4), join=FanInConcat(1)), ValueError, "differ in that axis only"),
         (lambda: kernel_of(Dense(3), Dense(4), join=FanInConcat(3)), ValueError, "no axis 3"),
         (lambda: FanInSum()[1]((), [jnp.ones((2, 3)), jnp.ones((2, 1))]), ValueError, "equal shapes"),

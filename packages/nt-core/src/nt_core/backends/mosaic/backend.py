@@ -48,9 +48,7 @@ class MosaicBackend:
 
     def program_refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
         """Says why a program is not taken on any hardware, or None if it is."""
-        dtypes = sorted(
-            {source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name for source in sources}
-        )
+        dtypes = sorted({_dtype(source) for source in sources})
         if dtypes != ["float32"]:
             return f"it computes in float32, not in {', '.join(dtypes)}"
         if request.covariances and not all(source.spec.diagonal_batch for source in sources):
@@ -91,9 +89,9 @@ class MosaicGpuBackend(MosaicBackend):
     def hardware_refusal(self) -> str | None:
         if jax.default_backend() != "gpu":
             return f"the default device is a {jax.default_backend()}, not a GPU"
-        capability = getattr(jax.devices()[0], "compute_capability", None)
-        if capability is None or float(capability) < _OLDEST_COMPUTE_CAPABILITY:
-            return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, this is {jax.devices()[0].device_kind}"
+        device = jax.devices()[0]
+        if float(getattr(device, "compute_capability", 0)) < _OLDEST_COMPUTE_CAPABILITY:
+            return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, this is {device.device_kind}"
         return None
 
     def check_memory(self, stage: Stage) -> None:
@@ -168,3 +166,7 @@ def _jax_refusal() -> str | None:
     if numbers < _OLDEST_JAX:
         return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
     return None
+
+
+def _dtype(source: Source) -> str:
+    return source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name

@@ -27,6 +27,9 @@ class Planes(NamedTuple):
     value: Array
     ntk: Array | None
 
+    def arrays(self) -> list[Array]:
+        return [self.value] if self.ntk is None else [self.value, self.ntk]
+
 
 class Machine(Protocol):
     """Where the numbers are. A plane is an array of one shape throughout."""
@@ -152,7 +155,7 @@ class Evaluation:
                 )
             return carry
 
-        lax.fori_loop(0, instance.step.count, iterate, 0)
+        lax.fori_loop(jnp.int32(0), jnp.int32(instance.step.count), iterate, ())
 
     def _pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Planes) -> Planes:
         if instances[i].deficit and not self._stage.deficit:
@@ -429,11 +432,12 @@ def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) ->
 
 
 def source_row(stage: Stage, instance: Instance) -> int:
-    """Where the planes of a covariance begin among those of all sources: its phases, then those of its tangent kernel."""
+    """Where the planes of a source begin among those of all: its phases, then those of its tangent kernel."""
     return sum(n_source_rows(other) for other in stage.sources[: instance.source])
 
 
 def n_source_rows(instance: Instance) -> int:
+    """How many planes a source has for each offset."""
     return instance.phases * (2 if instance.has_ntk else 1)
 
 
@@ -450,7 +454,7 @@ def _for_phases(scale: Two, do: Callable[[tuple[Int, Int]], None]) -> None:
         do((lax.div(phase, columns), lax.rem(phase, columns)))
         return carry
 
-    lax.fori_loop(0, scale[0] * scale[1], one, 0)
+    lax.fori_loop(jnp.int32(0), jnp.int32(scale[0] * scale[1]), one, ())
 
 
 def _flat(phase: tuple[Int, Int], scale: Two) -> Int:

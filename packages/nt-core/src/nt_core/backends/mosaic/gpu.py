@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from nt_core.backends.mosaic.evaluate import Evaluation, Int, Planes
 from nt_core.backends.mosaic.plan import Stage
 
-LANE_MULTIPLE = 128  # threads of a warpgroup
-SHARED_MEMORY = 227 * 2**10
+plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
+
 # Warpgroups to aim for: those of a pair of samples share its offsets.
 _MIN_PROGRAMS = 4096
 
@@ -51,7 +51,7 @@ def run_stage(
         i, j = lax.div(pair, jnp.int32(n2)), lax.rem(pair, jnp.int32(n2))
         refs = (coefficients_ref, first_ref, second_ref, sources_ref)
         begin = chunk * chunk_size
-        end = jnp.minimum(begin + chunk_size, n_offsets)
+        end = jnp.minimum(begin + chunk_size, jnp.int32(n_offsets))
         end = jnp.where(jnp.logical_and(triangle_ref[0] > 0, i > j), begin, end)
         zero = _full(lanes)
 
@@ -66,11 +66,11 @@ def run_stage(
             return made
 
         def add_to_sums(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(s + x for s, x in zip(sums, evaluation(number).root()[:n_out], strict=True))
+            return tuple(s + x for s, x in zip(sums, evaluation(number).root().arrays(), strict=True))
 
         def add_to_pooled(number: Array, carry: Any) -> Any:
             def add(offset: Int, planes: Planes) -> None:
-                for k, x in enumerate(planes[:n_out]):
+                for k, x in enumerate(planes.arrays()):
                     at = (pair, offset, k, pl.ds(0, lanes))
                     out_ref[at] = _load(out_ref, at, lanes) + x
 
@@ -83,8 +83,8 @@ def run_stage(
             return carry
 
         if is_pool:
-            lax.fori_loop(0, stage.offsets, clear, 0)
-            lax.fori_loop(begin, end, add_to_pooled, 0)
+            lax.fori_loop(jnp.int32(0), jnp.int32(stage.offsets), clear, ())
+            lax.fori_loop(begin, end, add_to_pooled, ())
         else:
             sums = lax.fori_loop(begin, end, add_to_sums, (zero,) * n_out)
             for k, x in enumerate(sums):

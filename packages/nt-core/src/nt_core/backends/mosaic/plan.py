@@ -1,7 +1,7 @@
 """How a program is carried out on planes: stages, the torus of each, what is stored, and what samples must provide.
 
-A stage is the part of a program that leads to one readout (a pool or Flatten). It is carried out plane by plane: a plane
-holds the pairs of positions `(p, p + d)` of two images, for one offset `d`. docs/gpu.md explains the layout.
+A stage is the part of a program that leads to one readout (a pool or Flatten). It is carried out plane by plane: a
+plane holds the pairs of positions `(p, p + d)` of two images, for one offset `d`. docs/gpu.md explains the layout.
 """
 
 import dataclasses
@@ -113,6 +113,9 @@ class Instance:
         return self.scale[0] * self.scale[1]
 
 
+_NO_TORUS = Torus((1, 1), False, 1)
+
+
 @dataclasses.dataclass
 class Stage:
     """What leads to one readout.
@@ -127,7 +130,7 @@ class Stage:
       stride: of the pool: as many offsets along each side fall on one offset after it.
       offsets: how many offsets of the torus are needed, times `stride` along each side.
       sources: numbers of the readouts that it starts from, with their scales.
-      leaves: the steps whose numbers are the coefficients, in order; those of the body of a `Repeated` with their count.
+      leaves: the steps whose numbers are the coefficients, in order; those of a body with the count of iterations.
     """
 
     readout: int
@@ -137,7 +140,7 @@ class Stage:
     windows: tuple[Window, Window] | None
     stride: Two
     instances: list[Instance] = dataclasses.field(default_factory=list)
-    torus: Torus = Torus((1, 1), False, 1)
+    torus: Torus = _NO_TORUS
     offsets: int = 1
     rows: dict[Row, int] = dataclasses.field(default_factory=dict)
     n_rows: int = 0
@@ -176,6 +179,7 @@ def make_plan(
 
 
 def is_readout(node: Node) -> bool:
+    """Whether a step mixes pairs of positions that are not moved alike."""
     return isinstance(node.step, Pool | GlobalPool | Flatten)
 
 
@@ -329,7 +333,9 @@ class _StageBuilder:
             sides.append(side)
             wraps.append(circular)
         shape = (sides[0], sides[1])
-        if any(wraps) and not all(w or s == 1 or self._is_exact(a) for a, (w, s) in enumerate(zip(wraps, sides))):
+        if any(wraps) and not all(
+            w or s == 1 or self._is_exact(a) for a, (w, s) in enumerate(zip(wraps, sides, strict=True))
+        ):
             raise Refused("convolutions that are CIRCULAR along one axis only")
         lanes = -(-math.prod(shape) // self._lane_multiple) * self._lane_multiple
         stage.torus = Torus(shape, any(wraps), lanes)
@@ -426,6 +432,7 @@ def needs_average(instance: Instance, before: Instance | None) -> bool:
 
 
 def n_leaves(step: Step) -> int:
+    """How many numbers a step has."""
     return len(jax.tree.leaves(step))
 
 

@@ -107,10 +107,12 @@ class Propagation:
         program, kept = _after(self._program, set(read))
 
         def renumbered(statistics: Statistics) -> Statistics:
-            variance, repeated = (
-                {i: of[number] for i, number in enumerate(kept) if number in of}
-                for of in (statistics.variance, statistics.repeated)
-            )
+            variance = {
+                i: statistics.variance[number] for i, number in enumerate(kept) if number in statistics.variance
+            }
+            repeated = {
+                i: statistics.repeated[number] for i, number in enumerate(kept) if number in statistics.repeated
+            }
             return Statistics(variance, repeated=repeated)
 
         needs = tuple(self._needs[number] for number in kept)
@@ -175,7 +177,7 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
 def _pooled_deficit(
     stage: Stage, pool: Pool, pooled: Array, counts: Array, statistics: tuple[Statistics, Statistics], equal: Array
 ) -> Array:
-    """Turns a pooled deficit into the deficit of the pooled covariance, exactly 0 for equal pairs (docs/cpu-engine.md)."""
+    """Turns a pooled deficit into the deficit of the pooled covariance, exactly 0 for equal pairs."""
     pairs, (first, second) = AllPairs(counts.ndim), statistics
     own = pairs.first(first.self_deficit[stage.readout]) + pairs.second(second.self_deficit[stage.readout])
     identical = lax.expand_dims(equal, range(2 * counts.ndim))
@@ -225,7 +227,7 @@ def _planes(stage: Stage, read: dict[int, Pairs], shape: tuple[int, int]) -> Arr
 
 
 def _pairs_of_planes(stage: Stage, source: Instance) -> np.ndarray:
-    """Returns the number of the pair `(p, p')` in each lane, `(planes, phases, lanes)`; that of a ghost is their count."""
+    """Returns the number of the pair in each lane, `(planes, phases, lanes)`; with a ghost, that is their count."""
     torus, (rows, columns), scale = stage.torus, stage.torus.shape, source.scale
     at = positions(torus, source.space, scale, torus.lanes)
     plane, phase, lane = np.ix_(range(n_planes(stage)), range(source.phases), range(torus.lanes))

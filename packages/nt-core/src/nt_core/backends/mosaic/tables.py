@@ -32,7 +32,7 @@ def coefficients(stage: Stage) -> Array:
 
 
 def positions(torus: Torus, space: Two, scale: Two, lanes: int) -> np.ndarray:
-    """Returns the number of the position in each lane, for each phase: `(phases, lanes)`; that of a ghost is their count."""
+    """Returns the number of the position in each lane, `(phases, lanes)`; of a ghost, that is their count."""
     lane = np.arange(lanes) % torus.size
     phase = np.arange(scale[0] * scale[1])[:, None]
     y = lane // torus.shape[1] * scale[0] + phase // scale[1]

@@ -52,7 +52,7 @@ def run_stage(
             evaluation.run()
 
             def add(offset: Int, planes: Planes) -> None:
-                for k, x in enumerate(planes[:kernels]):
+                for k, x in enumerate(planes.arrays()):
                     out_ref[0, offset, k] += x
 
             if stage.windows is None:
