@@ -1,7 +1,6 @@
 """Lays out what kernels need to know of single samples: one table of planes for each sample."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,12 @@ def table(stage: Stage, program: Program, batch: Batch, statistics: Statistics, 
 
 def coefficients(stage: Stage) -> Array:
     """Returns the numbers in the steps of a stage; those of an iteration of a `Repeated` lie together."""
-    numbers: list[Any] = []
+    parts = []
     for steps, count in stage.leaves:
-        leaves = jax.tree.leaves(steps)
-        numbers += leaves if count is None else [leaf[i] for i in range(count) for leaf in leaves]
-    return jnp.stack([jnp.asarray(c, jnp.float32) for c in [*numbers, 0.0]])  # never empty
+        leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(steps)]
+        if leaves:  # those of a body have one number for each iteration
+            parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
+    return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
 
 def positions(torus: Torus, space: Two, scale: Two, lanes: int) -> np.ndarray:
