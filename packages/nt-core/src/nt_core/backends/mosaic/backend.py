@@ -126,12 +126,12 @@ TPU_LANES = 128  # pairs of samples side by side
 
 
 def tpu_bytes(stage: Stage) -> int:
-    """Vector memory that a program of a stage needs: tables, buffers and results, for 128 second samples."""
+    """Vector memory that a program of a stage needs: tables, buffers, one plane of what comes in and goes out."""
     kernels, torus = 2 if stage.has_ntk else 1, stage.torus
     tables = stage.n_rows * (torus.lanes + stage.buffer_lanes)
     buffers = kernels * sum(stage.buffers) * stage.buffer_lanes
-    results = kernels * torus.lanes * (stage.offsets if stage.windows is not None else 1)
-    return 4 * TPU_LANES * (tables + buffers + 2 * results)
+    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.lanes
+    return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.lanes)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]

@@ -216,7 +216,7 @@ class Evaluation:
 
     def _load(self, instance: Instance, phase: tuple[Int, Int]) -> Planes:
         if instance.source >= 0:
-            row = source_row(self._stage, instance) + _flat(phase, instance.scale)
+            row = self._stage.source_row(instance) + _flat(phase, instance.scale)
             ntk = self._machine.source(row + instance.phases) if instance.has_ntk else None
             return Planes(self._machine.source(row), ntk)
         n, total = instance.spec.n_channels, None
@@ -429,16 +429,6 @@ def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) ->
     angle = root * horner(P_FLOAT32, w)
     angle = jnp.where(below > 0, 1 - angle, angle)
     return slope * deficit - kink * opposed, kink * opposed - slope * below, slope - kink * angle
-
-
-def source_row(stage: Stage, instance: Instance) -> int:
-    """Where the planes of a source begin among those of all: its phases, then those of its tangent kernel."""
-    return sum(n_source_rows(other) for other in stage.sources[: instance.source])
-
-
-def n_source_rows(instance: Instance) -> int:
-    """How many planes a source has for each offset."""
-    return instance.phases * (2 if instance.has_ntk else 1)
 
 
 def _iterated(row: int, instance: Instance, iteration: Int | None) -> Int:

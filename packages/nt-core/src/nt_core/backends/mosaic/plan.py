@@ -112,6 +112,11 @@ class Instance:
     def phases(self) -> int:
         return self.scale[0] * self.scale[1]
 
+    @property
+    def n_source_rows(self) -> int:
+        """How many planes come in for each offset: the phases of a covariance, then those of its tangent kernel."""
+        return self.phases * (2 if self.has_ntk else 1)
+
 
 _NO_TORUS = Torus((1, 1), False, 1)
 
@@ -156,6 +161,10 @@ class Stage:
     @property
     def has_ntk(self) -> bool:
         return self.root.has_ntk
+
+    def source_row(self, source: Instance) -> int:
+        """Where the planes of a source begin among those that come in."""
+        return sum(other.n_source_rows for other in self.sources[: source.source])
 
     @property
     def buffer_lanes(self) -> int:

@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.evaluate import n_source_rows
 from nt_core.backends.mosaic.plan import Instance, Stage, make_plan, n_planes
 from nt_core.backends.mosaic.tables import coefficients, positions, table
 from nt_core.backends.xla.block import Block, Pairs, needs_variance
@@ -138,7 +137,7 @@ class _Readouts:
 def _numbers_between(stage: Stage) -> int:
     """How many numbers of one pair of samples are in memory before or after a stage."""
     after = stage.offsets if stage.windows is not None else 1
-    before = n_planes(stage) * sum(n_source_rows(source) for source in stage.sources)
+    before = n_planes(stage) * sum(source.n_source_rows for source in stage.sources)
     return stage.torus.lanes * max(before, 2 * after)
 
 

@@ -31,15 +31,28 @@ def run_stage(
     sources = jnp.moveaxis(sources, -2, 0)
     lanes, kernels = stage.torus.lanes, 2 if stage.has_ntk else 1
     n_offsets = stage.offsets * math.prod(stage.stride)
-    results = stage.offsets if stage.windows is not None else 1
+    is_pool = stage.windows is not None
     has_sources = bool(stage.sources)
 
-    def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *buffers):
+    def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *scratch):
         i, column, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        *buffers, sums, semaphore = scratch
+
+        def copy(source: Any, target: Any) -> None:
+            moved = pltpu.make_async_copy(source, target, semaphore)
+            moved.start()
+            moved.wait()
 
         @pl.when(number == 0)
         def _() -> None:
-            out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            if is_pool:
+
+                def clear(offset: Array, carry: tuple[()]) -> tuple[()]:
+                    copy(sums, out_ref.at[i, column, offset])
+                    return carry
+
+                lax.fori_loop(jnp.int32(0), jnp.int32(stage.offsets), clear, ())
 
         @pl.when(jnp.logical_not(jnp.logical_and(triangle_ref[0] > 0, i >= (column + 1) * width)))
         def _() -> None:
@@ -48,21 +61,32 @@ def run_stage(
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
             refs = (coefficients_ref, first_ref, second_ref, sources_ref)
-            evaluation = Evaluation(stage, _Machine(stage, refs, buffers, width), offset, along)
+            evaluation = Evaluation(stage, _Machine(stage, refs, tuple(buffers), width), offset, along)
             evaluation.run()
 
-            def add(offset: Int, planes: Planes) -> None:
+            def add_to_sums(planes: Planes) -> None:
                 for k, x in enumerate(planes.arrays()):
-                    out_ref[0, offset, k] += x
+                    sums[k] += x
 
-            if stage.windows is None:
-                add(0, evaluation.root())
+            def add_to_pooled(offset: Int, planes: Planes) -> None:
+                copy(out_ref.at[i, column, offset], sums)
+                add_to_sums(planes)
+                copy(sums, out_ref.at[i, column, offset])
+
+            if is_pool:
+                evaluation.pooled(add_to_pooled)
             else:
-                evaluation.pooled(add)
+                add_to_sums(evaluation.root())
+
+        if not is_pool:
+
+            @pl.when(number == n_offsets - 1)
+            def _() -> None:
+                copy(sums, out_ref.at[i, column, 0])
 
     out = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((n1, results, kernels, lanes, columns * width), jnp.float32),
+        jax.ShapeDtypeStruct((n1, columns, stage.offsets if is_pool else 1, kernels, lanes, width), jnp.float32),
         grid=(n1, columns, n_offsets),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -71,8 +95,12 @@ def run_stage(
             pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
             pl.BlockSpec((1, 1, *sources.shape[2:-1], width), lambda i, j, k: (i, k if has_sources else 0, 0, 0, j)),
         ],
-        out_specs=pl.BlockSpec((1, results, kernels, lanes, width), lambda i, j, k: (i, 0, 0, 0, j)),
-        scratch_shapes=[pltpu.VMEM((n * kernels, stage.buffer_lanes, width), jnp.float32) for n in stage.buffers],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),  # too large for vector memory after a pool
+        scratch_shapes=[
+            *(pltpu.VMEM((n * kernels, stage.buffer_lanes, width), jnp.float32) for n in stage.buffers),
+            pltpu.VMEM((kernels, lanes, width), jnp.float32),
+            pltpu.SemaphoreType.DMA,
+        ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
         interpret=interpret,
     )(
@@ -82,8 +110,9 @@ def run_stage(
         second,
         sources,
     )
-    out = jnp.moveaxis(out, 0, -2)[..., :n2]
-    return out if stage.windows is not None else out[0]
+    out = jnp.moveaxis(out, (0, 1), (-3, -2))
+    out = out.reshape(*out.shape[:-2], columns * width)[..., :n2]
+    return out if is_pool else out[0]
 
 
 class _Machine:
