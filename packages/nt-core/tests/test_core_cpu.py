@@ -24,6 +24,7 @@ from conformance import (
     spec_of,
 )
 from nt_core import Builder, Request, Spec, activations, propagate, steps
+from nt_core.backends.cpu_encoding import encode
 from nt_core.sources import Inputs
 
 REFUSED = {
@@ -189,6 +190,53 @@ def test_what_is_refused_goes_to_the_next_backend():
     with pytest.raises(NotImplementedError, match="dual of Elementwise is not native"):
         run(program, x1, x2, Request(), "cpu")
     agree(run(program, x1, x2), run(program, x1, x2, Request(), "xla"), 0)
+
+
+def call(code, *operands, shapes=((3, 2), (3, 2))):
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.block_until_ready(jax.ffi.ffi_call("nt_propagate", outputs)(*operands, code=np.array(code, np.int64)))
+
+
+def test_malformed_calls_are_errors():
+    """Whatever reaches the engine: an error that says what is wrong, never a crash."""
+    x1, x2 = (jnp.asarray(x) for x in inputs((), 3, 2, "float32"))
+    program = chain(spec_of(x1, x2), [dense(), RELU, dense()])
+    run(program, x1, x2, Request(), "cpu")  # registers the handler
+    source = Inputs(x1, x2, program.sources[0])
+    encoded = encode(program, (source,), Request(True, False), 0.0)
+    code, coefficients = encoded.code, jnp.asarray(encoded.coefficients, jnp.float32)
+    good = call(code, coefficients, x1, x2)
+    np.testing.assert_array_equal(good[1], run(program, x1, x2, Request(True, False), "cpu").ntk)
+    for bad, operands, shapes, message in [
+        (code[:-1], (coefficients, x1, x2), None, "it ends too early"),
+        ([], (coefficients, x1, x2), None, "it ends too early"),
+        ([99, *code[1:]], (coefficients, x1, x2), None, "unknown encoding"),
+        ([*code[:1], -3, *code[2:]], (coefficients, x1, x2), None, "the size of a batch is -3"),
+        (code, (), None, "there are no operands"),
+        (code, (coefficients[:-1], x1, x2), None, "coefficients has"),
+        (code, (coefficients, x1[:2], x2), None, "x1 has 6 elements"),
+        (code, (coefficients, x1), None, "an operand is missing: x2"),
+        (code, (coefficients, x1, x2, x2), None, "too many operands"),
+        (code, (coefficients, x1.astype(jnp.int32), x2), None, "the wrong type"),
+        (code, (coefficients.astype(jnp.int32), x1, x2), None, "float32 and float64 only"),
+        (code, (coefficients, x1, x2), ((3, 2), (2, 2)), "ntk has 4 elements"),
+        (code, (coefficients, x1, x2), ((3, 2),), "a result is missing: ntk"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            call(bad, *operands, **({} if shapes is None else {"shapes": shapes}))
+
+
+@pytest.mark.slow
+def test_more_entries_than_32_bits_can_count():
+    """Some 9 GB of memory."""
+    n = 46_400
+    random = np.random.default_rng(0)
+    x = random.normal(size=(n, 3)).astype("float32")
+    program = chain(spec_of(x, x), [dense(), RELU, dense()])
+    nngp = run(program, x, x.copy(), Request(False, False), "cpu").nngp
+    assert nngp.size > 2**31
+    part = run(chain(spec_of(x[-5:], x[-7:]), [dense(), RELU, dense()]), x[-5:], x[-7:], Request(False, False), "cpu").nngp
+    np.testing.assert_array_equal(nngp[-5:, -7:], part)
 
 
 def test_concurrent_calls_never_block_each_other():

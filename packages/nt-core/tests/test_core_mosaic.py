@@ -25,6 +25,7 @@ from conformance import (
     dense,
     inputs,
     pool,
+    products,
     residual,
     run,
     spec_of,
@@ -152,6 +153,11 @@ class TestMosaicTpu(Conformance):
         program = residual(spec_of(x1, x2))
         expected = dense_reference.propagate(program, x1.astype("float64"), x2.astype("float64"))
         self.agree(run(program, x1, x2, implementation="mosaic_tpu"), expected, TOLERANCE)
+
+    def test_products(self):
+        x1, x2 = inputs((5, 4), 3, 2, "float32")
+        with pytest.raises(NotImplementedError, match="does not know the step Multiply"):
+            run(products(spec_of(x1, x2)), x1, x2, PAIRS, "mosaic_tpu")
 
     def test_only_what_is_asked_for(self):
         x1, x2 = inputs((4, 4), 3, 2, "float32")

@@ -3,12 +3,13 @@
 Only additions, products, divisions, square roots, selections and polynomials: they lower everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Jaxpr, Literal
 
 from nt_core.activations.arcs import horner
 from nt_core.activations.polynomials import P_FLOAT32, Q_FLOAT32
@@ -305,9 +306,14 @@ class Evaluation:
         else:
             var1 = 2 * self._half(instances, source, phase, iteration, self._first)
             var2 = 2 * self._half(instances, source, phase, iteration, self._second)
-            value, dot = step.activation.dual(var1, var2, x.value)
+            value, dot = _inlined(
+                lambda activation, *args: activation.dual(*args), step.activation, var1, var2, x.value
+            )
             if not instance.deficit:
-                value = 0.5 * (step.activation.variance(var1) + step.activation.variance(var2)) - value
+                own = _inlined(
+                    lambda activation, *vars: sum(map(activation.variance, vars)), step.activation, var1, var2
+                )
+                value = 0.5 * own - value
         return Planes(value, None if x.ntk is None else x.ntk * dot)
 
     def _normalize(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Planes:
@@ -429,6 +435,33 @@ def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) ->
     angle = root * horner(P_FLOAT32, w)
     angle = jnp.where(below > 0, 1 - angle, angle)
     return slope * deficit - kink * opposed, kink * opposed - slope * below, slope - kink * angle
+
+
+def _inlined(fn: Callable[..., Any], *args: Any) -> Any:
+    """Calls `fn` without its custom derivatives, which Mosaic GPU of JAX 0.11 does not lower."""
+    leaves, structure = jax.tree.flatten(args)
+    jaxpr, shape = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(structure, leaves)), return_shape=True)(
+        *leaves
+    )
+    return jax.tree.unflatten(jax.tree.structure(shape), _evaluated(jaxpr.jaxpr, jaxpr.consts, leaves))
+
+
+def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(x: Any) -> Any:
+        return x.val if isinstance(x, Literal) else values[x]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(x) for x in equation.invars]
+        inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+        if inner is None:
+            outputs = equation.primitive.bind(*inputs, **equation.params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        else:
+            outputs = _evaluated(inner.jaxpr, inner.consts, inputs)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(x) for x in jaxpr.outvars]
 
 
 def _iterated(row: int, instance: Instance, iteration: Int | None) -> Int:
