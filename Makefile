@@ -18,7 +18,7 @@ NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum 
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 
-.PHONY: help setup native demo test test-slow coverage bench bench-peer lint format typecheck docs package wheels sanitize clean
+.PHONY: help setup native demo test test-slow coverage bench bench-peer gpu-check lint format typecheck docs package wheels sanitize clean
 
 help:
 	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
@@ -27,6 +27,7 @@ help:
 	@echo "make coverage    the fast tests, with line coverage"
 	@echo "make bench       benchmarks of this library"
 	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
+	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make lint        ruff (make format mends what it can); make typecheck: pyright"
 	@echo "make docs        the documentation, into docs/_build/html"
 	@echo "make package     wheels and sdists of all packages, each tested alone in an empty environment"
@@ -90,6 +91,9 @@ bench: $(READY)
 
 bench-peer: $(READY)
 	$(BIN)/python benchmarks/peer.py $(BENCH_ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)
 
 # ---- checks
 

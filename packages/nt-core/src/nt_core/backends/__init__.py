@@ -8,6 +8,7 @@ import jax
 
 from nt_core.backends.base import Backend, Request
 from nt_core.backends.cpu import CpuBackend
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
 from nt_core.program import Program
@@ -20,7 +21,9 @@ Implementation = str | Sequence[str] | None
 EVERYTHING = Request()
 
 # In the order of preference.
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), XlaBackend())}
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), MosaicGpuBackend(), MosaicTpuBackend(), XlaBackend())
+}
 _VARIABLE = "NT_IMPLEMENTATION"
 
 

@@ -1,0 +1,172 @@
+"""The two Mosaic backends: when they are taken, and how they fit the contract of backends."""
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nt_core.backends.base import Request
+from nt_core.backends.mosaic.plan import Refused, Stage, make_plan
+from nt_core.backends.mosaic.run import Propagation, RunStage
+from nt_core.backends.xla import XlaBackend
+from nt_core.backends.xla.block import needs_variance
+from nt_core.backends.xla.repeats import fold_repeats
+from nt_core.kernel import Kernel
+from nt_core.program import Program
+from nt_core.sources import Inputs, Source
+
+_OLDEST_JAX = (0, 11, 2)
+_OLDEST_COMPUTE_CAPABILITY = 9.0
+
+
+class MosaicBackend:
+    """What both have in common. Derivatives are those of the `xla` backend.
+
+    Args:
+      interpret: execute kernels on CPU, slowly, whatever the device (for tests).
+    """
+
+    name: str
+    platform: str
+    lane_multiple: int
+    module: str  # imported when a kernel is first executed
+
+    def __init__(self, interpret: bool = False) -> None:
+        self._interpret = interpret
+
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
+        if not self._interpret:
+            reason = self.hardware_refusal() or _jax_refusal()
+            if reason is not None:
+                return reason
+        return self.program_refusal(program, sources, request)
+
+    def program_refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
+        """Says why a program is not taken on any hardware, or None if it is."""
+        dtypes = sorted({_dtype(source) for source in sources})
+        if dtypes != ["float32"]:
+            return f"it computes in float32, not in {', '.join(dtypes)}"
+        if request.covariances and not all(source.spec.diagonal_batch for source in sources):
+            return "covariances between all samples of one batch are asked for"
+        folded, needs = fold_repeats(program, needs_variance(program, covariances=False))
+        try:
+            for stage in make_plan(folded, needs, sources, request.ntk, self.lane_multiple):
+                self.check_memory(stage)
+        except Refused as refused:
+            return str(refused)
+        return None
+
+    def hardware_refusal(self) -> str | None:
+        raise NotImplementedError
+
+    def check_memory(self, stage: Stage) -> None:
+        """Raises `Refused` if the planes of a stage do not fit."""
+        raise NotImplementedError
+
+    def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
+        module = importlib.import_module(self.module)
+        run_stage = partial(module.run_stage, interpret=self._interpret)
+        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.lane_multiple)(program, sources)
+        source = sources[0]
+        assert isinstance(source, Inputs)
+        spec = program.spec(program.outputs[0])
+        return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=source.same_inputs()),)
+
+
+class MosaicGpuBackend(MosaicBackend):
+    """NVIDIA GPUs from Hopper on."""
+
+    name = "mosaic_gpu"
+    platform = "gpu"
+    lane_multiple = 128
+    module = "nt_core.backends.mosaic.gpu"
+
+    def hardware_refusal(self) -> str | None:
+        if jax.default_backend() != "gpu":
+            return f"the default device is a {jax.default_backend()}, not a GPU"
+        device = jax.devices()[0]
+        if float(getattr(device, "compute_capability", 0)) < _OLDEST_COMPUTE_CAPABILITY:
+            return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, this is {device.device_kind}"
+        return None
+
+    def check_memory(self, stage: Stage) -> None:
+        needed = sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.buffer_lanes * 4
+        if needed > _SHARED_MEMORY:
+            raise Refused(f"planes of one pair take {needed:,} bytes, shared memory holds {_SHARED_MEMORY:,}")
+
+
+class MosaicTpuBackend(MosaicBackend):
+    """TPUs."""
+
+    name = "mosaic_tpu"
+    platform = "tpu"
+    lane_multiple = 8
+    module = "nt_core.backends.mosaic.tpu"
+
+    def hardware_refusal(self) -> str | None:
+        if jax.default_backend() != "tpu":
+            return f"the default device is a {jax.default_backend()}, not a TPU"
+        return None
+
+    def check_memory(self, stage: Stage) -> None:
+        needed = tpu_bytes(stage)
+        if needed > VECTOR_MEMORY:
+            raise Refused(f"planes of 128 pairs take {needed:,} bytes, of vector memory it uses {VECTOR_MEMORY:,}")
+
+
+# Of a multiprocessor of Hopper, for one block of threads; and what is used of that of a TPU (128 MiB from v5e on).
+_SHARED_MEMORY = 227 * 2**10
+VECTOR_MEMORY = 100 * 2**20
+TPU_LANES = 128  # pairs of samples side by side
+
+
+def tpu_bytes(stage: Stage) -> int:
+    """Vector memory that a program of a stage needs: tables, buffers, one plane of what comes in and goes out."""
+    kernels, torus = 2 if stage.has_ntk else 1, stage.torus
+    tables = stage.n_rows * (torus.lanes + stage.buffer_lanes)
+    buffers = kernels * sum(stage.buffers) * stage.buffer_lanes
+    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.lanes
+    return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.lanes)
+
+
+_Arrays = tuple[Array, Array | None, Array | None, Array | None]
+
+
+def _differentiable(request: Request, run_stage: RunStage, lane_multiple: int) -> Callable[..., _Arrays]:
+    """Returns the computation of a `Kernel`'s arrays, with the derivatives of the `xla` backend."""
+
+    @jax.custom_jvp
+    def compute(program: Program, sources: tuple[Source, ...]) -> _Arrays:
+        pairs = Propagation(program, sources, request, run_stage, lane_multiple).pairs()
+        cov1, cov2 = None, None
+        if request.covariances:  # of each sample with itself: little work, the pairs of this are never computed
+            (own,) = XlaBackend().propagate(program, sources, Request(ntk=False, covariances=True))
+            cov1, cov2 = own.cov1, own.cov2
+        ntk = jnp.zeros((), pairs.value.dtype) if request.ntk and pairs.ntk is None else pairs.ntk
+        return pairs.value, ntk, cov1, cov2
+
+    def reference(program: Program, sources: tuple[Source, ...]) -> _Arrays:
+        (kernel,) = XlaBackend().propagate(program, sources, request)
+        return kernel.nngp, kernel.ntk, kernel.cov1, kernel.cov2
+
+    @compute.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(reference, primals, tangents)
+
+    return compute
+
+
+def _jax_refusal() -> str | None:
+    numbers = tuple(int(n) for n in re.findall(r"\d+", jax.__version__)[:3])
+    if numbers < _OLDEST_JAX:
+        return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
+    return None
+
+
+def _dtype(source: Source) -> str:
+    return source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name

@@ -1,0 +1,555 @@
+"""How a program is carried out on planes: stages, the torus of each, what is stored, and what samples must provide.
+
+A stage is the part of a program that leads to one readout (a pool or Flatten). It is carried out plane by plane: a
+plane holds the pairs of positions `(p, p + d)` of two images, for one offset `d`. docs/gpu.md explains the layout.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from nt_core.activations import ABRelu, Erf, Gelu
+from nt_core.backends.xla.geometry import Window
+from nt_core.backends.xla.repeats import Repeated
+from nt_core.backends.xla.variances import windows
+from nt_core.program import Node, Program
+from nt_core.sources import Inputs, Source
+from nt_core.spec import Spec
+from nt_core.steps import Combine, Conv, Dense, Dual, Flatten, GlobalPool, Linear, Normalize, Pool, Step
+
+Two = tuple[int, int]
+_MAX_TAPS = 5
+_MAX_SIZE = 64
+_MAX_CHANNELS = 16
+_MAX_POOL_READS = 512
+
+
+class Refused(Exception):
+    """The program is not taken, for the reason given."""
+
+
+class Torus(NamedTuple):
+    """The positions of a plane, numbered row by row and continued periodically.
+
+    Attributes:
+      shape: rows and columns. Positions beyond the image are *ghosts*: the zero padding.
+      wraps: columns continue periodically within their row (CIRCULAR). Otherwise the position after the last one of a
+        row is the first one of the next: ghosts lie between them, so that no window can tell.
+      lanes: how many numbers an array of a plane holds, at least one for each position; those beyond repeat the first.
+    """
+
+    shape: Two
+    wraps: bool
+    lanes: int
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+class Row(NamedTuple):
+    """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel).
+
+    Attributes:
+      kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (its root), 'normalizer' or 'average' (half the
+        mean of the variances over each window).
+      repeated: the number of the `Repeated` value whose body it is of, or None.
+      number: the value, of the program or of the body.
+      space, scale: see `Instance`.
+    """
+
+    kind: str
+    repeated: int | None
+    number: int
+    space: Two
+    scale: Two
+
+
+@dataclasses.dataclass
+class Instance:
+    """A value, as a stage needs it.
+
+    Attributes:
+      number: the value, of the program or of the body of a `Repeated`.
+      step: what computes it, with leaves that are to be replaced by coefficients; None for what comes from outside.
+      spec: of its (first) input.
+      inputs: numbers of instances.
+      space: size of its image.
+      scale: how many of its positions lie along each side of one position of the torus. Position `p` of the image is in
+        phase `p % scale`, at `p // scale`.
+      deficit: it is a deficit rather than a covariance.
+      has_ntk: it has a tangent kernel.
+      windows: of a convolution.
+      coefficients: where the leaves of `step` begin among the coefficients.
+      rows: where each kind of `Row` of this value begins.
+      stored: it is kept in a buffer, or computed anew by its only reader.
+      masked: ghosts are to be stored as such.
+      buffer: where it is stored.
+      body: of a `Repeated`, with what it reads as its first instance.
+      source: of a materialised covariance, its number among those of the stage.
+    """
+
+    number: int
+    step: Step | None
+    spec: Spec
+    inputs: list[int]
+    space: Two
+    scale: Two
+    deficit: bool
+    has_ntk: bool
+    windows: tuple[Window, Window] | None = None
+    coefficients: int = 0
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    stored: bool = False
+    masked: bool = False
+    buffer: int = -1
+    body: "list[Instance] | None" = None
+    source: int = -1
+
+    @property
+    def phases(self) -> int:
+        return self.scale[0] * self.scale[1]
+
+    @property
+    def n_source_rows(self) -> int:
+        """How many planes come in for each offset: the phases of a covariance, then those of its tangent kernel."""
+        return self.phases * (2 if self.has_ntk else 1)
+
+
+_NO_TORUS = Torus((1, 1), False, 1)
+
+
+@dataclasses.dataclass
+class Stage:
+    """What leads to one readout.
+
+    Attributes:
+      readout: the number of the pool or Flatten.
+      step: that step.
+      spec: of its input.
+      instances: in an order of evaluation, the readout's input last.
+      deficit: the readout is of deficits.
+      windows: of a pool; None where everything is summed up.
+      stride: of the pool: as many offsets along each side fall on one offset after it.
+      offsets: how many offsets of the torus are needed, times `stride` along each side.
+      sources: numbers of the readouts that it starts from, with their scales.
+      leaves: the steps whose numbers are the coefficients, in order; those of a body with the count of iterations.
+    """
+
+    readout: int
+    step: Step
+    spec: Spec
+    deficit: bool
+    windows: tuple[Window, Window] | None
+    stride: Two
+    instances: list[Instance] = dataclasses.field(default_factory=list)
+    torus: Torus = _NO_TORUS
+    offsets: int = 1
+    rows: dict[Row, int] = dataclasses.field(default_factory=dict)
+    n_rows: int = 0
+    sources: list[Instance] = dataclasses.field(default_factory=list)
+    leaves: list[tuple[Any, int | None]] = dataclasses.field(default_factory=list)
+    n_coefficients: int = 0
+    buffers: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def root(self) -> Instance:
+        return self.instances[-1]
+
+    @property
+    def has_ntk(self) -> bool:
+        return self.root.has_ntk
+
+    def source_row(self, source: Instance) -> int:
+        """Where the planes of a source begin among those that come in."""
+        return sum(other.n_source_rows for other in self.sources[: source.source])
+
+    @property
+    def buffer_lanes(self) -> int:
+        """Numbers in one phase of a buffer: a plane, and as much again as shifts around the torus reach."""
+        return self.torus.size + self.torus.lanes
+
+
+def make_plan(
+    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, lane_multiple: int
+) -> list[Stage]:
+    """Returns the stages of a program (with repeats folded), in order. Raises `Refused`."""
+    _check(program, sources)
+    stages: list[Stage] = []
+    for number, node in enumerate(program.nodes, len(program.sources)):
+        spec = program.spec(node.inputs[0])
+        if is_readout(node) and spec.space:
+            stages.append(_StageBuilder(program, needs, ntk, lane_multiple, stages, number, node).build())
+    if not stages:
+        raise Refused("no layer reads images out (a pool or Flatten), and without images XLA does as well")
+    return stages
+
+
+def is_readout(node: Node) -> bool:
+    """Whether a step mixes pairs of positions that are not moved alike."""
+    return isinstance(node.step, Pool | GlobalPool | Flatten)
+
+
+def canonical(space: tuple[int, ...]) -> Two:
+    """Sizes along two axes."""
+    return (1,) * (2 - len(space)) + tuple(space)  # type: ignore[return-value]
+
+
+def _check(program: Program, sources: tuple[Source, ...]) -> None:
+    if len(program.outputs) != 1:
+        raise Refused("the program has several outputs")
+    if program.spec(program.outputs[0]).space:
+        raise Refused("its output holds positions: a pool over all of them, or Flatten, must come last")
+    for source in sources:
+        if not isinstance(source, Inputs):
+            raise Refused("it starts from a kernel that is materialised, not from inputs")
+        if not 0 < len(source.spec.space) < 3:
+            raise Refused(f"it takes one or two spatial axes, not inputs of shape {source.spec.shape1}")
+        if 0 in source.spec.shape1 or 0 in source.spec.shape2:
+            raise Refused(f"inputs of shapes {source.spec.shape1} and {source.spec.shape2} are empty")
+        if max(source.spec.space) > _MAX_SIZE:
+            raise Refused(f"it takes images of up to {_MAX_SIZE} x {_MAX_SIZE}, not {source.spec.space}")
+        if source.spec.n_channels > _MAX_CHANNELS:
+            raise Refused(f"it takes inputs with up to {_MAX_CHANNELS} channels, not {source.spec.n_channels}")
+
+
+class _StageBuilder:
+    def __init__(
+        self,
+        program: Program,
+        needs: tuple[bool, ...],
+        ntk: bool,
+        lane_multiple: int,
+        earlier: list[Stage],
+        number: int,
+        node: Node,
+    ) -> None:
+        self._program = program
+        self._needs = needs
+        self._ntk = ntk
+        self._lane_multiple = lane_multiple
+        self._readout_has_ntk = {stage.readout: stage.has_ntk for stage in earlier}
+        self._made: dict[tuple[int, Two], int] = {}
+        spec, step = program.spec(node.inputs[0]), node.step
+        pool_windows = _canonical_windows(step, spec) if isinstance(step, Pool) else None
+        if pool_windows is not None and all(_covers_image(w) for w in pool_windows):
+            pool_windows = None
+        if isinstance(step, Pool | GlobalPool) and spec.diagonal_spatial:
+            raise Refused("a pool over same-position covariances")
+        if pool_windows is not None and any(w.circular for w in pool_windows):
+            raise Refused("pools with CIRCULAR padding")
+        if pool_windows is not None and any(w.taps < w.stride for w in pool_windows):
+            raise Refused("pools that leave positions out")
+        if pool_windows is not None and math.prod(_pool_reads(w) for w in pool_windows) > _MAX_POOL_READS:
+            raise Refused(f"pools of windows {step.window} with strides {step.strides}, which overlap too much")  # type: ignore
+        stride = (1, 1) if pool_windows is None else (pool_windows[0].stride, pool_windows[1].stride)
+        self._stage = Stage(number, step, spec, needs[number], pool_windows, stride)
+
+    def build(self) -> Stage:
+        stage = self._stage
+        (root,) = self._program.nodes[stage.readout - len(self._program.sources)].inputs
+        self._instance(root, stage.stride)
+        self._lay_out()
+        if not isinstance(stage.step, Flatten):
+            stage.offsets = stage.torus.size
+        self._store()
+        self._require_rows()
+        return stage
+
+    # Which values, and how many of their positions
+
+    def _instance(self, number: int, scale: Two) -> int:
+        if (number, scale) in self._made:
+            return self._made[number, scale]
+        program, stage = self._program, self._stage
+        n_sources = len(program.sources)
+        node = None if number < n_sources else program.nodes[number - n_sources]
+        spec = program.spec(number)
+        step = None if node is None or is_readout(node) else node.step
+        inputs: list[int] = []
+        has_ntk = self._readout_has_ntk.get(number, False)
+        if node is not None and step is not None:
+            _check_step(step)
+            before = scale
+            if isinstance(step, Conv):
+                along = _canonical_windows(step, program.spec(node.inputs[0]))
+                before = (scale[0] * along[0].stride, scale[1] * along[1].stride)
+            inputs = [self._instance(i, before) for i in node.inputs]
+            has_ntk = self._ntk and (
+                isinstance(step, Linear | Repeated) or any(stage.instances[i].has_ntk for i in inputs)
+            )
+        before_spec = spec if node is None or step is None else program.spec(node.inputs[0])
+        made = Instance(number, step, before_spec, inputs, canonical(spec.space), scale, self._needs[number], has_ntk)
+        if node is not None and step is None:
+            made.source = len(stage.sources)
+            stage.sources.append(made)
+        if isinstance(step, Conv):
+            made.windows = _canonical_windows(step, before_spec)
+        if isinstance(step, Repeated):
+            made.body = self._body(step, made)
+        elif step is not None:
+            made.coefficients = self._stage.n_coefficients
+            self._stage.leaves.append((step, None))
+            self._stage.n_coefficients += n_leaves(step)
+        stage.instances.append(made)
+        self._made[number, scale] = len(stage.instances) - 1
+        return self._made[number, scale]
+
+    def _body(self, step: Repeated, of: Instance) -> list[Instance]:
+        """The instances of one iteration; the first is what it starts from."""
+        body, stage = step.body, self._stage
+        instances = [Instance(0, None, body.spec(0), [], of.space, of.scale, step.needs[0], self._ntk)]
+        start = stage.n_coefficients
+        for number, node in enumerate(body.nodes, 1):
+            _check_step(node.step)
+            spec, deficit = body.spec(node.inputs[0]), step.needs[number]
+            made = Instance(number, node.step, spec, list(node.inputs), of.space, of.scale, deficit, self._ntk)
+            if isinstance(node.step, Conv):
+                made.windows = _canonical_windows(node.step, spec)
+            made.coefficients = stage.n_coefficients
+            stage.n_coefficients += n_leaves(node.step)
+            instances.append(made)
+        of.coefficients = stage.n_coefficients - start  # of one iteration
+        stage.n_coefficients = start + of.coefficients * step.count
+        stage.leaves.append((tuple(node.step for node in body.nodes), step.count))
+        return instances
+
+    # The torus
+
+    def _lay_out(self) -> None:
+        """Finds the smallest torus that holds every image with its padding."""
+        stage = self._stage
+        sides, wraps = [], []
+        for axis in range(2):
+            side, circular, padded = 1, False, stage.windows is not None and _padding(stage.windows[axis]) > 0
+            if stage.windows is not None:
+                side = -(-(stage.root.space[axis] + _padding(stage.windows[axis])) // stage.root.scale[axis])
+                side = max(side, stage.windows[axis].count)
+            for instance, before in self._all_with_inputs():
+                side = max(side, -(-instance.space[axis] // instance.scale[axis]))
+                if instance.windows is None:
+                    continue
+                window = instance.windows[axis]
+                if window.circular and not window.is_trivial():
+                    circular = True
+                else:
+                    side = max(side, -(-(before.space[axis] + _padding(window)) // before.scale[axis]))
+                    padded |= _padding(window) > 0
+            if circular and (padded or any(i.space[axis] != side * i.scale[axis] for i, _ in self._all_with_inputs())):
+                raise Refused("CIRCULAR convolutions beside padding, or beside images that they do not divide")
+            sides.append(side)
+            wraps.append(circular)
+        shape = (sides[0], sides[1])
+        if any(wraps) and not all(
+            w or s == 1 or self._is_exact(a) for a, (w, s) in enumerate(zip(wraps, sides, strict=True))
+        ):
+            raise Refused("convolutions that are CIRCULAR along one axis only")
+        lanes = -(-math.prod(shape) // self._lane_multiple) * self._lane_multiple
+        stage.torus = Torus(shape, any(wraps), lanes)
+
+    def _is_exact(self, axis: int) -> bool:
+        """Whether nothing moves along an axis."""
+        return all(i.windows is None or i.windows[axis].is_trivial() for i, _ in self._all_with_inputs())
+
+    def _all_with_inputs(self) -> list[tuple[Instance, Instance]]:
+        """All instances, those of bodies too, each with its first input (or itself)."""
+        found = []
+        for instances in self._chains():
+            found += [(i, instances[i.inputs[0]] if i.inputs else i) for i in instances]
+        return found
+
+    def _chains(self) -> list[list[Instance]]:
+        stage = self._stage
+        return [stage.instances, *(i.body for i in stage.instances if i.body is not None)]
+
+    # What is stored, and where
+
+    def _store(self) -> None:
+        stage = self._stage
+        for instances in self._chains():
+            for i, instance in enumerate(instances):
+                readers = [other for other in instances if i in other.inputs]
+                is_read_moved = any(other.windows is not None for other in readers)
+                instance.stored = len(readers) > 1 or is_read_moved or instance.body is not None
+                instance.masked = is_read_moved and not stage.torus.wraps
+        for instance in stage.instances:
+            if instance.body is not None:  # what an iteration ends with, the next one starts from
+                entry, last = instance.body[0], instance.body[-1]
+                entry.stored = last.stored = True
+                last.masked = instance.masked = instance.masked or entry.masked
+        if stage.windows is not None:
+            stage.root.stored = True
+        _allocate(stage)
+
+    def _require_rows(self) -> None:
+        stage = self._stage
+        if stage.torus.wraps:
+            self._row(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
+        for instances in self._chains():
+            owner = next((i for i in stage.instances if i.body is instances), None)
+            for i, instance in enumerate(instances):
+                before = instances[instance.inputs[0]] if instance.inputs else None
+                kinds = _kinds(instance, before, [other for other in instances if i in other.inputs])
+                if owner is None and instance.step is None and instance.source < 0:
+                    kinds.append("channel")
+                for kind in kinds:
+                    count = 1
+                    if kind == "channel":
+                        count = instance.spec.n_channels
+                    elif owner is not None:
+                        assert isinstance(owner.step, Repeated)
+                        count = owner.step.count
+                    repeated = None if owner is None else owner.number
+                    row = Row(kind, repeated, instance.number, instance.space, instance.scale)
+                    instance.rows[kind] = self._row(row, count * instance.phases)
+        for instance in (stage.root, *(i for i, _ in self._all_with_inputs() if i.masked)):
+            row = Row("mask", None, 0, instance.space, instance.scale)
+            instance.rows["mask"] = self._row(row, instance.phases)
+
+    def _row(self, row: Row, n: int) -> int:
+        if row not in self._stage.rows:
+            self._stage.rows[row] = self._stage.n_rows
+            self._stage.n_rows += n
+        return self._stage.rows[row]
+
+
+def _kinds(instance: Instance, before: Instance | None, readers: list[Instance]) -> list[str]:
+    """The statistics of a value that are read, beside its mask."""
+    kinds = []
+    if instance.deficit and not is_relu(instance.step):
+        kinds.append("root" if any(is_relu(other.step) for other in readers) else "half")
+    if isinstance(instance.step, Normalize):
+        kinds.append("normalizer")
+    if needs_average(instance, before):
+        kinds.append("average")
+    return kinds
+
+
+def is_relu(step: Step | None) -> bool:
+    """Whether a step is the dual of the ReLU family, which gives half the variance of its output from its input's."""
+    return isinstance(step, Dual) and isinstance(step.activation, ABRelu)
+
+
+def needs_average(instance: Instance, before: Instance | None) -> bool:
+    """Whether a linear layer reads deficits, and covariances before its own weights are needed."""
+    step = instance.step
+    if not isinstance(step, Linear) or before is None or not before.deficit:
+        return False
+    return not instance.deficit or (step.parameterization != "ntk" and instance.has_ntk)
+
+
+def n_leaves(step: Step) -> int:
+    """How many numbers a step has."""
+    return len(jax.tree.leaves(step))
+
+
+def _allocate(stage: Stage) -> None:
+    """Assigns buffers. A value overwrites one that nobody reads any more, itself included where that is safe."""
+    free: list[int] = []
+
+    def take(phases: int) -> int:
+        if not free:
+            stage.buffers.append(0)
+            free.append(len(stage.buffers) - 1)
+        buffer = free.pop()
+        stage.buffers[buffer] = max(stage.buffers[buffer], phases)
+        return buffer
+
+    def chain(instances: list[Instance], kept: int | None) -> None:
+        reads = [_stored_inputs(instances, i) for i in range(len(instances))]
+        last_use = {
+            i: max([j for j in range(len(instances)) if i in reads[j]], default=i) for i in range(len(instances))
+        }
+        for j, instance in enumerate(instances):
+            if not instance.stored and j < len(instances) - 1:
+                continue
+            done = [i for i in reads[j] if last_use[i] == j and instances[i].buffer != kept]
+            if instance.stored and instance.buffer < 0:
+                over = [i for i in done if _can_overwrite(instance, instances[i], reads[j][i])]
+                if over:
+                    instance.buffer = instances[over[0]].buffer
+                    done.remove(over[0])
+                else:
+                    instance.buffer = take(instance.phases)
+            if instance.body is not None:
+                body = instance.body
+                body[0].buffer = instance.buffer
+                moved = _stored_inputs(body, len(body) - 1).get(0)
+                if moved is None or _can_overwrite(body[-1], body[0], moved):
+                    body[-1].buffer = instance.buffer
+                chain(body, instance.buffer)
+            free.extend(instances[i].buffer for i in done)
+        if kept is not None and instances[-1].buffer != kept:
+            free.append(instances[-1].buffer)
+
+    chain(stage.instances, None)
+
+
+def _stored_inputs(instances: list[Instance], i: int) -> dict[int, bool]:
+    """The stored values that are read to compute an instance, and whether they are read at other positions."""
+    found: dict[int, bool] = {}
+    for j in instances[i].inputs:
+        if instances[j].stored:
+            found[j] = found.get(j, False) or instances[i].windows is not None
+        else:
+            for k, moved in _stored_inputs(instances, j).items():
+                found[k] = found.get(k, False) or moved
+    return found
+
+
+def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
+    """Whether a value may be written where another is that it is computed from: it is known before anything is written
+    if there is one phase."""
+    return instance.phases == read.phases and (instance.phases == 1 or not moved)
+
+
+def _check_step(step: Step) -> None:
+    match step:
+        case Dense() | Combine() | Repeated():
+            return
+        case Conv():
+            if max(step.window) > _MAX_TAPS or max(step.dilation) > 1:
+                raise Refused(f"it takes windows of up to {_MAX_TAPS} x {_MAX_TAPS}, without dilation, not {step}")
+            if step.axes_out is not None:
+                raise Refused("a convolution that permutes axes")
+        case Dual():
+            if not isinstance(step.activation, ABRelu | Erf | Gelu):
+                raise Refused(f"it does not have the dual of {type(step.activation).__name__}")
+        case Normalize():
+            if step.space_axes:
+                raise Refused("a normalisation over positions")
+        case _:
+            raise Refused(f"it does not know the step {type(step).__name__}")
+
+
+def _canonical_windows(step: Conv | Pool, spec: Spec) -> tuple[Window, Window]:
+    """Windows along two axes."""
+    trivial = Window(size=1, count=1, taps=1, stride=1, dilation=1, low=0, high=0, circular=False)
+    along = [trivial, *windows(step, spec)][-2:]
+    return along[0], along[1]
+
+
+def _padding(window: Window) -> int:
+    """Ghosts that a window needs beside an image: one gap serves both of its ends."""
+    last = (window.count - 1) * window.stride + (window.taps - 1) * window.dilation - window.low
+    return max(0, window.low, last - (window.size - 1))
+
+
+def pool_turns(window: Window) -> range:
+    """By how much an offset after a pool may differ from that of the torus."""
+    return range(-((window.taps - 1) // window.stride), (window.taps + window.stride - 2) // window.stride + 1)
+
+
+def _pool_reads(window: Window) -> int:
+    return len(pool_turns(window)) * window.taps
+
+
+def _covers_image(window: Window) -> bool:
+    return window.count == 1 and window.low == window.high == 0 and window.taps == window.size and not window.circular
+
+
+def n_planes(stage: Stage) -> int:
+    """How many planes a stage computes for a pair of samples."""
+    return stage.offsets * stage.stride[0] * stage.stride[1]

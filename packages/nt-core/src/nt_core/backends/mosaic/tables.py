@@ -1,0 +1,88 @@
+"""Lays out what kernels need to know of single samples: one table of planes for each sample."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from nt_core.backends.mosaic.plan import Row, Stage, Torus, Two
+from nt_core.backends.xla.repeats import Repeated
+from nt_core.backends.xla.sources import Batch
+from nt_core.backends.xla.variances import Statistics, windows
+from nt_core.program import Node, Program
+from nt_core.steps import Conv, Linear, Normalize
+
+
+def table(stage: Stage, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
+    """Returns the rows of a stage, `(rows, lanes, n)`, continued periodically to this many lanes. Ghosts are 0."""
+    rows = [_row(row, stage.torus, program, batch, statistics, lanes) for row in stage.rows]
+    return jnp.concatenate(rows)
+
+
+def coefficients(stage: Stage) -> Array:
+    """Returns the numbers in the steps of a stage; those of an iteration of a `Repeated` lie together."""
+    parts = []
+    for steps, count in stage.leaves:
+        leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(steps)]
+        if leaves:  # those of a body have one number for each iteration
+            parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
+    return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
+
+
+def positions(torus: Torus, space: Two, scale: Two, lanes: int) -> np.ndarray:
+    """Returns the number of the position in each lane, `(phases, lanes)`; of a ghost, that is their count."""
+    lane = np.arange(lanes) % torus.size
+    phase = np.arange(scale[0] * scale[1])[:, None]
+    y = lane // torus.shape[1] * scale[0] + phase // scale[1]
+    x = lane % torus.shape[1] * scale[1] + phase % scale[1]
+    return np.where((y < space[0]) & (x < space[1]), y * space[1] + x, math.prod(space))
+
+
+def _row(row: Row, torus: Torus, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
+    n = batch.index.shape[0]
+    if row.kind == "column":
+        column = np.arange(lanes) % torus.size % torus.shape[1]
+        return jnp.broadcast_to(jnp.asarray(column, jnp.float32)[None, :, None], (1, lanes, n))
+    values = _values(row, program, batch, statistics)  # (any, *space, n)
+    flat = values.reshape(values.shape[0], math.prod(row.space), n)
+    with_ghost = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)))
+    at = positions(torus, row.space, row.scale, lanes)
+    return jnp.take(with_ghost, at.reshape(-1), axis=1).reshape(-1, lanes, n)
+
+
+def _values(row: Row, program: Program, batch: Batch, statistics: Statistics) -> Array:
+    if row.kind == "mask":
+        return jnp.ones((1, *row.space, batch.index.shape[0]), jnp.float32)
+    if row.kind == "channel":
+        return jnp.moveaxis(batch.inputs[row.number], -2, 0)
+    if row.repeated is None:
+        variance = {i: v[None] for i, v in statistics.variance.items()}
+        node = _node(program, row.number)
+    else:
+        variance = statistics.repeated[row.repeated]
+        repeated = _node(program, row.repeated)
+        assert repeated is not None and isinstance(repeated.step, Repeated)
+        program = repeated.step.body
+        node = _node(program, row.number)
+    if row.kind == "half":
+        return variance[row.number] / 2
+    if row.kind == "root":
+        return jnp.sqrt(variance[row.number])
+    assert node is not None
+    before = variance[node.inputs[0]]
+    if row.kind == "normalizer":
+        assert isinstance(node.step, Normalize)
+        eps = jnp.asarray(node.step.eps, before.dtype)
+        return 1 / jnp.sqrt(before + lax.expand_dims(jnp.atleast_1d(eps), range(1, before.ndim)))
+    assert row.kind == "average" and isinstance(node.step, Linear)
+    if isinstance(node.step, Conv):
+        for axis, window in enumerate(windows(node.step, program.spec(node.inputs[0])), 1):
+            before = window.sum(before, axis)
+    return before / (2 * node.step.window_size)
+
+
+def _node(program: Program, number: int) -> Node | None:
+    n = len(program.sources)
+    return None if number < n else program.nodes[number - n]

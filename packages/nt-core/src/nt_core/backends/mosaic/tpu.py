@@ -1,0 +1,153 @@
+"""Runs stages on TPUs: planes of 128 pairs at once, which share their first sample, in vector memory."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from nt_core.backends.mosaic.backend import TPU_LANES, VECTOR_MEMORY
+from nt_core.backends.mosaic.evaluate import Evaluation, Int, Planes
+from nt_core.backends.mosaic.plan import Stage
+
+
+def run_stage(
+    stage: Stage,
+    coefficients: Array,
+    first: Array,
+    second: Array,
+    sources: Array,
+    triangle: Array,
+    interpret: bool,
+) -> Array:
+    """Computes the planes of a stage for all pairs of two blocks of samples: as `run_stage` of the GPU."""
+    n1, n2 = first.shape[-1], second.shape[-1]
+    width = n2 if interpret else TPU_LANES
+    columns = -(-n2 // width)
+    second, sources = (_pad_last(x, columns * width) for x in (second, sources))
+    sources = jnp.moveaxis(sources, -2, 0)
+    lanes, kernels = stage.torus.lanes, 2 if stage.has_ntk else 1
+    n_offsets = stage.offsets * math.prod(stage.stride)
+    is_pool = stage.windows is not None
+    has_sources = bool(stage.sources)
+
+    def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *scratch):
+        i, column, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        *buffers, sums, semaphore = scratch
+
+        def copy(source: Any, target: Any) -> None:
+            moved = pltpu.make_async_copy(source, target, semaphore)
+            moved.start()
+            moved.wait()
+
+        @pl.when(number == 0)
+        def _() -> None:
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            if is_pool:
+
+                def clear(offset: Array, carry: tuple[()]) -> tuple[()]:
+                    copy(sums, out_ref.at[i, column, offset])
+                    return carry
+
+                lax.fori_loop(jnp.int32(0), jnp.int32(stage.offsets), clear, ())
+
+        @pl.when(jnp.logical_not(jnp.logical_and(triangle_ref[0] > 0, i >= (column + 1) * width)))
+        def _() -> None:
+            finer, offset = lax.div(number, jnp.int32(stage.offsets)), lax.rem(number, jnp.int32(stage.offsets))
+            along = (0, 0)
+            if stage.stride != (1, 1):
+                along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
+            refs = (coefficients_ref, first_ref, second_ref, sources_ref)
+            evaluation = Evaluation(stage, _Machine(stage, refs, tuple(buffers), width), offset, along)
+            evaluation.run()
+
+            def add_to_sums(planes: Planes) -> None:
+                for k, x in enumerate(planes.arrays()):
+                    sums[k] += x
+
+            def add_to_pooled(offset: Int, planes: Planes) -> None:
+                copy(out_ref.at[i, column, offset], sums)
+                add_to_sums(planes)
+                copy(sums, out_ref.at[i, column, offset])
+
+            if is_pool:
+                evaluation.pooled(add_to_pooled)
+            else:
+                add_to_sums(evaluation.root())
+
+        if not is_pool:
+
+            @pl.when(number == n_offsets - 1)
+            def _() -> None:
+                copy(sums, out_ref.at[i, column, 0])
+
+    out = pl.pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((n1, columns, stage.offsets if is_pool else 1, kernels, lanes, width), jnp.float32),
+        grid=(n1, columns, n_offsets),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((1, stage.n_rows, lanes, 1), lambda i, j, k: (i, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
+            pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
+            pl.BlockSpec((1, 1, *sources.shape[2:-1], width), lambda i, j, k: (i, k if has_sources else 0, 0, 0, j)),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),  # too large for vector memory after a pool
+        scratch_shapes=[
+            *(pltpu.VMEM((n * kernels, stage.buffer_lanes, width), jnp.float32) for n in stage.buffers),
+            pltpu.VMEM((kernels, lanes, width), jnp.float32),
+            pltpu.SemaphoreType.DMA,
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
+        interpret=interpret,
+    )(
+        coefficients,
+        triangle.astype(jnp.int32).reshape(1),
+        jnp.moveaxis(first, -1, 0)[..., None],
+        second,
+        sources,
+    )
+    out = jnp.moveaxis(out, (0, 1), (-3, -2))
+    out = out.reshape(*out.shape[:-2], columns * width)[..., :n2]
+    return out if is_pool else out[0]
+
+
+class _Machine:
+    """Everything in vector memory, a pair in each lane (see `Machine`)."""
+
+    def __init__(self, stage: Stage, refs: tuple[Any, ...], buffers: tuple[Any, ...], width: int) -> None:
+        self._kernels = 2 if stage.has_ntk else 1
+        self._torus = stage.torus
+        self._coefficients, self._first, self._second, self._sources = refs
+        self._buffers = buffers
+        self._shape = (stage.torus.lanes, width)
+
+    def coefficient(self, index: Int) -> Array:
+        return self._coefficients[index]
+
+    def first(self, row: Int) -> Array:
+        return jnp.broadcast_to(self._first[0, row], self._shape)
+
+    def second(self, row: Int, start: Int) -> Array:
+        return self._second[row, pl.ds(start, self._torus.lanes), :]
+
+    def source(self, row: Int) -> Array:
+        return self._sources[0, 0, row]
+
+    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int) -> Array:
+        return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.lanes), :]
+
+    def write(self, buffer: int, phase: Int, planes: Planes) -> None:
+        """Writes a plane twice, so that shifts around the torus are contiguous."""
+        for is_ntk, x in enumerate(planes):
+            if x is not None:
+                for start in (0, self._torus.size):
+                    at = phase * self._kernels + is_ntk
+                    self._buffers[buffer][at, pl.ds(start, self._torus.lanes), :] = x
+
+
+def _pad_last(x: Array, n: int) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n - x.shape[-1])])

@@ -1,0 +1,404 @@
+"""The Mosaic backends without their hardware: interpreted on CPU, lowered for GPU and TPU, and what they refuse.
+
+The TPU kernels are interpreted by XLA, which is fast enough for the conformance suite: it covers all that both backends
+share. Those of the GPU run in Mosaic's own interpreter, which simulates every load, on the smallest images there are.
+"""
+
+import subprocess
+import sys
+
+import dense_reference
+import jax
+import jax.numpy as jnp
+import nt_core.backends as backends
+import numpy as np
+import pytest
+from conformance import (
+    ABS,
+    CHAINS,
+    MEAN,
+    RELU,
+    SUM,
+    Conformance,
+    chain,
+    conv,
+    dense,
+    inputs,
+    pool,
+    products,
+    residual,
+    run,
+    spec_of,
+)
+from nt_core import Builder, Request, Spec, activations, steps
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
+from nt_core.sources import Inputs
+
+HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11, 2)
+needs_mosaic_gpu = pytest.mark.skipif(
+    not HAS_MOSAIC_GPU,
+    reason=f"Mosaic GPU of JAX {jax.__version__} neither interprets nor lowers these kernels: 0.11.2",
+)
+TOLERANCE = 1e-6
+PAIRS = Request(ntk=True, covariances=False)
+
+REFUSED = {
+    "full output": "its output holds positions",
+    "full output of two": "its output holds positions",
+    "pooled output": "its output holds positions",
+    "dilated": "without dilation",
+    "after global pool": "CIRCULAR convolutions beside padding",
+    "circular strides": "CIRCULAR convolutions beside padding",
+    "circular pool": "pools with CIRCULAR padding",
+    "normalised": "a normalisation over positions",
+}
+SLOW = ("overlapping pool", "strided pool", "normalised edges", "large image", "pool of odd images", "gelu")
+
+ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
+GELU = steps.Dual(activations.Gelu())
+
+
+def conv1(window):
+    return steps.Conv(1.7, 0.1, 16, (window,), (1,), "SAME", (1,))
+
+
+# What the suite lacks, or has in one program with what is refused.
+MORE = {
+    "circular": (
+        (4, 6),
+        [conv(padding="CIRCULAR"), RELU, conv((3, 2), padding="CIRCULAR"), ABS, steps.GlobalPool(SUM)],
+    ),
+    "circular strides": (
+        (4, 4),
+        [conv(strides=(2, 2), padding="CIRCULAR"), RELU, conv(padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "circular, then pool": ((4, 4), [conv(padding="CIRCULAR"), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
+    "layer norm": (
+        (4, 4),
+        [conv(), steps.Normalize(1e-3, ()), RELU, conv(), steps.Normalize(0.0, ()), steps.Flatten()],
+    ),
+    "layer norm and pool": ((3, 3), [conv(), steps.Normalize(1e-3, ()), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
+    "erf": ((3, 3), [conv(), ERF, conv(), ERF, steps.GlobalPool(MEAN), dense(), ERF]),
+    "gelu": ((3, 3), [conv(), GELU, conv(), GELU, steps.Flatten(), dense()]),
+    "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
+    "one axis": (
+        (6,),
+        [conv1(3), RELU, conv1(2), RELU, steps.Pool((2,), (2,), "VALID", MEAN), dense(), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "odd strides": ((5, 5), [conv(), RELU, conv(strides=(2, 3)), RELU, steps.GlobalPool(MEAN)]),
+    "pool of odd images": ((5, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(SUM)]),
+    "overlapping pool": ((3, 3), [conv(), RELU, pool((2, 2), (1, 1), "SAME"), conv(), RELU, steps.GlobalPool(MEAN)]),
+    "normalised edges": (
+        (4, 3),
+        [conv(), RELU, pool((2, 2), (2, 2), "SAME", MEAN, True), conv(), RELU, steps.Flatten()],
+    ),
+    "sum pool": ((4, 4), [conv(), RELU, pool(mean=SUM), conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
+    "standard strides": (
+        (4, 4),
+        [conv((3, 3), (2, 2), parameterization="standard", s=(2, 3)), RELU, steps.GlobalPool(SUM)],
+    ),
+    "linear": ((4, 4), [conv(), conv(parameterization="standard"), steps.GlobalPool(MEAN)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    for backend in (MosaicGpuBackend(interpret=True), MosaicTpuBackend(interpret=True)):
+        monkeypatch.setitem(backends._BACKENDS, backend.name, backend)
+
+
+def check(layers, space, implementation, n1, n2, symmetric=False):
+    """Compares with `xla` in float64, on the same inputs."""
+    x1, x2 = inputs(space, n1, n2, "float32")
+    build = layers if callable(layers) else lambda spec: chain(spec, layers)
+    for second in (x2, None) if symmetric else (x2,):
+        program = build(spec_of(x1, x1 if second is None else second))
+        kernel = run(program, x1, second, PAIRS, implementation)
+        with jax.enable_x64(True):
+            wide = [None if x is None else np.asarray(x, "float64") for x in (x1, second)]
+            expected = run(program, *wide, PAIRS, "xla")
+            for name in ("nngp", "ntk"):
+                actual, wanted = np.asarray(getattr(kernel, name), "float64"), getattr(expected, name)
+                assert actual.shape == wanted.shape
+                np.testing.assert_allclose(actual, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(), err_msg=name)
+        if second is None:
+            np.testing.assert_array_equal(kernel.nngp, kernel.nngp.T)
+            np.testing.assert_array_equal(kernel.ntk, kernel.ntk.T)
+
+
+class TestMosaicTpu(Conformance):
+    """In float32, the only type that it takes."""
+
+    implementation = ("mosaic_tpu", "xla")  # float64, to compare with, goes to xla
+
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CHAINS])
+    def test_chain(self, name, x64):
+        if name not in REFUSED:
+            return self.check_chain(name)
+        space, layers = CHAINS[name]
+        x1, x2 = inputs(space, 3, 2, "float32")
+        with pytest.raises(NotImplementedError, match=REFUSED[name]):
+            run(chain(spec_of(x1, x2), layers), x1, x2, implementation="mosaic_tpu")
+
+    def check_chain(self, name):
+        space, layers = CHAINS[name]
+        x1, x2 = inputs(space, 3, 2, "float32")
+        program = chain(spec_of(x1, x2), layers)
+        expected = dense_reference.propagate(program, x1.astype("float64"), x2.astype("float64"))
+        self.agree(run(program, x1, x2, implementation="mosaic_tpu"), expected, TOLERANCE)
+
+    @pytest.mark.slow
+    def test_residual(self, x64):
+        x1, x2 = inputs((8, 8), 3, 2, "float32")
+        program = residual(spec_of(x1, x2))
+        expected = dense_reference.propagate(program, x1.astype("float64"), x2.astype("float64"))
+        self.agree(run(program, x1, x2, implementation="mosaic_tpu"), expected, TOLERANCE)
+
+    def test_products(self):
+        x1, x2 = inputs((5, 4), 3, 2, "float32")
+        with pytest.raises(NotImplementedError, match="does not know the step Multiply"):
+            run(products(spec_of(x1, x2)), x1, x2, PAIRS, "mosaic_tpu")
+
+    def test_only_what_is_asked_for(self):
+        x1, x2 = inputs((4, 4), 3, 2, "float32")
+        program = chain(spec_of(x1, x2), MORE["sum pool"][1])
+        kernel = run(program, x1, x2, Request(ntk=False, covariances=False), "mosaic_tpu")
+        assert kernel.ntk is None and kernel.cov1 is None and kernel.cov2 is None
+        whole = run(program, x1, x2, Request(), "mosaic_tpu")
+        np.testing.assert_allclose(kernel.nngp, whole.nngp, rtol=1e-6)
+
+    def test_many_samples(self, monkeypatch):
+        """More samples than one block holds, in numbers that blocks do not divide."""
+        monkeypatch.setattr("nt_core.backends.mosaic.run._MAX_SAMPLES", 4)
+        jax.clear_caches()
+        x1, x2 = inputs((3, 3), 7, 9, "float32")
+        layers = [conv(), RELU, conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
+        whole = run(chain(spec_of(x1, x2), layers), x1, x2, Request(), "mosaic_tpu")
+        part = run(chain(spec_of(x1[5:], x2[:3]), layers), x1[5:], x2[:3], Request(), "mosaic_tpu")
+        np.testing.assert_allclose(whole.nngp[5:, :3], part.nngp, rtol=TOLERANCE)
+        np.testing.assert_allclose(whole.ntk[5:, :3], part.ntk, rtol=TOLERANCE)
+        np.testing.assert_allclose(whole.cov1[5:], part.cov1, rtol=TOLERANCE)
+        own = run(chain(spec_of(x1, x1), layers), x1, None, Request(), "mosaic_tpu")
+        other = run(chain(spec_of(x1, x1), layers), x1, x1, Request(), "mosaic_tpu")
+        np.testing.assert_allclose(own.ntk, other.ntk, rtol=TOLERANCE)
+        np.testing.assert_array_equal(own.ntk, own.ntk.T)
+        jax.clear_caches()
+
+    def test_zero_inputs_and_gradients(self):
+        """Zero patches, equal inputs: finite kernels, and the derivatives of `xla`."""
+        x1, x2 = inputs((3, 3), 3, 2, "float32")
+        x1[0, :2], x2[0] = 0, x1[1]
+        program = chain(spec_of(x1, x2), [conv(b_var=None), RELU, conv(b_var=None), RELU, steps.GlobalPool(MEAN)])
+
+        def total(x1, implementation):
+            kernel = run(program, x1, x2, PAIRS, implementation)
+            return jnp.sum(kernel.nngp) + jnp.sum(kernel.ntk)
+
+        value, gradient = jax.value_and_grad(total)(jnp.asarray(x1), "mosaic_tpu")
+        wanted_value, wanted = jax.value_and_grad(total)(jnp.asarray(x1), "xla")
+        assert np.isfinite(gradient).all()
+        np.testing.assert_allclose(value, wanted_value, rtol=TOLERANCE)
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MORE])
+def test_more_programs(name):
+    space, layers = MORE[name]
+    check(layers, space, "mosaic_tpu", 3, 2)
+
+
+@pytest.mark.parametrize("name", ["circular", "sum pool"])
+def test_a_batch_with_itself(name):
+    space, layers = MORE[name]
+    check(layers, space, "mosaic_tpu", 3, 1, symmetric=True)
+
+
+def test_a_residual_network():
+    check(residual, (4, 4), "mosaic_tpu", 2, 2)
+
+
+def test_branches_with_pools_of_their_own():
+    def program(spec):
+        builder = Builder()
+        x = builder.add(RELU, builder.add(conv(), builder.source(spec)))
+        branches = [builder.add(conv(), builder.add(pool(), y)) for y in (x, builder.add(conv(), x))]
+        y = builder.add(steps.Combine((0.5, 2.0)), *branches)
+        return builder.build(builder.add(steps.GlobalPool(MEAN), builder.add(RELU, y)))
+
+    check(program, (4, 4), "mosaic_tpu", 2, 2)
+
+
+def test_equal_inputs_have_no_deficit():
+    """The same image in both batches has, to the last bit, the kernel that its variance says."""
+    x1, _ = inputs((4, 4), 2, 2, "float32")
+    layers = [conv(), RELU, pool(), conv(), RELU, steps.Flatten()]
+    kernel = run(chain(spec_of(x1, x1), layers), x1, x1.copy(), Request(), "mosaic_tpu")
+    np.testing.assert_allclose(np.diag(kernel.nngp), kernel.cov1, rtol=TOLERANCE)
+
+
+def test_shard_map():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    rows, everything = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    x1, x2 = inputs((2, 2), 3, 2, "float32")
+
+    def kernel(x1, x2):
+        layers = [conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
+        return run(chain(spec_of(x1, x2), layers), x1, x2, PAIRS, "mosaic_tpu").ntk
+
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(rows, everything), out_specs=rows, check_vma=False)
+    np.testing.assert_allclose(jax.jit(sharded)(x1, x2), kernel(x1, x2), rtol=TOLERANCE)
+
+
+SMALL = {
+    "global pool": ((3, 3), [conv(), RELU, conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]),
+    "repeated": ((2, 2), [conv(), RELU] * 4 + [steps.GlobalPool(MEAN)]),
+    "flatten": ((4, 4), [conv(), RELU, conv(strides=(2, 2)), RELU, steps.Flatten(), dense()]),
+    "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
+    "pool": ((4, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
+    "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
+}
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("name", SMALL)
+def test_gpu_kernels_interpreted(name):
+    space, layers = SMALL[name]
+    check(layers, space, "mosaic_gpu", 1, 1)
+
+
+@needs_mosaic_gpu
+def test_the_upper_triangle_on_gpu():
+    space, layers = SMALL["flatten"]
+    check(layers, space, "mosaic_gpu", 3, 1, symmetric=True)
+
+
+# Lowering: other operations lower than can be interpreted.
+
+LOWERED = {**{n: c for n, c in CHAINS.items() if n not in REFUSED}, **MORE}
+
+
+def lowered(layers, space, backend, platform, monkeypatch):
+    """The program of a backend for its own platform, as text for another machine's compiler."""
+    monkeypatch.setattr(type(backend), "hardware_refusal", lambda self: None)
+    monkeypatch.setitem(backends._BACKENDS, backend.name, backend)
+    x = jax.ShapeDtypeStruct((2, *space, 3), jnp.float32)
+    spec = Spec(x.shape, x.shape, 0, len(space) + 1)
+    program = layers(spec) if callable(layers) else chain(spec, layers)
+
+    def kernel(x1, x2):
+        (kernel,) = backends.propagate(program, [Inputs(x1, x2, spec)], PAIRS, backend.name)
+        return kernel.nngp, kernel.ntk
+
+    jax.clear_caches()  # of what was interpreted
+    custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    exported = jax.export.export(jax.jit(kernel), platforms=[platform], disabled_checks=[custom_call])(x, x)
+    jax.clear_caches()
+    return exported.mlir_module()
+
+
+LOWERED_NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LOWERED]
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("name", LOWERED_NAMES)
+def test_lowering_for_cuda(name, monkeypatch):
+    space, layers = LOWERED[name]
+    assert "mosaic_gpu_v2" in lowered(layers, space, MosaicGpuBackend(), "cuda", monkeypatch)
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("name", LOWERED_NAMES)
+def test_lowering_for_tpu(name, monkeypatch):
+    space, layers = LOWERED[name]
+    assert "tpu_custom_call" in lowered(layers, space, MosaicTpuBackend(), "tpu", monkeypatch)
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("backend, platform", [(MosaicGpuBackend(), "cuda"), (MosaicTpuBackend(), "tpu")])
+def test_repeated_layers_are_lowered_once(backend, platform, monkeypatch):
+    def size(depth):
+        """Of the kernel, which is one line."""
+        text = lowered([conv(), RELU] * depth + [steps.GlobalPool(MEAN)], (8, 8), backend, platform, monkeypatch)
+        return max(map(len, text.splitlines()))
+
+    assert size(84) < 1.01 * size(21)
+
+
+# Selection
+
+POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
+
+
+def refusal(backend, layers=POOLED, space=(4, 4), dtype="float32", n_channels=3):
+    x = jnp.zeros((2, *space, n_channels), dtype)
+    program = chain(spec_of(x, x), layers)
+    return backend.refusal(program, (Inputs(x, x, program.sources[0]),), Request())
+
+
+@pytest.mark.parametrize("backend", [MosaicGpuBackend(), MosaicTpuBackend()])
+def test_only_on_the_hardware_they_are_for(backend, monkeypatch):
+    assert "the default device is a cpu" in refusal(backend)
+    x1, x2 = inputs((4, 4), 2, 2, "float32")
+    monkeypatch.setitem(backends._BACKENDS, backend.name, backend)
+    with pytest.raises(NotImplementedError, match="the default device is a cpu"):
+        run(chain(spec_of(x1, x2), POOLED), x1, x2, PAIRS, backend.name)
+
+
+class FakeDevice:
+    device_kind = "NVIDIA A100"
+
+    def __init__(self, compute_capability):
+        self.compute_capability = compute_capability
+
+
+def test_which_gpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "__version__", "0.11.2")
+    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("8.0")])
+    assert "this is NVIDIA A100" in refusal(MosaicGpuBackend())
+    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
+    assert refusal(MosaicGpuBackend()) is None
+    monkeypatch.setattr(jax, "__version__", "0.11.1")
+    assert "needs JAX 0.11.2 or newer, this is 0.11.1" in refusal(MosaicGpuBackend())
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "not a GPU" in refusal(MosaicGpuBackend())
+
+
+def test_what_is_refused(monkeypatch):
+    backend = MosaicGpuBackend(interpret=True)
+    with jax.enable_x64(True):
+        assert "float32, not in float64" in refusal(backend, dtype="float64")
+    assert "one or two spatial axes" in refusal(backend, [dense(), RELU], ())
+    assert "dual of Rbf" in refusal(backend, [conv(), steps.Dual(activations.Rbf(1.0)), steps.GlobalPool(MEAN)])
+    assert "up to 5 x 5" in refusal(backend, [conv((6, 6)), steps.GlobalPool(MEAN)], (8, 8))
+    assert "up to 64 x 64" in refusal(backend, space=(65, 4))
+    assert "up to 16 channels" in refusal(backend, n_channels=17)
+    assert "overlap too much" in refusal(backend, [conv(), pool((5, 5), (1, 1)), steps.GlobalPool(MEAN)], (8, 8))
+    assert "of vector memory" in refusal(
+        MosaicTpuBackend(interpret=True), [conv(), RELU] * 21 + [steps.GlobalPool(MEAN)], (64, 64)
+    )
+    monkeypatch.setattr("nt_core.backends.mosaic.backend._SHARED_MEMORY", 1000)
+    assert "shared memory holds 1,000" in refusal(backend)
+
+
+def test_explain_says_why(monkeypatch):
+    monkeypatch.setitem(backends._BACKENDS, "mosaic_gpu", MosaicGpuBackend())
+    x = jnp.zeros((2, 4, 4, 3))
+    program = chain(spec_of(x, x), POOLED)
+    backend, refusals = backends.choose(program, (Inputs(x, x, program.sources[0]),), Request(), ("mosaic_gpu", "xla"))
+    assert backend.name == "xla"
+    assert refusals == {"mosaic_gpu": "the default device is a cpu, not a GPU"}
+
+
+def test_without_a_gpu_no_gpu_code_is_imported():
+    code = """
+import sys, jax.numpy as jnp
+from nt_core import Builder, Inputs, Spec, propagate, steps, activations
+builder = Builder()
+x = builder.add(steps.Dense(2.0, None, 16), builder.source(Spec((2, 3), (2, 3), batch_axis=0, channel_axis=1)))
+program = builder.build(builder.add(steps.Dual(activations.Rbf(1.0)), x))
+propagate(program, [Inputs(jnp.eye(2, 3), None, program.sources[0])])
+print([name for name in sys.modules if "pallas" in name or "mosaic.gpu" in name or "mosaic.tpu" in name])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
