@@ -11,6 +11,7 @@ from nt_core.backends import native
 from nt_core.backends.base import Request
 from nt_core.backends.cpu_encoding import Encoded, Refused, encode
 from nt_core.backends.xla import XlaBackend
+from nt_core.backends.xla.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.program import Program
@@ -80,7 +81,9 @@ def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _A
     if request.covariances:
         shapes += [(spec.n1,)] if symmetric else [(spec.n1,), (spec.n2,)]
     outputs = [jax.ShapeDtypeStruct(shape + positions, dtype) for shape in shapes]
-    results = iter(jax.ffi.ffi_call(_TARGET, outputs, vmap_method="sequential")(*operands, code=encoded.code))
+    computed = jax.ffi.ffi_call(_TARGET, outputs, vmap_method="sequential")(*operands, code=encoded.code)
+    # JAX does not know over which axes of a mesh the results of a custom call vary: adding this 0 tells it.
+    results = iter([result + constant((), 0, dtype, operands) for result in computed])
 
     def stored(n_batch: int) -> Array:
         return _as_stored(next(results), spec, sizes, encoded, n_batch)

@@ -484,7 +484,7 @@ def _pool_planes(pool: Pool, spec: Spec, inputs: Callable[[Geometry], Pairs]) ->
 
     first, _ = plane(indices[0])  # only its shape is used
     counts = tuple(w.count for w in along)
-    zeros = [None if a is None else constant(counts + counts + a.shape[len(counts) :], 0, a) for a in first]
+    zeros = [None if a is None else constant(counts + counts + a.shape[len(counts) :], 0, a.dtype, a) for a in first]
     sums, _ = lax.scan(rematerialized(accumulate), Pairs(*zeros), indices)  # type: ignore[arg-type]
     return Pairs(*(None if a is None else _planes_to_pairs(a, counts) for a in sums))  # type: ignore[arg-type]
 

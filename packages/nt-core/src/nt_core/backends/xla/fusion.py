@@ -18,8 +18,8 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     always = lax.optimization_barrier(jnp.array(True))
     shapes = jax.eval_shape(fn, *args)
 
-    def never(*_: Any) -> Any:
-        return jax.tree.map(lambda s: constant(s.shape, jnp.nan, s), shapes)
+    def never(*args: Any) -> Any:
+        return jax.tree.map(lambda s: constant(s.shape, jnp.nan, s.dtype, args), shapes)
 
     return lax.cond(always, rematerialized(fn), never, *args)
 
@@ -34,8 +34,7 @@ def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(body, prevent_cse=False)
 
 
-def constant(shape: tuple[int, ...], value: float, like: Any) -> jax.Array:
-    """Returns an array of one value, which under `jax.shard_map` varies over the same mesh axes as `like`."""
-    axes = tuple(jax.typeof(like).vma) if isinstance(like, jax.Array) else tuple(like.vma or ())
-    array = jnp.full(shape, value, like.dtype)
-    return lax.pcast(array, axes, to="varying") if axes else array
+def constant(shape: tuple[int, ...], value: float, dtype: Any, like: Any) -> jax.Array:
+    """Returns an array of one value; under `jax.shard_map` it varies over the mesh axes over which `like` varies."""
+    anchor = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(like))
+    return jnp.full(shape, jnp.where(anchor == 0, value, value), dtype)
