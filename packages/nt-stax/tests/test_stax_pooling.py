@@ -105,7 +105,7 @@ def test_pool_of_diagonal_storage(x64):
     conv_fn = Conv(8, (1, 1), W_std=1.5)[2]
     k_full, diagonal = conv_fn(x1, x2), conv_fn(x1, x2, diagonal_spatial=True)
     eye = np.einsum("ij,kl->ijkl", np.eye(5), np.eye(4))  # reversed, after one convolution
-    independent = k_full.replace(**{n: getattr(k_full, n) * eye for n in ("nngp", "ntk", "cov1", "cov2")})
+    independent = k_full.replace(**{n: np.asarray(getattr(k_full, n)) * eye for n in ("nngp", "ntk", "cov1", "cov2")})
     average = AvgPool((2, 3), (1, 1), "SAME", normalize_edges=True)
     for layer in (average, SumPool((2, 2)), GlobalAvgPool(), GlobalSumPool()):
         expected, actual = layer[2](independent), layer[2](diagonal)
@@ -147,7 +147,7 @@ def test_sizes_that_are_not_needed_may_be_unknown():
 def masked(x, seed):
     """Masks some positions of `(n, *space, channels)`, all of the first sample's."""
     x = np.array(x)
-    where = np.asarray(random.bernoulli(random.key(seed), 0.4, x.shape[:-1]))
+    where = np.array(random.bernoulli(random.key(seed), 0.4, x.shape[:-1]))
     where[0] = True
     x[where] = np.nan
     return x, where

@@ -51,9 +51,9 @@ class Windows:
 
     def padded(self, x: Array, axes: Sequence[int]) -> tuple[Array, steps.Pads]:
         """Wraps the spatial axes of `x` around, if so asked. Returns also the zeros that are still to be padded."""
-        pads = steps.window_pads(
-            [x.shape[a] for a in axes], self.window, self.strides, self.padding, (1,) * len(self.window)
-        )
+        space = [x.shape[a] for a in axes]
+        self.space(space)  # raises where a window does not fit
+        pads = steps.window_pads(space, self.window, self.strides, self.padding, (1,) * len(self.window))
         if self.padding != Padding.CIRCULAR.value:
             return x, pads
         widths = [(0, 0)] * x.ndim
