@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/accuracy_of_duals.py [POINTS]
 
-Random points: variances over six orders of magnitude, deficits relative to the variance from 1e-12 to 1, equal and nearly
-equal variances. The closed forms in 50 digits are those of the tests of nt-core.
+Random points: variances over six orders of magnitude, deficits relative to the variance from 1e-12 to 1, equal and
+nearly equal variances. The closed forms in 50 digits are those of the tests of nt-core.
 """
 
 import math
@@ -16,9 +16,9 @@ import mpmath as mp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "packages" / "nt-core" / "tests"))
-from closed_forms import CLOSED_FORMS, equal, exact_dual, nearly_equal, samples  # noqa: E402
-from nt_core import _native  # noqa: E402
-from nt_core.backends.cpu_encoding import encode_activation  # noqa: E402
+from closed_forms import CLOSED_FORMS, equal, exact_dual, nearly_equal, samples
+from nt_core import _native
+from nt_core.backends.cpu_encoding import encode_activation
 
 DTYPES = ("float32", "float64")
 
@@ -56,10 +56,14 @@ def largest_errors(implementation, name, dtype, n):
 
 
 def main():
+    """Prints one table for each backend."""
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     jax.config.update("jax_enable_x64", True)
     for title, implementation in (("xla", in_jax), ("cpu", in_cpp)):
-        print(f"| {title} | largest variance | D', f32 | factor, f32 | variance, f32 | D', f64 | factor, f64 | variance, f64 |")
+        print(
+            f"| {title} | largest variance | D', f32 | factor, f32 | variance, f32 "
+            "| D', f64 | factor, f64 | variance, f64 |"
+        )
         print("|" + "---|" * 8)
         for name, (_, _, max_variance) in CLOSED_FORMS.items():
             cells = [e for dtype in DTYPES for e in largest_errors(implementation, name, dtype, n)]

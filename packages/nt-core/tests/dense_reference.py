@@ -7,7 +7,19 @@ deficits) are propagated. Slow, and meant to be read.
 import itertools
 
 import numpy as np
-from nt_core.steps import Combine, Conv, Dense, Dual, Flatten, GlobalPool, Multiply, Normalize, Pool, window_pads, window_space
+from nt_core.steps import (
+    Combine,
+    Conv,
+    Dense,
+    Dual,
+    Flatten,
+    GlobalPool,
+    Multiply,
+    Normalize,
+    Pool,
+    window_pads,
+    window_space,
+)
 
 
 def propagate(program, x1, x2):

@@ -161,15 +161,24 @@ def test_no_samples(n1, n2):
 
 
 CIRCULAR = {
-    "global pool": ((6, 5), [conv(padding="CIRCULAR"), RELU, conv((2, 3), padding="CIRCULAR"), ABS, steps.GlobalPool(MEAN)]),
-    "strides": ((8, 6), [conv(padding="CIRCULAR"), RELU, conv((3, 3), (2, 2), "CIRCULAR"), RELU, steps.GlobalPool(SUM)]),
+    "global pool": (
+        (6, 5),
+        [conv(padding="CIRCULAR"), RELU, conv((2, 3), padding="CIRCULAR"), ABS, steps.GlobalPool(MEAN)],
+    ),
+    "strides": (
+        (8, 6),
+        [conv(padding="CIRCULAR"), RELU, conv((3, 3), (2, 2), "CIRCULAR"), RELU, steps.GlobalPool(SUM)],
+    ),
     "pool": (
         (6, 6),
         [conv(padding="CIRCULAR"), RELU, pool((3, 3), (2, 2), "SAME"), conv(padding="CIRCULAR"), RELU]
         + [steps.GlobalPool(MEAN)],
     ),
     "after a padded one": ((4, 6), [conv(), RELU, pool(), conv(padding="CIRCULAR"), RELU, conv(padding="CIRCULAR")]),
-    "one axis": ((5, 4), [conv((3, 1), padding="CIRCULAR"), RELU, conv((1, 3)), RELU, conv((3, 1), padding="CIRCULAR")]),
+    "one axis": (
+        (5, 4),
+        [conv((3, 1), padding="CIRCULAR"), RELU, conv((1, 3)), RELU, conv((3, 1), padding="CIRCULAR")],
+    ),
 }
 
 
@@ -235,7 +244,9 @@ def test_more_entries_than_32_bits_can_count():
     program = chain(spec_of(x, x), [dense(), RELU, dense()])
     nngp = run(program, x, x.copy(), Request(False, False), "cpu").nngp
     assert nngp.size > 2**31
-    part = run(chain(spec_of(x[-5:], x[-7:]), [dense(), RELU, dense()]), x[-5:], x[-7:], Request(False, False), "cpu").nngp
+    part = run(
+        chain(spec_of(x[-5:], x[-7:]), [dense(), RELU, dense()]), x[-5:], x[-7:], Request(False, False), "cpu"
+    ).nngp
     np.testing.assert_array_equal(nngp[-5:, -7:], part)
 
 

@@ -5,7 +5,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from conformance import Conformance, inputs, run, spec_of
+from conformance import EVERYTHING, Conformance, inputs, run, spec_of
 from hypothesis import strategies as st
 from nt_core import Builder, Request, activations, steps
 
@@ -66,7 +66,9 @@ def blocks(draw, builder, value, duals):
 def programs(draw, duals, n_axes):
     """A program and a pair of batches for it; the second is None for the kernel of a batch with itself."""
     space = tuple(draw(st.integers(1, 5)) for _ in range(n_axes))
-    x1, x2 = inputs(space, draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 17])), "float64", draw(st.integers(0, 9)))
+    x1, x2 = inputs(
+        space, draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 17])), "float64", draw(st.integers(0, 9))
+    )
     symmetric = draw(st.booleans())
     builder = Builder()
     value = builder.source(spec_of(x1, x1 if symmetric else x2))
@@ -82,7 +84,7 @@ def programs(draw, duals, n_axes):
     return builder.build(value), x1, None if symmetric else x2
 
 
-def run_native(program, x1, x2, request=Request()):
+def run_native(program, x1, x2, request=EVERYTHING):
     try:
         return run(program, x1, x2, request, "cpu")
     except NotImplementedError:  # what docs/cpu-engine.md says that it does not take
