@@ -81,7 +81,7 @@ def SumPool(
 
 
 @layer
-@supports_masking(remask_kernel=False)
+@supports_masking(remask_kernel=True)
 def GlobalAvgPool(batch_axis: int = 0, channel_axis: int = -1):
     """Averages over all positions; the spatial axes vanish. Masked positions do not count.
 
@@ -101,7 +101,7 @@ def GlobalAvgPool(batch_axis: int = 0, channel_axis: int = -1):
 
 
 @layer
-@supports_masking(remask_kernel=False)
+@supports_masking(remask_kernel=True)
 def GlobalSumPool(batch_axis: int = 0, channel_axis: int = -1):
     """Sums over all positions; the spatial axes vanish.
 
