@@ -279,11 +279,11 @@ void measure(const Program& program, Stage& stage) {
 // Offsets of a readout's input that contribute to the offsets wanted of its output.
 Offsets offsets_before(const Value& readout, const Index3& space, const Tensor& tensor) {
   Offsets offsets(space);
-  if (readout.op == Op::kFlatten) {
-    offsets.add({0, 0, 0});
-    return offsets;
-  }
   for (const Index3& wanted : tensor.offsets.list()) {
+    if (readout.op == Op::kFlatten) {
+      offsets.add({0, 0, 0});
+      continue;
+    }
     std::array<std::vector<int>, kAxes> along;
     for (int a = 0; a < kAxes; ++a) {
       const Window& w = readout.window[a];

@@ -137,6 +137,16 @@ def test_from_a_materialised_kernel(split, x64):
     agree(second, whole, 1e-12)
 
 
+@pytest.mark.parametrize("covariances", [False, True])
+def test_a_materialised_kernel_is_flattened_without_its_own_covariances(covariances, x64):
+    x1, x2 = inputs((4, 3), 3, 2, "float64")
+    first = run(chain(spec_of(x1, x2), [conv(), RELU, conv()]), x1, x2, Request(), "xla")
+    program = chain(first.spec, [RELU, steps.Flatten(), dense(), RELU])
+    request = Request(covariances=covariances)
+    (kernel,), (expected,) = (propagate(program, [first], request, name) for name in ("cpu", "xla"))
+    agree(kernel, expected, 1e-12)
+
+
 def test_only_same_positions(x64):
     x1, x2 = inputs((4, 5), 3, 2, "float64")
     program = chain(spec_of(x1, x2, diagonal_spatial=True), [conv(padding="CIRCULAR"), RELU, conv(strides=(2, 1))])

@@ -98,7 +98,7 @@ std::vector<Network> networks() {
 }
 
 std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric) {
-  std::vector<int64_t> code = {1, n1, n2, symmetric, 1, 1, network.all_pairs, network.n_coefficients, 1,
+  std::vector<int64_t> code = {2, n1, n2, symmetric, 1, 1, network.all_pairs, network.n_coefficients, 1,
                                static_cast<int64_t>(network.values.size()),
                                static_cast<int64_t>(network.values.size()) - 1};
   for (const auto& value : network.values) code.insert(code.end(), value.begin(), value.end());

@@ -18,7 +18,7 @@ from nt_core.sources import Inputs, Source
 from nt_core.spec import Spec
 from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Multiply, Normalize, Pool, window_pads
 
-_ENCODING = 1
+_ENCODING = 2
 _INPUTS, _MATERIALISED, _LINEAR, _DUAL, _POOL, _FLATTEN, _NORMALIZE, _COMBINE, _MULTIPLY = range(9)
 _MAX_AXES = 3
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
