@@ -61,7 +61,7 @@ CHAINS = {
         [conv(), steps.Normalize(1e-3, ()), RELU, conv(), steps.Normalize(0.0, (1,)), RELU, steps.GlobalPool(MEAN)],
     ),
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
-    "large image": ((16, 16), [conv((1, 3)), RELU, pool((8, 8), (8, 8)), conv(), RELU, steps.GlobalPool(MEAN)]),
+    "large image": ((16, 16), [conv((1, 3)), RELU, pool((4, 4), (4, 4)), conv(), RELU, steps.GlobalPool(MEAN)]),
 }
 
 

@@ -212,7 +212,7 @@ def test_repeat_with_masks_and_without_a_key():
         (serial(Conv(1, (1,)), Relu(), GlobalAvgPool()), (0, 2)),
         (serial(Conv(1, (1,)), GlobalSelfAttention(1, 1, 1, 1, linear_scaling=False)), (0, 0)),
         (serial(FanOut(2), parallel(Conv(1, (1,)), serial(Conv(1, (1,)), Relu())), FanInSum(), Flatten()), (2, 2)),
-        (serial(FanOut(2), parallel(Conv(1, (1,)), AvgPool((1,))), FanInSum(), Flatten()), (0, 2)),
+        (serial(FanOut(2), parallel(Conv(1, (1,)), AvgPool((1,))), FanInSum(), Flatten()), (1, 2)),
     ],
 )
 def test_requirements_fold(network, expected):
@@ -318,7 +318,7 @@ def test_get(get, x64):
         (lambda: parallel(Dropout(0.5), Dropout(0.5, "test")), ValueError, "same mode"),
         (lambda: serial(Relu())[2](jnp.ones((2, 3))), ValueError, "must be Gaussian"),
         (lambda: serial(FanOut(2), FanInConcat(), Relu())[2](jnp.ones((2, 3))), ValueError, "must be Gaussian"),
-        (lambda: serial(Conv(3, (2,)), Flatten(), Conv(3, (2,)))[2](jnp.ones((2, 4, 3))), ValueError, "spatial axes"),
+        (lambda: serial(Conv(3, (2,)), Flatten(), Conv(3, (2,)))[2](jnp.ones((2, 4, 3))), ValueError, "channel_axis=2.*is 1"),
     ],
 )  # fmt: skip
 def test_errors(make, error, message):

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from nt_core.backends.base import Request
 from nt_core.backends.xla.block import Block, Pairs, needs_variance
+from nt_core.backends.xla.fusion import unfused
 from nt_core.backends.xla.repeats import fold_repeats
 from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired, paired_full_batch, paired_with_self
 from nt_core.backends.xla.tiles import block_size, map_pairs, map_samples
@@ -145,7 +146,8 @@ def _batch_first(x: Array, spec: Spec, n_batch: int) -> Array:
 
 def _mirrored_pairs(pairs: Pairs, spec: Spec) -> Pairs:
     n_zipped = 0 if spec.diagonal_spatial else len(spec.space)
-    return jax.tree.map(lambda x: _mirrored(x, n_zipped), pairs)
+    # Apart from what precedes it: XLA might compute both triangles anew, each with roundings of its own.
+    return jax.tree.map(lambda x: unfused(lambda x: _mirrored(x, n_zipped), x), pairs)
 
 
 def _mirrored(x: Array, n_zipped: int) -> Array:
