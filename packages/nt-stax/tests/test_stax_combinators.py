@@ -318,7 +318,7 @@ def test_get(get, x64):
         (lambda: parallel(Dropout(0.5), Dropout(0.5, "test")), ValueError, "same mode"),
         (lambda: serial(Relu())[2](jnp.ones((2, 3))), ValueError, "must be Gaussian"),
         (lambda: serial(FanOut(2), FanInConcat(), Relu())[2](jnp.ones((2, 3))), ValueError, "must be Gaussian"),
-        (lambda: serial(Conv(3, (2,)), Flatten(), Conv(3, (2,)))[2](jnp.ones((2, 4, 3))), ValueError, "channel_axis=2.*is 1"),
+        (lambda: serial(Conv(3, (2,)), Flatten(), Conv(3, (2,)))[2](jnp.ones((2, 4, 3))), ValueError, "it is 1"),
     ],
 )  # fmt: skip
 def test_errors(make, error, message):
