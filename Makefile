@@ -78,13 +78,13 @@ demo: $(READY)
 	$(BIN)/python examples/digits.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
