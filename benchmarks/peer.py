@@ -48,7 +48,7 @@ class Case:
 
 CASES = [
     Case("cnn21-pool", "cnn21-pool", (32, 32, 3), ours=(4, 16), peer=(2, 2), repeats=3),
-    Case("cnn21-flatten", "cnn21-flatten", (32, 32, 3), ours=(64, 64), peer=(64, 64), repeats=5),
+    Case("cnn21-flatten", "cnn21-flatten", (32, 32, 3), ours=(128, 128), peer=(128, 128), repeats=5),
     Case("wide-resnet", "wide-resnet", (32, 32, 3), ours=(4, 16), peer=(2, 2), repeats=3),
     Case("myrtle10", "myrtle10", (32, 32, 3), ours=(4, 16), peer=(2, 2), repeats=5),
     Case("fcn5", "fcn5", (784,), ours=(4000, 4000), peer=(4000, 4000), repeats=5),

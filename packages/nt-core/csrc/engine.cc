@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <utility>
@@ -80,6 +81,7 @@ struct Tile {
   int64_t i[kLanes<T>] = {}, j[kLanes<T>] = {};
   int n_lanes = 0;
   int rows = 1;     // first samples i[.], i[.] + 1, ...
+  bool side_by_side = false;  // lanes are consecutive second samples, with one first sample
   bool own = false;  // each sample with itself
   int which = 1;     // own: of this batch
 };
@@ -223,10 +225,14 @@ class Engine {
   }
 
   void scatter(const T* wide, T* scalar, int64_t sample, int lanes) const {
+    constexpr int64_t kInCache = 256;  // numbers of each lane at a time: every cache line of `wide` is read once
     const int64_t size = job_.record.size();
-    for (int l = 0; l < lanes; ++l) {
-      T* out = scalar + (sample + l) / rows_ * size * rows_ + (sample + l) % rows_;
-      for (int64_t k = 0; k < size; ++k) out[k * rows_] = wide[k * kL + l];
+    for (int64_t begin = 0; begin < size; begin += kInCache) {
+      const int64_t end = std::min(size, begin + kInCache);
+      for (int l = 0; l < lanes; ++l) {
+        T* out = scalar + (sample + l) / rows_ * size * rows_ + (sample + l) % rows_;
+        for (int64_t k = begin; k < end; ++k) out[k * rows_] = wide[k * kL + l];
+      }
     }
   }
 
@@ -505,6 +511,7 @@ class Engine {
     const int64_t i = first.begin + block * rows_, j = second.begin + group * kL;
     tile.n_lanes = static_cast<int>(std::min<int64_t>(kL, second.end - j));
     tile.rows = static_cast<int>(std::min<int64_t>(rows_, first.end - i));
+    tile.side_by_side = true;
     for (int l = 0; l < kL; ++l) {
       tile.i[l] = i;
       tile.j[l] = j + std::min(l, tile.n_lanes - 1);
@@ -1390,6 +1397,10 @@ class Engine {
       const int64_t p = first + x - row, partner = second + x - row;
       const int64_t entry = program_.all_pairs ? p * size + partner : p;
       const int64_t mirrored = program_.all_pairs ? partner * size + p : p;
+      if (tile.side_by_side && per_pair == 1 && (!program_.symmetric || tile.i[0] + row <= tile.j[0])) {
+        write_lanes(tile, tile.i[0] + row, d[x], t ? t[x] : V{});
+        continue;
+      }
       for (int l = 0; l < tile.n_lanes; ++l) {
         const int64_t i = tile.i[l] + row, j = tile.j[l];
         if (tile.own) {
@@ -1405,6 +1416,22 @@ class Engine {
         if (job_.ntk) job_.ntk[(j * n2 + i) * per_pair + mirrored] = t ? t[x][l] : T(0);
       }
     }
+  }
+
+  // One entry for each pair, of pairs that lie side by side in the kernel.
+  void write_lanes(const Tile<T>& tile, int64_t i, V d, V t) const {
+    const int64_t n2 = program_.n2, begin = i * n2 + tile.j[0];
+    const auto write = [&](T* out, V values) {
+      if (tile.n_lanes == kL) {
+        std::memcpy(out + begin, &values, sizeof(V));
+      } else {
+        std::memcpy(out + begin, &values, tile.n_lanes * sizeof(T));
+      }
+      if (!program_.symmetric) return;
+      for (int l = 0; l < tile.n_lanes; ++l) out[tile.j[l] * n2 + i] = values[l];
+    };
+    write(job_.nngp, d);
+    if (job_.ntk) write(job_.ntk, t);
   }
 
   const Job<T>& job_;
