@@ -378,23 +378,25 @@ class Engine {
       const int q = window * w[a].stride + tap * w[a].dilation - w[a].low;
       return w[a].circular ? ((q % space[a]) + space[a]) % space[a] : q;
     };
+    std::vector<const T*> rows;  // those under a window
     for (int z = 0; z < value.space[0]; ++z) {
       for (int y = 0; y < value.space[1]; ++y) {
+        rows.clear();
+        for (int kz = 0; kz < w[0].taps; ++kz) {
+          const int qz = at(0, z, kz);
+          for (int ky = 0; ky < w[1].taps; ++ky) {
+            const int qy = at(1, y, ky);
+            if (is_inside(qz, space[0]) && is_inside(qy, space[1])) rows.push_back(in + position(space, qz, qy, 0) * kL);
+          }
+        }
         for (int x = 0; x < value.space[2]; ++x, out += kL) {
           V sum{};
-          for (int kz = 0; kz < w[0].taps; ++kz) {
-            const int qz = at(0, z, kz);
-            if (!is_inside(qz, space[0])) continue;
-            for (int ky = 0; ky < w[1].taps; ++ky) {
-              const int qy = at(1, y, ky);
-              if (!is_inside(qy, space[1])) continue;
-              V row{};
-              for (int kx = 0; kx < w[2].taps; ++kx) {
-                const int qx = at(2, x, kx);
-                if (is_inside(qx, space[2])) row += load(in + position(space, qz, qy, qx) * kL);
-              }
-              sum += row;
-            }
+          for (int kx = 0; kx < w[2].taps; ++kx) {
+            const int qx = at(2, x, kx);
+            if (!is_inside(qx, space[2])) continue;
+            V column{};
+            for (const T* row : rows) column += load(row + int64_t{qx} * kL);
+            sum += column;
           }
           store(out, sum);
         }
