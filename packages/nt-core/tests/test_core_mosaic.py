@@ -256,6 +256,11 @@ SMALL = {
     "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
     "pool": ((4, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
     "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
+    # Planes of several pieces
+    "pieces": ((12, 10), [conv(), RELU, conv((3, 2)), ABS, steps.Flatten(), dense()]),
+    "pieces, repeated": ((12, 10), [conv(), RELU] * 4 + [steps.Flatten()]),
+    "pieces, strides": ((24, 22), [conv(strides=(2, 2)), RELU, conv(), RELU, steps.Flatten()]),
+    "pieces, global pool": ((12, 10), [conv(), RELU, conv(), steps.GlobalPool(MEAN), dense(), RELU]),
 }
 
 

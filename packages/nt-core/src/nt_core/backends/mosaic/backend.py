@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import Refused, Stage, make_plan
+from nt_core.backends.mosaic.plan import Pieces, Refused, Stage, fold, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
-from nt_core.backends.xla.block import needs_variance
-from nt_core.backends.xla.repeats import fold_repeats
 from nt_core.kernel import Kernel
 from nt_core.program import Program
 from nt_core.sources import Inputs, Source
@@ -33,7 +31,7 @@ class MosaicBackend:
 
     name: str
     platform: str
-    lane_multiple: int
+    pieces: Pieces
     module: str  # imported when a kernel is first executed
 
     def __init__(self, interpret: bool = False) -> None:
@@ -53,9 +51,9 @@ class MosaicBackend:
             return f"it computes in float32, not in {', '.join(dtypes)}"
         if request.covariances and not all(source.spec.diagonal_batch for source in sources):
             return "covariances between all samples of one batch are asked for"
-        folded, needs = fold_repeats(program, needs_variance(program, covariances=False))
+        folded, needs = fold(program)
         try:
-            for stage in make_plan(folded, needs, sources, request.ntk, self.lane_multiple):
+            for stage in make_plan(folded, needs, sources, request.ntk, self.pieces):
                 self.check_memory(stage)
         except Refused as refused:
             return str(refused)
@@ -71,7 +69,7 @@ class MosaicBackend:
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
         module = importlib.import_module(self.module)
         run_stage = partial(module.run_stage, interpret=self._interpret)
-        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.lane_multiple)(program, sources)
+        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.pieces)(program, sources)
         source = sources[0]
         assert isinstance(source, Inputs)
         spec = program.spec(program.outputs[0])
@@ -83,7 +81,7 @@ class MosaicGpuBackend(MosaicBackend):
 
     name = "mosaic_gpu"
     platform = "gpu"
-    lane_multiple = 128
+    pieces = Pieces(multiple=128, largest=128)  # a number for each thread of a warpgroup
     module = "nt_core.backends.mosaic.gpu"
 
     def hardware_refusal(self) -> str | None:
@@ -95,7 +93,7 @@ class MosaicGpuBackend(MosaicBackend):
         return None
 
     def check_memory(self, stage: Stage) -> None:
-        needed = sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.buffer_lanes * 4
+        needed = sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.reach * 4
         if needed > _SHARED_MEMORY:
             raise Refused(f"planes of one pair take {needed:,} bytes, shared memory holds {_SHARED_MEMORY:,}")
 
@@ -105,7 +103,7 @@ class MosaicTpuBackend(MosaicBackend):
 
     name = "mosaic_tpu"
     platform = "tpu"
-    lane_multiple = 8
+    pieces = Pieces(multiple=8, largest=None)
     module = "nt_core.backends.mosaic.tpu"
 
     def hardware_refusal(self) -> str | None:
@@ -128,21 +126,21 @@ TPU_LANES = 128  # pairs of samples side by side
 def tpu_bytes(stage: Stage) -> int:
     """Vector memory that a program of a stage needs: tables, buffers, one plane of what comes in and goes out."""
     kernels, torus = 2 if stage.has_ntk else 1, stage.torus
-    tables = stage.n_rows * (torus.lanes + stage.buffer_lanes)
-    buffers = kernels * sum(stage.buffers) * stage.buffer_lanes
-    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.lanes
-    return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.lanes)
+    tables = stage.n_rows * (torus.span + torus.reach)
+    buffers = kernels * sum(stage.buffers) * torus.reach
+    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.span
+    return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.slots)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]
 
 
-def _differentiable(request: Request, run_stage: RunStage, lane_multiple: int) -> Callable[..., _Arrays]:
+def _differentiable(request: Request, run_stage: RunStage, pieces: Pieces) -> Callable[..., _Arrays]:
     """Returns the computation of a `Kernel`'s arrays, with the derivatives of the `xla` backend."""
 
     @jax.custom_jvp
     def compute(program: Program, sources: tuple[Source, ...]) -> _Arrays:
-        pairs = Propagation(program, sources, request, run_stage, lane_multiple).pairs()
+        pairs = Propagation(program, sources, request, run_stage, pieces).pairs()
         cov1, cov2 = None, None
         if request.covariances:  # of each sample with itself: little work, the pairs of this are never computed
             (own,) = XlaBackend().propagate(program, sources, Request(ntk=False, covariances=True))

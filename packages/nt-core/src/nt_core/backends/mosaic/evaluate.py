@@ -3,23 +3,37 @@
 Only additions, products, divisions, square roots, selections and polynomials: they lower everywhere.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend.core import Jaxpr, Literal
 
 from nt_core.activations.arcs import horner
 from nt_core.activations.polynomials import P_FLOAT32, Q_FLOAT32
-from nt_core.backends.mosaic.plan import Instance, Row, Stage, Two, is_relu, needs_average, pool_turns
+from nt_core.backends.mosaic.plan import (
+    Instance,
+    Row,
+    Stage,
+    Torus,
+    Two,
+    is_relu,
+    needs_average,
+    pool_turns,
+    with_roots,
+)
 from nt_core.backends.xla.geometry import Window
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.steps import Combine, Dual, Linear, Normalize, Step
 
 Int = Any  # a Python number or a traced scalar
 _FAR = 8  # more turns around a torus than a window reaches
+_MAX_UNROLLED = 16  # pieces of all phases of a value
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Planes(NamedTuple):
@@ -33,38 +47,39 @@ class Planes(NamedTuple):
 
 
 class Machine(Protocol):
-    """Where the numbers are. A plane is an array of one shape throughout."""
+    """Where the numbers are. All arrays are pieces of planes, of one shape."""
 
     def coefficient(self, index: Int) -> Array: ...
 
-    def first(self, row: Int) -> Array:
+    def first(self, row: Int, piece: int) -> Array:
         """A row of the first sample's table."""
         ...
 
-    def second(self, row: Int, start: Int) -> Array:
-        """A row of the second sample's table, `start` positions on, with `0 <= start < torus.size`."""
+    def second(self, row: Int, start: Int, piece: int) -> Array:
+        """A row of the second sample's table, `start` addresses on, with `0 <= start < torus.size`."""
         ...
 
-    def source(self, row: Int) -> Array:
+    def source(self, row: Int, piece: int) -> Array:
         """A plane of a covariance that an earlier stage has left, at the offset at hand."""
         ...
 
-    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int) -> Array: ...
+    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array: ...
 
-    def write(self, buffer: int, phase: Int, planes: Planes) -> None: ...
+    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
+        """Writes all pieces of a plane, so that it may be read from any address on."""
+        ...
 
 
 class Evaluation:
     """One plane of a stage.
 
     Args:
-      offset: the offset of the plane, a position of the torus.
+      offset: the offset of the plane, as an address.
       finer: what is to be added to `stride * offset`, along each axis, for a pool; zeros otherwise.
     """
 
     def __init__(self, stage: Stage, machine: Machine, offset: Int, finer: tuple[Int, Int]) -> None:
         self._stage = stage
-        self._torus = stage.torus
         self._machine = machine
         self._offset = offset
         self._finer = finer
@@ -73,34 +88,36 @@ class Evaluation:
         """Computes all values that are stored."""
         self._chain(self._stage.instances, None)
 
-    def root(self) -> Planes:
+    def root(self) -> list[Planes]:
         """Returns what is read out, with ghosts as 0, for a stage that ends in a sum."""
         instances, phase = self._stage.instances, (0, 0)
-        return self._without_ghosts(self._form(instances, len(instances) - 1, phase, None, self._stage.deficit), phase)
 
-    def _without_ghosts(self, x: Planes, phase: tuple[Int, Int]) -> Planes:
-        both = self._both(self._stage.root, phase)
-        zero = jnp.zeros_like(x.value)
-        return Planes(jnp.where(both, x.value, zero), None if x.ntk is None else jnp.where(both, x.ntk, zero))
+        def read_out(piece: "_Piece") -> Planes:
+            x = piece.form(instances, len(instances) - 1, phase, None, self._stage.deficit)
+            return piece.without_ghosts(instances, x, phase, None)
 
-    def pooled(self, add: Callable[[Int, Planes], None]) -> None:
-        """Calls `add(offset, planes)` with what this plane adds to those after the pool."""
-        stage, root = self._stage, self._stage.root
+        return self._pieces(read_out)
+
+    def pooled(self, add: Callable[[Int, list[Planes]], None]) -> None:
+        """Calls `add(offset, plane)` with what this plane adds to those after the pool."""
+        stage = self._stage
         assert stage.windows is not None
         along = [self._pool_terms(axis) for axis in range(2)]
         for turn_y, taps_y in along[0]:
             for turn_x, taps_x in along[1]:
-                total = None
-                for tap_y, weight_y in taps_y:
-                    for tap_x, weight_x in taps_x:
-                        x = self._tapped(root, (tap_y, tap_x))
-                        weight = weight_y * weight_x
-                        x = Planes(weight * x.value, None if x.ntk is None else weight * x.ntk)
-                        total = x if total is None else _sum(total, x)
-                assert total is not None
-                add(self._turned(self._offset, turn_y, turn_x), total)
 
-    def _pool_terms(self, axis: int) -> list[tuple[int, list[tuple[int, Array]]]]:
+                def windows(piece: "_Piece", taps_y: _Taps = taps_y, taps_x: _Taps = taps_x) -> Planes:
+                    total = None
+                    for tap_y, weight_y in taps_y:
+                        for tap_x, weight_x in taps_x:
+                            x = _scaled(weight_y * weight_x, piece.tapped(stage.root, (tap_y, tap_x)))
+                            total = x if total is None else _sum(total, x)
+                    assert total is not None
+                    return total
+
+                add(turned(stage.torus, self._offset, turn_y, turn_x), self._pieces(windows))
+
+    def _pool_terms(self, axis: int) -> "list[tuple[int, _Taps]]":
         """For each offset after the pool, less that of the torus, the positions in a window that belong to it."""
         stage = self._stage
         assert stage.windows is not None
@@ -116,8 +133,6 @@ class Evaluation:
             terms.append((turn, taps))
         return terms
 
-    # Values
-
     def _chain(self, instances: list[Instance], iteration: Int | None) -> None:
         for i, instance in enumerate(instances):
             if instance.stored and not (iteration is not None and i == 0):
@@ -126,18 +141,22 @@ class Evaluation:
     def _store(self, instances: list[Instance], i: int, iteration: Int | None) -> None:
         instance = instances[i]
         of = instance.inputs[0] if instance.body is not None else i
+        is_pool_input = i == len(instances) - 1 and iteration is None and self._stage.windows is not None
 
         def store(phase: tuple[Int, Int]) -> None:
-            x = self._form(instances, of, phase, iteration, instances[of].deficit, compute=of == i)
-            if i == len(instances) - 1 and iteration is None and self._stage.windows is not None:
-                x = self._pool_input(instances, i, phase, x)
-            elif instance.masked:
-                x = self._with_ghosts(instances, of, self._both(instance, phase), phase, iteration, x)
-            if instance.has_ntk and x.ntk is None:
-                x = Planes(x.value, jnp.zeros_like(x.value))
-            self._machine.write(instance.buffer, _flat(phase, instance.scale), x)
+            def stored(piece: _Piece) -> Planes:
+                x = piece.form(instances, of, phase, iteration, instances[of].deficit, compute=of == i)
+                if is_pool_input:
+                    x = piece.pool_input(instances, i, phase, x)
+                elif instance.masked:
+                    x = piece.with_ghosts(instances, i, of, phase, iteration, x)
+                if instance.has_ntk and x.ntk is None:
+                    x = Planes(x.value, jnp.zeros_like(x.value))
+                return x
 
-        _for_phases(instance.scale, store)
+            self._machine.write(instance.buffer, _flat(phase, instance.scale), self._pieces(stored))
+
+        self._for_phases(instance.scale, store)
         if instance.body is not None:
             self._repeat(instance)
 
@@ -145,39 +164,97 @@ class Evaluation:
         body = instance.body
         assert body is not None and isinstance(instance.step, Repeated)
 
+        def move(phase: tuple[Int, Int]) -> None:
+            plane = self._pieces(lambda piece: piece.read(body[-1], phase))
+            self._machine.write(instance.buffer, _flat(phase, instance.scale), plane)
+
         def iterate(iteration: Int, carry: Any) -> Any:
             self._chain(body, iteration)
             if body[-1].buffer != instance.buffer:
-                _for_phases(
-                    instance.scale,
-                    lambda phase: self._machine.write(
-                        instance.buffer, _flat(phase, instance.scale), self._read(body[-1], phase)
-                    ),
-                )
+                self._for_phases(instance.scale, move)
             return carry
 
         lax.fori_loop(jnp.int32(0), jnp.int32(instance.step.count), iterate, ())
 
-    def _pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Planes) -> Planes:
+    def _pieces(self, compute: "Callable[[_Piece], Planes]") -> list[Planes]:
+        """Computes all pieces of a plane from what is stored, before any of it is written."""
+        sums: dict[Any, Planes] = {}
+        return [
+            compute(_Piece(self._stage, self._machine, self._offset, self._finer, piece, sums))
+            for piece in range(self._stage.torus.pieces)
+        ]
+
+    def _for_phases(self, scale: Two, do: Callable[[tuple[Int, Int]], None]) -> None:
+        # Pieces share sums only where phases are known when the kernel is compiled.
+        if 1 < self._stage.torus.pieces <= _MAX_UNROLLED // math.prod(scale):
+            for phase in np.ndindex(scale):
+                do((int(phase[0]), int(phase[1])))
+            return
+        if scale == (1, 1):
+            return do((0, 0))
+
+        def one(phase: Array, carry: Any) -> Any:
+            columns = jnp.int32(scale[1])
+            do((lax.div(phase, columns), lax.rem(phase, columns)))
+            return carry
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(scale[0] * scale[1]), one, ())
+
+
+_Taps = list[tuple[int, Array]]
+
+
+class _Piece:
+    """The values of instances, at one piece of the plane.
+
+    Args:
+      sums: over the rows of windows, which the pieces of a plane share.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        machine: Machine,
+        offset: Int,
+        finer: tuple[Int, Int],
+        piece: int,
+        sums: dict[Any, Planes],
+    ) -> None:
+        self._stage = stage
+        self._torus = stage.torus
+        self._machine = machine
+        self._offset = offset
+        self._finer = finer
+        self._piece = piece
+        self._sums = sums
+
+    def without_ghosts(
+        self, instances: list[Instance], x: Planes, phase: tuple[Int, Int], iteration: Int | None
+    ) -> Planes:
+        both = self._both(instances, len(instances) - 1, phase, iteration)
+        zero = jnp.zeros_like(x.value)
+        return Planes(jnp.where(both, x.value, zero), None if x.ntk is None else jnp.where(both, x.ntk, zero))
+
+    def pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Planes) -> Planes:
         if instances[i].deficit and not self._stage.deficit:
             x = Planes(self._halves(instances, i, phase, None) - x.value, x.ntk)
-        return self._without_ghosts(x, phase)
+        return self.without_ghosts(instances, x, phase, None)
 
-    def _with_ghosts(
+    def with_ghosts(
         self,
         instances: list[Instance],
         i: int,
-        both: Array,
+        of: int,
         phase: tuple[Int, Int],
         iteration: Int | None,
         x: Planes,
     ) -> Planes:
         """Pairs with a ghost: its variance and the covariance are 0."""
-        zero = jnp.zeros_like(x.value)
-        ghost = self._halves(instances, i, phase, iteration) if instances[i].deficit else zero
+        both, zero = self._both(instances, i, phase, iteration), jnp.zeros_like(x.value)
+        ghost = self._halves(instances, of, phase, iteration) if instances[of].deficit else zero
         return Planes(jnp.where(both, x.value, ghost), None if x.ntk is None else jnp.where(both, x.ntk, zero))
 
-    def _form(
+    def form(
         self,
         instances: list[Instance],
         i: int,
@@ -189,7 +266,7 @@ class Evaluation:
         """Returns a value as a deficit or as a covariance; from its buffer, unless it is to be computed."""
         instance = instances[i]
         if instance.stored and not compute:
-            x = self._read(instance, phase)
+            x = self.read(instance, phase)
         else:
             x = self._compute(instances, i, phase, iteration)
         if as_deficit or not instance.deficit:
@@ -209,7 +286,7 @@ class Evaluation:
             case Normalize():
                 return self._normalize(instances, i, phase, iteration)
             case Combine():
-                inputs = [self._form(instances, j, phase, iteration, instance.deficit) for j in instance.inputs]
+                inputs = [self.form(instances, j, phase, iteration, instance.deficit) for j in instance.inputs]
                 values = [w * x.value for w, x in zip(step.weights, inputs, strict=True)]
                 ntks = [w * x.ntk for w, x in zip(step.weights, inputs, strict=True) if x.ntk is not None]
                 return Planes(sum(values[1:], values[0]), sum(ntks[1:], ntks[0]) if ntks else None)
@@ -218,8 +295,8 @@ class Evaluation:
     def _load(self, instance: Instance, phase: tuple[Int, Int]) -> Planes:
         if instance.source >= 0:
             row = self._stage.source_row(instance) + _flat(phase, instance.scale)
-            ntk = self._machine.source(row + instance.phases) if instance.has_ntk else None
-            return Planes(self._machine.source(row), ntk)
+            ntk = self._machine.source(row + instance.phases, self._piece) if instance.has_ntk else None
+            return Planes(self._machine.source(row, self._piece), ntk)
         n, total = instance.spec.n_channels, None
         for channel in range(n):
             row = instance.rows["channel"] + channel * instance.phases
@@ -239,7 +316,7 @@ class Evaluation:
         instance, (source,) = instances[i], instances[i].inputs
         before = instances[source]
         if instance.windows is None:
-            x = self._form(instances, source, phase, iteration, before.deficit)
+            x = self.form(instances, source, phase, iteration, before.deficit)
         else:
             x = self._window_sum(before, instance, instance.windows, phase)
         value = x.value * (1 / step.window_size)
@@ -267,29 +344,41 @@ class Evaluation:
         self, before: Instance, instance: Instance, along: tuple[Window, Window], phase: tuple[Int, Int]
     ) -> Planes:
         total = None
-        for tap_y in range(along[0].taps):
-            for tap_x in range(along[1].taps):
-                tap = (tap_y * along[0].dilation - along[0].low, tap_x * along[1].dilation - along[1].low)
-                moved = (along[0].stride * phase[0] + tap[0], along[1].stride * phase[1] + tap[1])
-                x = self._tapped(before, moved)
-                total = x if total is None else _sum(total, x)
+        for tap_y in _taps(along[0], phase[0]):
+            row = self._row_sum(before, instance, tap_y, _taps(along[1], phase[1]))
+            total = row if total is None else _sum(total, row)
         assert total is not None
         return total
 
-    def _tapped(self, x: Instance, position: tuple[Int, Int]) -> Planes:
-        """Reads a stored value where each position of the torus finds the one that is this far from its own."""
-        phases, turns = [], []
-        for p, s in zip(position, x.scale, strict=True):
-            shifted = p + _FAR * s
-            phases.append(shifted % s if isinstance(p, int) else lax.rem(shifted, jnp.int32(s)))
-            turns.append((shifted // s if isinstance(p, int) else lax.div(shifted, jnp.int32(s))) - _FAR)
-        return self._read(x, (phases[0], phases[1]), (turns[0], turns[1]))
+    def _row_sum(self, before: Instance, instance: Instance, tap_y: Int, taps_x: list[Int]) -> Planes:
+        """The sum over one row of a window. The next piece has it too: as another row."""
+        phase_y, turn_y = _split(tap_y, before.scale[0])
+        known = self._torus.pieces > 1 and isinstance(phase_y, int) and isinstance(taps_x[0], int)
+        key = (id(instance), phase_y, self._piece + turn_y) if known else None
+        if key in self._sums:
+            return self._sums[key]
+        total = None
+        for tap_x in taps_x:
+            x = self.tapped(before, (tap_y, tap_x))
+            total = x if total is None else _sum(total, x)
+        assert total is not None
+        if key is not None:
+            self._sums[key] = total
+        return total
 
-    def _read(self, x: Instance, phase: tuple[Int, Int], turns: tuple[Int, Int] = (0, 0)) -> Planes:
+    def tapped(self, x: Instance, position: tuple[Int, Int]) -> Planes:
+        """Reads a stored value where each position of the torus finds the one that is this far from its own."""
+        (phase_y, turn_y), (phase_x, turn_x) = (_split(p, s) for p, s in zip(position, x.scale, strict=True))
+        return self.read(x, (phase_y, phase_x), (turn_y, turn_x))
+
+    def read(self, x: Instance, phase: tuple[Int, Int], turns: tuple[Int, Int] = (0, 0)) -> Planes:
         flat = _flat(phase, x.scale)
 
         def read(is_ntk: bool) -> Array:
-            return self._shifted(lambda start: self._machine.read(x.buffer, is_ntk, flat, start), 0, *turns)
+            def load(start: Int) -> Array:
+                return self._machine.read(x.buffer, is_ntk, flat, start, self._piece)
+
+            return self._shifted(load, 0, *turns)
 
         return Planes(read(False), read(True) if x.has_ntk else None)
 
@@ -297,10 +386,9 @@ class Evaluation:
         self, instances: list[Instance], i: int, step: Dual, phase: tuple[Int, Int], iteration: Int | None
     ) -> Planes:
         instance, (source,) = instances[i], instances[i].inputs
-        x = self._form(instances, source, phase, iteration, True)
+        x = self.form(instances, source, phase, iteration, True)
         if is_relu(step):
-            rows = instances[source].rows["root"], instances[source]
-            roots = self._first_of(rows, phase, iteration), self._second_of(rows, phase, iteration)
+            roots = self._roots(instances[source], phase, iteration)
             deficit, covariance, dot = relu_dual(step.activation.a, step.activation.b, *roots, x.value)  # type: ignore
             value = deficit if instance.deficit else covariance
         else:
@@ -320,7 +408,7 @@ class Evaluation:
         instance, (source,) = instances[i], instances[i].inputs
         rows = instance.rows["normalizer"], instance
         scale1, scale2 = self._first_of(rows, phase, iteration), self._second_of(rows, phase, iteration)
-        x = self._form(instances, source, phase, iteration, instance.deficit)
+        x = self.form(instances, source, phase, iteration, instance.deficit)
         value = x.value * scale1 * scale2
         if instance.deficit:
             half1 = self._half(instances, source, phase, iteration, self._first)
@@ -332,8 +420,24 @@ class Evaluation:
 
     def _halves(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Array:
         """The mean of both variances."""
+        instance = instances[i]
+        if is_relu(instance.step):
+            return self._slope(instance, iteration) * self._halves(instances, instance.inputs[0], phase, iteration)
+        if "root" in instance.rows:  # in terms of what the dual needs too
+            root1, root2 = self._roots(instance, phase, iteration)
+            return root1 * root2 + 0.5 * (root1 - root2) * (root1 - root2)
         first = self._half(instances, i, phase, iteration, self._first)
         return first + self._half(instances, i, phase, iteration, self._second)
+
+    def _roots(self, instance: Instance, phase: tuple[Int, Int], iteration: Int | None) -> tuple[Array, Array]:
+        """The standard deviations of both."""
+        row = instance.rows["root"], instance
+        return self._first_of(row, phase, iteration), self._second_of(row, phase, iteration)
+
+    def _slope(self, instance: Instance, iteration: Int | None) -> Array:
+        """Of the variance after a ReLU, in that before it."""
+        activation: Any = self._with_coefficients(instance, iteration).activation  # type: ignore[attr-defined]
+        return 0.5 * (activation.a * activation.a + activation.b * activation.b)
 
     def _half(
         self,
@@ -345,9 +449,7 @@ class Evaluation:
     ) -> Array:
         instance = instances[i]
         if is_relu(instance.step):
-            step = self._with_coefficients(instance, iteration)
-            a, b = step.activation.a, step.activation.b  # type: ignore[union-attr]
-            return (0.5 * (a * a + b * b)) * self._half(instances, instance.inputs[0], phase, iteration, load)
+            return self._slope(instance, iteration) * self._half(instances, instance.inputs[0], phase, iteration, load)
         if "root" in instance.rows:
             root = load(_iterated(instance.rows["root"], instance, iteration), instance, phase)
             return 0.5 * root * root
@@ -359,13 +461,17 @@ class Evaluation:
     def _second_of(self, row: tuple[int, Instance], phase: tuple[Int, Int], iteration: Int | None) -> Array:
         return self._second(_iterated(*row, iteration), row[1], phase)
 
-    def _both(self, instance: Instance, phase: tuple[Int, Int]) -> Array:
+    def _both(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Array:
         """Which pairs are of two positions of the image."""
-        row = instance.rows["mask"]
+        source = with_roots(instances, i)
+        if source is not None:
+            root1, root2 = self._roots(source, phase, iteration)
+            return jnp.minimum(root1, root2) >= 0
+        row, instance = instances[i].rows["mask"], instances[i]
         return self._first(row, instance, phase) * self._second(row, instance, phase) > 0
 
     def _first(self, row: Int, instance: Instance, phase: tuple[Int, Int]) -> Array:
-        return self._machine.first(row + _flat(phase, instance.scale))
+        return self._machine.first(row + _flat(phase, instance.scale), self._piece)
 
     def _second(self, row: Int, instance: Instance, phase: tuple[Int, Int]) -> Array:
         """A row of the second sample, at the partner of each position."""
@@ -379,30 +485,18 @@ class Evaluation:
                 phases.append(moved % s if isinstance(moved, int) else lax.rem(moved, jnp.int32(s)))
                 turns.append(moved // s if isinstance(moved, int) else lax.div(moved, jnp.int32(s)))
         row = row + _flat((phases[0], phases[1]), instance.scale)
-        return self._shifted(lambda start: self._machine.second(row, start), self._offset, turns[0], turns[1])
-
-    # Ways around the torus
+        return self._shifted(lambda start: self._machine.second(row, start, self._piece), self._offset, *turns)
 
     def _shifted(self, load: Callable[[Int], Array], offset: Int, turn_y: Int, turn_x: Int) -> Array:
         """Loads what lies `offset` and some turns on, on the torus."""
-        start = self._turned(offset, turn_y, turn_x)
+        start = turned(self._torus, offset, turn_y, turn_x)
         if not self._torus.wraps or (isinstance(start, int) and start == 0):
             return load(start)
-        columns = self._torus.shape[1]
+        columns, size = self._torus.shape[1], self._torus.size
         column = _rem(start, columns)
-        own = self._machine.first(self._stage.rows[Row("column", None, 0, self._torus.shape, (1, 1))])
+        own = self._machine.first(self._stage.rows[Row("column", None, 0, self._torus.shape, (1, 1))], self._piece)
         stays = own < jnp.asarray(columns - column, jnp.float32)
-        before = _rem(start + self._torus.size - columns, self._torus.size)
-        return jnp.where(stays, load(start), load(before))
-
-    def _turned(self, offset: Int, turn_y: Int, turn_x: Int) -> Int:
-        rows, columns = self._torus.shape
-        size = self._torus.size
-        if not self._torus.wraps:
-            return _rem(offset + turn_y * columns + turn_x + _FAR * size, size)
-        row = offset // columns if isinstance(offset, int) else lax.div(offset, jnp.int32(columns))
-        row = _rem(row + turn_y + _FAR * rows, rows)
-        return row * columns + _rem(_rem(offset, columns) + turn_x + _FAR * columns, columns)
+        return jnp.where(stays, load(start), load(_rem(start + size - columns, size)))
 
     def _with_coefficients(self, instance: Instance, iteration: Int | None) -> Step:
         leaves, structure = jax.tree.flatten(instance.step)
@@ -417,24 +511,33 @@ class Evaluation:
         )
 
 
+def turned(torus: Torus, offset: Int, turn_y: Int, turn_x: Int) -> Int:
+    """Returns the address that lies some turns on from an offset."""
+    rows, columns = torus.shape
+    if not torus.wraps:
+        moved = offset + turn_y * torus.steps[0] + turn_x * torus.steps[1]
+        return _rem(moved + 2 * _FAR * torus.size, torus.size)
+    row = offset // columns if isinstance(offset, int) else lax.div(offset, jnp.int32(columns))
+    row = _rem(row + turn_y + _FAR * rows, rows)
+    return row * columns + _rem(_rem(offset, columns) + turn_x + _FAR * columns, columns)
+
+
 def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) -> tuple[Array, Array, Array]:
     """Returns deficit and covariance after `a min(x, 0) + b max(x, 0)`, and the factor of the tangent kernel.
 
     As `ABRelu.dual`, from the standard deviations.
     """
     slope, kink = 0.5 * (a * a + b * b), 0.5 * (a - b) * (a - b)
-    difference = root1 - root2
+    scale, difference = root1 * root2, root1 - root2
     excess = deficit - 0.5 * difference * difference  # scale (1 - c)
-    scale = root1 * root2
-    has_scale, one = scale > 0, jnp.ones_like(scale)
-    w = jnp.minimum(excess, 2 * scale - excess) / jnp.where(has_scale, scale, one)
-    w = jnp.where(has_scale, jnp.minimum(jnp.maximum(w, 0.0), 1.0), one)
+    covariance = scale - excess
+    apart = jnp.maximum(jnp.minimum(excess, scale + covariance), 0.0)  # scale (1 - |c|)
+    w = jnp.where(scale > 0, apart / jnp.maximum(scale, _TINY), 1.0)
     root = jnp.sqrt(w)
-    below = excess - scale  # minus the covariance
-    opposed = scale * (w * root * horner(Q_FLOAT32, w)) + jnp.maximum(below, 0.0)
+    opposed = scale * (w * root * horner(Q_FLOAT32, w)) + jnp.maximum(-covariance, 0.0)
     angle = root * horner(P_FLOAT32, w)
-    angle = jnp.where(below > 0, 1 - angle, angle)
-    return slope * deficit - kink * opposed, kink * opposed - slope * below, slope - kink * angle
+    angle = jnp.where(covariance < 0, 1 - angle, angle)
+    return slope * deficit - kink * opposed, kink * opposed + slope * covariance, slope - kink * angle
 
 
 def _inlined(fn: Callable[..., Any], *args: Any) -> Any:
@@ -468,16 +571,21 @@ def _iterated(row: int, instance: Instance, iteration: Int | None) -> Int:
     return row if iteration is None else row + iteration * instance.phases
 
 
-def _for_phases(scale: Two, do: Callable[[tuple[Int, Int]], None]) -> None:
-    if scale == (1, 1):
-        return do((0, 0))
+def _taps(window: Window, phase: Int) -> list[Int]:
+    """The positions that a window of a position reads, along one axis."""
+    return [window.stride * phase + tap * window.dilation - window.low for tap in range(window.taps)]
 
-    def one(phase: Array, carry: Any) -> Any:
-        columns = jnp.int32(scale[1])
-        do((lax.div(phase, columns), lax.rem(phase, columns)))
-        return carry
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(scale[0] * scale[1]), one, ())
+def _split(position: Int, scale: int) -> tuple[Int, Int]:
+    """Returns the phase of a position, and its place on the torus."""
+    if isinstance(position, int):
+        return position % scale, position // scale
+    shifted = position + _FAR * scale
+    return lax.rem(shifted, jnp.int32(scale)), lax.div(shifted, jnp.int32(scale)) - _FAR
+
+
+def _scaled(factor: Array, x: Planes) -> Planes:
+    return Planes(factor * x.value, None if x.ntk is None else factor * x.ntk)
 
 
 def _flat(phase: tuple[Int, Int], scale: Two) -> Int:

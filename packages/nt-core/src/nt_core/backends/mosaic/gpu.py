@@ -39,12 +39,12 @@ def run_stage(
       where `kernels` counts the covariance and the tangent kernel.
     """
     n1, n2 = first.shape[-1], second.shape[-1]
-    lanes, n_out = stage.torus.lanes, 2 if stage.has_ntk else 1
+    torus, n_out = stage.torus, 2 if stage.has_ntk else 1
     n_offsets = stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     chunks = 1 if is_pool else max(1, min(n_offsets, -(-(2 if interpret else _MIN_PROGRAMS) // (n1 * n2))))
     chunk_size = -(-n_offsets // chunks)
-    out_shape = (n1 * n2, stage.offsets if is_pool else chunks, n_out, lanes)
+    out_shape = (n1 * n2, stage.offsets if is_pool else chunks, n_out, torus.slots)
 
     def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *buffers):
         pair, chunk = lax.axis_index("pair"), lax.axis_index("chunk")
@@ -53,7 +53,8 @@ def run_stage(
         begin = chunk * chunk_size
         end = jnp.minimum(begin + chunk_size, jnp.int32(n_offsets))
         end = jnp.where(jnp.logical_and(triangle_ref[0] > 0, i > j), begin, end)
-        zero = _full(lanes)
+        zero = _full(torus.width)
+        pieces = [pl.ds(piece * torus.width, torus.width) for piece in range(torus.pieces)]
 
         def evaluation(number: Array) -> Evaluation:
             finer, offset = lax.div(number, jnp.int32(stage.offsets)), lax.rem(number, jnp.int32(stage.offsets))
@@ -66,37 +67,43 @@ def run_stage(
             return made
 
         def add_to_sums(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(s + x for s, x in zip(sums, evaluation(number).root().arrays(), strict=True))
+            arrays = [x for planes in evaluation(number).root() for x in planes.arrays()]
+            return tuple(s + x for s, x in zip(sums, arrays, strict=True))
 
         def add_to_pooled(number: Array, carry: Any) -> Any:
-            def add(offset: Int, planes: Planes) -> None:
-                for k, x in enumerate(planes.arrays()):
-                    at = (pair, offset, k, pl.ds(0, lanes))
-                    out_ref[at] = _load(out_ref, at, lanes) + x
+            def add(offset: Int, plane: list[Planes]) -> None:
+                for planes, piece in zip(plane, pieces, strict=True):
+                    for k, x in enumerate(planes.arrays()):
+                        at = (pair, offset, k, piece)
+                        out_ref[at] = _load(out_ref, at, torus.width) + x
 
             evaluation(number).pooled(add)
             return carry
 
         def clear(offset: Array, carry: Any) -> Any:
-            for k in range(n_out):
-                out_ref[pair, offset, k, pl.ds(0, lanes)] = zero
+            for piece in pieces:
+                for k in range(n_out):
+                    out_ref[pair, offset, k, piece] = zero
             return carry
 
         if is_pool:
             lax.fori_loop(jnp.int32(0), jnp.int32(stage.offsets), clear, ())
             lax.fori_loop(begin, end, add_to_pooled, ())
         else:
-            sums = lax.fori_loop(begin, end, add_to_sums, (zero,) * n_out)
-            for k, x in enumerate(sums):
-                out_ref[pair, chunk, k, pl.ds(0, lanes)] = x
+            sums = lax.fori_loop(begin, end, add_to_sums, (zero,) * (torus.pieces * n_out))
+            for number, x in enumerate(sums):
+                out_ref[pair, chunk, number % n_out, pieces[number // n_out]] = x
 
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, jnp.float32),
-        scratch_types=[plgpu.SMEM((phases * n_out * stage.buffer_lanes,), jnp.float32) for phases in stage.buffers],
+        scratch_types=[plgpu.SMEM((phases * n_out * torus.reach,), jnp.float32) for phases in stage.buffers],
         grid=(n1 * n2, chunks),
         grid_names=("pair", "chunk"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # see `_Machine.write`
+        ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         coefficients,
@@ -127,34 +134,45 @@ class _Machine:
         self._coefficients, self._first, self._second, self._sources = refs
         self._buffers = buffers
         self._pair, self._i, self._j, self._number = pair, i, j, number
-        self._lanes = stage.torus.lanes
+        self._torus = stage.torus
 
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
 
-    def first(self, row: Int) -> Array:
-        return _load(self._first, (self._i, row, pl.ds(0, self._lanes)), self._lanes)
+    def first(self, row: Int, piece: int) -> Array:
+        return self._load(self._first, (self._i, row), 0, piece)
 
-    def second(self, row: Int, start: Int) -> Array:
-        return _load(self._second, (self._j, row, pl.ds(start, self._lanes)), self._lanes)
+    def second(self, row: Int, start: Int, piece: int) -> Array:
+        return self._load(self._second, (self._j, row), start, piece)
 
-    def source(self, row: Int) -> Array:
-        return _load(self._sources, (self._pair, self._number, row, pl.ds(0, self._lanes)), self._lanes)
+    def source(self, row: Int, piece: int) -> Array:
+        return self._load(self._sources, (self._pair, self._number, row), 0, piece)
 
-    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int) -> Array:
-        return _load(self._buffers[buffer], (pl.ds(self._at(is_ntk, phase) + start, self._lanes),), self._lanes)
+    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
+        return self._load(self._buffers[buffer], (), self._at(is_ntk, phase) + start, piece)
 
-    def write(self, buffer: int, phase: Int, planes: Planes) -> None:
-        """Writes a plane twice, so that shifts around the torus are contiguous."""
-        for is_ntk, x in enumerate(planes):
-            if x is not None:
-                at = self._at(bool(is_ntk), phase)
-                self._buffers[buffer][pl.ds(at, self._lanes)] = x
-                self._buffers[buffer][pl.ds(at + self._stage.torus.size, self._lanes)] = x
+    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
+        """Writes a plane twice, so that shifts around the torus are contiguous.
+
+        Threads read what others have written: all have read before any writes, and have written before any reads.
+        Nothing else is written to shared memory. Where pieces overlap, two threads write the same number.
+        """
+        plgpu.commit_smem()
+        for piece, planes in enumerate(plane):
+            for is_ntk, x in enumerate(planes):
+                if x is not None:
+                    at = self._at(bool(is_ntk), phase) + piece * self._torus.pitch
+                    self._buffers[buffer][pl.ds(at, self._torus.width)] = x
+                    self._buffers[buffer][pl.ds(at + self._torus.size, self._torus.width)] = x
+        plgpu.commit_smem()
 
     def _at(self, is_ntk: bool, phase: Int) -> Int:
         kernels = 2 if self._stage.has_ntk else 1
-        return (phase * kernels + is_ntk) * self._stage.buffer_lanes
+        return (phase * kernels + is_ntk) * self._torus.reach
+
+    def _load(self, ref: Any, at: tuple[Any, ...], start: Int, piece: int) -> Array:
+        width = self._torus.width
+        return _load(ref, (*at, pl.ds(start + piece * self._torus.pitch, width)), width)
 
 
 def _layout(lanes: int) -> Any:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 
 from nt_core.activations import ABRelu, Erf, Gelu
+from nt_core.backends.xla.block import needs_variance
 from nt_core.backends.xla.geometry import Window
-from nt_core.backends.xla.repeats import Repeated
+from nt_core.backends.xla.repeats import Repeated, fold_repeats
 from nt_core.backends.xla.variances import windows
 from nt_core.program import Node, Program
 from nt_core.sources import Inputs, Source
@@ -25,36 +26,76 @@ _MAX_SIZE = 64
 _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
 
+# The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
+GHOST_ROOT = -1e-30
+
 
 class Refused(Exception):
     """The program is not taken, for the reason given."""
 
 
 class Torus(NamedTuple):
-    """The positions of a plane, numbered row by row and continued periodically.
+    """The positions of a plane, numbered around a circle. The numbers are *addresses*: those of neighbours differ by
+    the same, modulo `size`, wherever they are.
+
+    A plane is computed in *pieces*, arrays of `width` numbers. Piece `k` holds the addresses from `k * pitch` on. Where
+    there are several, the vertical neighbours of one piece are in the next, so that windows share what they load.
 
     Attributes:
       shape: rows and columns. Positions beyond the image are *ghosts*: the zero padding.
       wraps: columns continue periodically within their row (CIRCULAR). Otherwise the position after the last one of a
-        row is the first one of the next: ghosts lie between them, so that no window can tell.
-      lanes: how many numbers an array of a plane holds, at least one for each position; those beyond repeat the first.
+        row (or column) is the first one of the next: ghosts lie between them, so that no window can tell.
+      size: how many addresses there are, at least one for each position.
+      steps: by how much the addresses of vertical and of horizontal neighbours differ.
+      pieces, pitch, width: as above. Where pieces overlap, or go beyond the last address, numbers are computed twice.
     """
 
     shape: Two
     wraps: bool
-    lanes: int
+    size: int
+    steps: Two
+    pieces: int
+    pitch: int
+    width: int
 
     @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def span(self) -> int:
+        """How many addresses a plane reads, from the one where it starts."""
+        return (self.pieces - 1) * self.pitch + self.width
+
+    @property
+    def reach(self) -> int:
+        """How many addresses must be stored, periodically, so that a plane may start at any."""
+        return self.size + self.span
+
+    @property
+    def slots(self) -> int:
+        """How many numbers the pieces hold."""
+        return self.pieces * self.width
+
+    def slot(self, address: Any) -> Any:
+        """Where the pieces, one after another, hold an address."""
+        return address // self.pitch * self.width + address % self.pitch
+
+
+class Pieces(NamedTuple):
+    """What a machine computes at once.
+
+    Attributes:
+      multiple: of numbers in an array.
+      largest: how many of them make a piece at most, where planes are divided into pieces; None where they are not.
+    """
+
+    multiple: int
+    largest: int | None
 
 
 class Row(NamedTuple):
     """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel).
 
     Attributes:
-      kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (its root), 'normalizer' or 'average' (half the
-        mean of the variances over each window).
+      kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (the root of the variance; negative at ghosts),
+        'normalizer' or 'average' (half the mean of the variances over each window).
       repeated: the number of the `Repeated` value whose body it is of, or None.
       number: the value, of the program or of the body.
       space, scale: see `Instance`.
@@ -118,7 +159,7 @@ class Instance:
         return self.phases * (2 if self.has_ntk else 1)
 
 
-_NO_TORUS = Torus((1, 1), False, 1)
+_NO_TORUS = Torus((1, 1), False, 1, (1, 1), 1, 1, 1)
 
 
 @dataclasses.dataclass
@@ -166,14 +207,16 @@ class Stage:
         """Where the planes of a source begin among those that come in."""
         return sum(other.n_source_rows for other in self.sources[: source.source])
 
-    @property
-    def buffer_lanes(self) -> int:
-        """Numbers in one phase of a buffer: a plane, and as much again as shifts around the torus reach."""
-        return self.torus.size + self.torus.lanes
+
+def fold(program: Program) -> tuple[Program, tuple[bool, ...]]:
+    """Returns a program with its repeats folded, and which of its values are carried as deficits."""
+    return fold_repeats(
+        program, needs_variance(program, covariances=False), ends_block=lambda step: not isinstance(step, Conv)
+    )
 
 
 def make_plan(
-    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, lane_multiple: int
+    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, pieces: Pieces
 ) -> list[Stage]:
     """Returns the stages of a program (with repeats folded), in order. Raises `Refused`."""
     _check(program, sources)
@@ -181,7 +224,7 @@ def make_plan(
     for number, node in enumerate(program.nodes, len(program.sources)):
         spec = program.spec(node.inputs[0])
         if is_readout(node) and spec.space:
-            stages.append(_StageBuilder(program, needs, ntk, lane_multiple, stages, number, node).build())
+            stages.append(_StageBuilder(program, needs, ntk, pieces, stages, number, node).build())
     if not stages:
         raise Refused("no layer reads images out (a pool or Flatten), and without images XLA does as well")
     return stages
@@ -221,7 +264,7 @@ class _StageBuilder:
         program: Program,
         needs: tuple[bool, ...],
         ntk: bool,
-        lane_multiple: int,
+        pieces: Pieces,
         earlier: list[Stage],
         number: int,
         node: Node,
@@ -229,7 +272,7 @@ class _StageBuilder:
         self._program = program
         self._needs = needs
         self._ntk = ntk
-        self._lane_multiple = lane_multiple
+        self._pieces = pieces
         self._readout_has_ntk = {stage.readout: stage.has_ntk for stage in earlier}
         self._made: dict[tuple[int, Two], int] = {}
         spec, step = program.spec(node.inputs[0]), node.step
@@ -346,8 +389,7 @@ class _StageBuilder:
             w or s == 1 or self._is_exact(a) for a, (w, s) in enumerate(zip(wraps, sides, strict=True))
         ):
             raise Refused("convolutions that are CIRCULAR along one axis only")
-        lanes = -(-math.prod(shape) // self._lane_multiple) * self._lane_multiple
-        stage.torus = Torus(shape, any(wraps), lanes)
+        stage.torus = _torus(shape, any(wraps), self._pieces)
 
     def _is_exact(self, axis: int) -> bool:
         """Whether nothing moves along an axis."""
@@ -404,9 +446,11 @@ class _StageBuilder:
                     repeated = None if owner is None else owner.number
                     row = Row(kind, repeated, instance.number, instance.space, instance.scale)
                     instance.rows[kind] = self._row(row, count * instance.phases)
-        for instance in (stage.root, *(i for i, _ in self._all_with_inputs() if i.masked)):
-            row = Row("mask", None, 0, instance.space, instance.scale)
-            instance.rows["mask"] = self._row(row, instance.phases)
+        for instances in self._chains():
+            for i, instance in enumerate(instances):
+                if (instance.masked or instance is stage.root) and with_roots(instances, i) is None:
+                    row = Row("mask", None, 0, instance.space, instance.scale)
+                    instance.rows["mask"] = self._row(row, instance.phases)
 
     def _row(self, row: Row, n: int) -> int:
         if row not in self._stage.rows:
@@ -415,11 +459,26 @@ class _StageBuilder:
         return self._stage.rows[row]
 
 
+def _torus(shape: Two, wraps: bool, pieces: Pieces) -> Torus:
+    (rows, columns), n = shape, math.prod(shape)
+    if pieces.largest is None or wraps or n <= pieces.largest:
+        width = -(-n // pieces.multiple) * pieces.multiple
+        return Torus(shape, wraps, n, (columns, 1), 1, width, width)
+    # Column by column, in strips of `count` rows, one for each lane: address = pitch * place, where count * pitch = 1
+    # modulo size. So the next place is in the next piece, and the one after a strip is the first of the next lane.
+    count = -(-(n + 1) // pieces.largest)
+    pitch = -(-(n + 1) // count)
+    size = count * pitch - 1
+    return Torus(shape, wraps, size, (pitch, pitch * rows % size), count, pitch, pieces.largest)
+
+
 def _kinds(instance: Instance, before: Instance | None, readers: list[Instance]) -> list[str]:
     """The statistics of a value that are read, beside its mask."""
     kinds = []
-    if instance.deficit and not is_relu(instance.step):
-        kinds.append("root" if any(is_relu(other.step) for other in readers) else "half")
+    if any(is_relu(other.step) for other in readers):
+        kinds.append("root")
+    elif instance.deficit and not is_relu(instance.step):
+        kinds.append("half")
     if isinstance(instance.step, Normalize):
         kinds.append("normalizer")
     if needs_average(instance, before):
@@ -430,6 +489,16 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
 def is_relu(step: Step | None) -> bool:
     """Whether a step is the dual of the ReLU family, which gives half the variance of its output from its input's."""
     return isinstance(step, Dual) and isinstance(step.activation, ABRelu)
+
+
+def with_roots(instances: list[Instance], i: int) -> Instance | None:
+    """The value whose standard deviations tell which positions of an instance are ghosts, if there is one."""
+    instance = instances[i]
+    if instance.body is not None:
+        return with_roots(instances, instance.inputs[0])
+    if is_relu(instance.step):
+        return instances[instance.inputs[0]]
+    return instance if "root" in instance.rows else None
 
 
 def needs_average(instance: Instance, before: Instance | None) -> bool:

@@ -11,11 +11,10 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import Instance, Stage, make_plan, n_planes
+from nt_core.backends.mosaic.plan import Instance, Pieces, Stage, fold, make_plan, n_planes
 from nt_core.backends.mosaic.tables import coefficients, positions, table
-from nt_core.backends.xla.block import Block, Pairs, needs_variance
+from nt_core.backends.xla.block import Block, Pairs
 from nt_core.backends.xla.geometry import AllPairs, Geometry
-from nt_core.backends.xla.repeats import fold_repeats
 from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired_with_self
 from nt_core.backends.xla.tiles import block_size, map_pairs, map_samples
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts
@@ -39,13 +38,13 @@ class Propagation:
         sources: tuple[Source, ...],
         request: Request,
         run_stage: RunStage,
-        lane_multiple: int,
+        pieces: Pieces,
     ) -> None:
-        self._program, self._needs = fold_repeats(program, needs_variance(program, covariances=False))
+        self._program, self._needs = fold(program)
         self._sources = sources
         self._request = request
         self._run_stage = run_stage
-        self._stages = make_plan(self._program, self._needs, sources, request.ntk, lane_multiple)
+        self._stages = make_plan(self._program, self._needs, sources, request.ntk, pieces)
         self._symmetric = all(isinstance(s, Inputs) and s.x2 is None for s in sources)
 
     def pairs(self) -> Pairs:
@@ -89,12 +88,11 @@ class Propagation:
         equal = (index1[:, None] == index2[None, :]) & same
         read: dict[int, Pairs] = {}
         for stage in self._stages:
-            lanes = stage.torus.lanes
             # One after another under `vmap`: each call fills the device, and memory stays what it is.
             out = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))(
                 coefficients(stage),
-                table(stage, self._program, *block1, lanes),
-                table(stage, self._program, *block2, stage.buffer_lanes),
+                table(stage, self._program, *block1, stage.torus.span),
+                table(stage, self._program, *block2, stage.torus.reach),
                 _planes(stage, read, (index1.shape[0], index2.shape[0])),
                 triangle,
             )
@@ -138,7 +136,7 @@ def _numbers_between(stage: Stage) -> int:
     """How many numbers of one pair of samples are in memory before or after a stage."""
     after = stage.offsets if stage.windows is not None else 1
     before = n_planes(stage) * sum(source.n_source_rows for source in stage.sources)
-    return stage.torus.lanes * max(before, 2 * after)
+    return stage.torus.slots * max(before, 2 * after)
 
 
 def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, equal: Array) -> Pairs:
@@ -150,7 +148,8 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
     """
     spec, step = stage.spec, stage.step
     if stage.windows is None:
-        out = jnp.sum(out[:, : stage.torus.size], 1)
+        slots = stage.torus.slot(np.arange(stage.torus.size))
+        out = jnp.sum(out[:, slots], 1)
     if isinstance(step, Flatten):
         value, *ntk = out / math.prod(spec.space)
         return Pairs(value, ntk[0] if ntk else None)
@@ -160,8 +159,8 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
     if stage.windows is None:
         pooled = out.reshape(out.shape[:1] + (1,) * (2 * len(spec.space)) + out.shape[1:])
     else:
-        offset, lane = pairs_on_torus(stage, counts.shape)
-        pooled = jnp.moveaxis(out[offset, :, lane], offset.ndim, 0)
+        offset, slot = pairs_on_torus(stage, counts.shape)
+        pooled = jnp.moveaxis(out[offset, :, slot], offset.ndim, 0)
     size = counts if pool.normalize_edges else jnp.full_like(counts, math.prod(pool.window))
     if pool.mean:
         divisor = (pairs.first(size) * pairs.second(size)).astype(out.dtype)
@@ -194,7 +193,7 @@ def _pooled_deficit(
 
 
 def pairs_on_torus(stage: Stage, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns offset and lane of each pair of positions after a pool, zipped."""
+    """Returns offset and slot of each pair of positions after a pool, zipped."""
     torus, (rows, columns) = stage.torus, stage.torus.shape
     axes = [np.arange(n) for n in space]
     zipped = np.meshgrid(*(a for axis in axes for a in (axis, axis)), indexing="ij")
@@ -203,8 +202,8 @@ def pairs_on_torus(stage: Stage, space: tuple[int, ...]) -> tuple[np.ndarray, np
     if torus.wraps:
         offset = (y_other - y) % rows * columns + (x_other - x) % columns
     else:
-        offset = ((y_other - y) * columns + x_other - x) % torus.size
-    return offset, y * columns + x
+        offset = ((y_other - y) * torus.steps[0] + (x_other - x) * torus.steps[1]) % torus.size
+    return offset, torus.slot((y * torus.steps[0] + x * torus.steps[1]) % torus.size)
 
 
 def _planes(stage: Stage, read: dict[int, Pairs], shape: tuple[int, int]) -> Array:
@@ -226,22 +225,21 @@ def _planes(stage: Stage, read: dict[int, Pairs], shape: tuple[int, int]) -> Arr
 
 
 def _pairs_of_planes(stage: Stage, source: Instance) -> np.ndarray:
-    """Returns the number of the pair in each lane, `(planes, phases, lanes)`; with a ghost, that is their count."""
+    """Returns the number of the pair at each address, `(planes, phases, span)`; with a ghost, that is their count."""
     torus, (rows, columns), scale = stage.torus, stage.torus.shape, source.scale
-    at = positions(torus, source.space, scale, torus.lanes)
-    plane, phase, lane = np.ix_(range(n_planes(stage)), range(source.phases), range(torus.lanes))
+    at = positions(torus, source.space, scale, torus.size)
+    plane, phase, address = np.ix_(range(n_planes(stage)), range(source.phases), np.arange(torus.span) % torus.size)
     finer, offset = plane // stage.offsets, plane % stage.offsets
     y = phase // scale[1] + scale[0] // stage.stride[0] * (finer // stage.stride[1])
     x = phase % scale[1] + scale[1] // stage.stride[1] * (finer % stage.stride[1])
     partner_phase = y % scale[0] * scale[1] + x % scale[1]
-    lane = lane % torus.size
     if torus.wraps:
-        row = (lane // columns + offset // columns + y // scale[0]) % rows
-        partner = row * columns + (lane + offset + x // scale[1]) % columns
+        row = (address // columns + offset // columns + y // scale[0]) % rows
+        partner = row * columns + (address + offset + x // scale[1]) % columns
     else:
-        partner = (lane + offset + y // scale[0] * columns + x // scale[1]) % torus.size
+        partner = (address + offset + y // scale[0] * torus.steps[0] + x // scale[1] * torus.steps[1]) % torus.size
     n = math.prod(source.space)
-    first, second = at[phase, lane], at[partner_phase, partner]
+    first, second = at[phase, address], at[partner_phase, partner]
     return np.where((first < n) & (second < n), first * n + second, n * n)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nt_core.backends.mosaic.plan import Row, Stage, Torus, Two
+from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two
 from nt_core.backends.xla.repeats import Repeated
 from nt_core.backends.xla.sources import Batch
 from nt_core.backends.xla.variances import Statistics, windows
@@ -16,7 +16,8 @@ from nt_core.steps import Conv, Linear, Normalize
 
 
 def table(stage: Stage, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
-    """Returns the rows of a stage, `(rows, lanes, n)`, continued periodically to this many lanes. Ghosts are 0."""
+    """Returns the rows of a stage, `(rows, lanes, n)`, continued periodically to this many lanes. Ghosts are 0, or
+    `GHOST_ROOT`."""
     rows = [_row(row, stage.torus, program, batch, statistics, lanes) for row in stage.rows]
     return jnp.concatenate(rows)
 
@@ -31,13 +32,15 @@ def coefficients(stage: Stage) -> Array:
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
 
-def positions(torus: Torus, space: Two, scale: Two, lanes: int) -> np.ndarray:
-    """Returns the number of the position in each lane, `(phases, lanes)`; of a ghost, that is their count."""
-    lane = np.arange(lanes) % torus.size
-    phase = np.arange(scale[0] * scale[1])[:, None]
-    y = lane // torus.shape[1] * scale[0] + phase // scale[1]
-    x = lane % torus.shape[1] * scale[1] + phase % scale[1]
-    return np.where((y < space[0]) & (x < space[1]), y * space[1] + x, math.prod(space))
+def positions(torus: Torus, space: Two, scale: Two, n: int) -> np.ndarray:
+    """Returns the number of the position at each of `n` addresses, `(phases, n)`; of a ghost, that is their count."""
+    (rows, columns), phase = torus.shape, np.arange(scale[0] * scale[1])[:, None]
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    y, x = row * scale[0] + phase // scale[1], column * scale[1] + phase % scale[1]
+    at = np.full((phase.size, torus.size), math.prod(space))
+    address = (row * torus.steps[0] + column * torus.steps[1]) % torus.size
+    at[:, address] = np.where((y < space[0]) & (x < space[1]), y * space[1] + x, math.prod(space))
+    return at[:, np.arange(n) % torus.size]
 
 
 def _row(row: Row, torus: Torus, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
@@ -47,7 +50,7 @@ def _row(row: Row, torus: Torus, program: Program, batch: Batch, statistics: Sta
         return jnp.broadcast_to(jnp.asarray(column, jnp.float32)[None, :, None], (1, lanes, n))
     values = _values(row, program, batch, statistics)  # (any, *space, n)
     flat = values.reshape(values.shape[0], math.prod(row.space), n)
-    with_ghost = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)))
+    with_ghost = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)), constant_values=GHOST_ROOT if row.kind == "root" else 0)
     at = positions(torus, row.space, row.scale, lanes)
     return jnp.take(with_ghost, at.reshape(-1), axis=1).reshape(-1, lanes, n)
 

@@ -29,7 +29,7 @@ def run_stage(
     columns = -(-n2 // width)
     second, sources = (_pad_last(x, columns * width) for x in (second, sources))
     sources = jnp.moveaxis(sources, -2, 0)
-    lanes, kernels = stage.torus.lanes, 2 if stage.has_ntk else 1
+    lanes, kernels = stage.torus.span, 2 if stage.has_ntk else 1
     n_offsets = stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     has_sources = bool(stage.sources)
@@ -64,13 +64,13 @@ def run_stage(
             evaluation = Evaluation(stage, _Machine(stage, refs, tuple(buffers), width), offset, along)
             evaluation.run()
 
-            def add_to_sums(planes: Planes) -> None:
-                for k, x in enumerate(planes.arrays()):
+            def add_to_sums(plane: list[Planes]) -> None:
+                for k, x in enumerate(plane[0].arrays()):
                     sums[k] += x
 
-            def add_to_pooled(offset: Int, planes: Planes) -> None:
+            def add_to_pooled(offset: Int, plane: list[Planes]) -> None:
                 copy(out_ref.at[i, column, offset], sums)
-                add_to_sums(planes)
+                add_to_sums(plane)
                 copy(sums, out_ref.at[i, column, offset])
 
             if is_pool:
@@ -97,7 +97,7 @@ def run_stage(
         ],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),  # too large for vector memory after a pool
         scratch_shapes=[
-            *(pltpu.VMEM((n * kernels, stage.buffer_lanes, width), jnp.float32) for n in stage.buffers),
+            *(pltpu.VMEM((n * kernels, stage.torus.reach, width), jnp.float32) for n in stage.buffers),
             pltpu.VMEM((kernels, lanes, width), jnp.float32),
             pltpu.SemaphoreType.DMA,
         ],
@@ -123,30 +123,30 @@ class _Machine:
         self._torus = stage.torus
         self._coefficients, self._first, self._second, self._sources = refs
         self._buffers = buffers
-        self._shape = (stage.torus.lanes, width)
+        self._shape = (stage.torus.span, width)
 
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
 
-    def first(self, row: Int) -> Array:
+    def first(self, row: Int, piece: int) -> Array:
         return jnp.broadcast_to(self._first[0, row], self._shape)
 
-    def second(self, row: Int, start: Int) -> Array:
-        return self._second[row, pl.ds(start, self._torus.lanes), :]
+    def second(self, row: Int, start: Int, piece: int) -> Array:
+        return self._second[row, pl.ds(start, self._torus.span), :]
 
-    def source(self, row: Int) -> Array:
+    def source(self, row: Int, piece: int) -> Array:
         return self._sources[0, 0, row]
 
-    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int) -> Array:
-        return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.lanes), :]
+    def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
+        return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.span), :]
 
-    def write(self, buffer: int, phase: Int, planes: Planes) -> None:
+    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
         """Writes a plane twice, so that shifts around the torus are contiguous."""
-        for is_ntk, x in enumerate(planes):
+        for is_ntk, x in enumerate(plane[0]):
             if x is not None:
                 for start in (0, self._torus.size):
                     at = phase * self._kernels + is_ntk
-                    self._buffers[buffer][at, pl.ds(start, self._torus.lanes), :] = x
+                    self._buffers[buffer][at, pl.ds(start, self._torus.span), :] = x
 
 
 def _pad_last(x: Array, n: int) -> Array:

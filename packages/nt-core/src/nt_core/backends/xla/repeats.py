@@ -1,6 +1,7 @@
 """Finds layers that repeat, so that they are compiled once and looped over."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -30,8 +31,13 @@ class Repeated(Step):
     reads_variance: ClassVar[bool] = False
 
 
-def fold_repeats(program: Program, needs: tuple[bool, ...]) -> tuple[Program, tuple[bool, ...]]:
+def fold_repeats(
+    program: Program, needs: tuple[bool, ...], ends_block: Callable[[Step], bool] = lambda step: True
+) -> tuple[Program, tuple[bool, ...]]:
     """Replaces runs of equal blocks by `Repeated` steps.
+
+    Args:
+      ends_block: whether blocks should end with a step, where there is a choice.
 
     Returns:
       The program, and which of its values need variances.
@@ -43,7 +49,7 @@ def fold_repeats(program: Program, needs: tuple[bool, ...]) -> tuple[Program, tu
     renumbered = list(range(n_sources)) + [-1] * len(program.nodes)
     start = 0
     while start < len(program.nodes):
-        period, count = _longest_run(program, needs, read_by, start)
+        period, count = _longest_run(program, needs, read_by, start, ends_block)
         if count >= _MIN_REPEATS:
             length, step = period * count, _repeated(program, needs, start, period, count)
             inputs: tuple[int, ...] = (renumbered[_entry(program, start, period)],)
@@ -59,12 +65,19 @@ def fold_repeats(program: Program, needs: tuple[bool, ...]) -> tuple[Program, tu
     return Program(program.sources, tuple(nodes), outputs), tuple(new_needs)
 
 
-def _longest_run(program: Program, needs: tuple[bool, ...], read_by: list[set[int]], start: int) -> tuple[int, int]:
+def _longest_run(
+    program: Program,
+    needs: tuple[bool, ...],
+    read_by: list[set[int]],
+    start: int,
+    ends_block: Callable[[Step], bool],
+) -> tuple[int, int]:
     """Returns the period and the number of repeats of the run at a node that covers most nodes."""
     best = (1, 1)
     for period in range(1, _MAX_PERIOD + 1):
-        count = 1
-        if _is_block(program, needs, read_by, start, period):
+        count, steps = 1, [node.step for node in program.nodes[start : start + period]]
+        has_end = ends_block(steps[-1]) or not any(map(ends_block, steps))
+        if has_end and _is_block(program, needs, read_by, start, period):
             while _repeats(program, needs, read_by, start, start + count * period, period):
                 count += 1
         if count >= _MIN_REPEATS and count * period > best[0] * best[1]:
