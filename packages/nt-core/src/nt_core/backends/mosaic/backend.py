@@ -93,9 +93,9 @@ class MosaicGpuBackend(MosaicBackend):
         return None
 
     def check_memory(self, stage: Stage) -> None:
-        needed = sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.reach * 4
-        if needed > _SHARED_MEMORY:
-            raise Refused(f"planes of one pair take {needed:,} bytes, shared memory holds {_SHARED_MEMORY:,}")
+        needed = shared_bytes(stage)
+        if needed > SHARED_MEMORY:
+            raise Refused(f"planes of one pair take {needed:,} bytes, shared memory holds {SHARED_MEMORY:,}")
 
 
 class MosaicTpuBackend(MosaicBackend):
@@ -118,9 +118,14 @@ class MosaicTpuBackend(MosaicBackend):
 
 
 # Of a multiprocessor of Hopper, for one block of threads; and what is used of that of a TPU (128 MiB from v5e on).
-_SHARED_MEMORY = 227 * 2**10
+SHARED_MEMORY = 227 * 2**10
 VECTOR_MEMORY = 100 * 2**20
 TPU_LANES = 128  # pairs of samples side by side
+
+
+def shared_bytes(stage: Stage) -> int:
+    """Shared memory that one warpgroup needs: the buffers of a plane."""
+    return 4 * sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.reach
 
 
 def tpu_bytes(stage: Stage) -> int:

@@ -319,15 +319,13 @@ class _Piece:
             x = self.form(instances, source, phase, iteration, before.deficit)
         else:
             x = self._window_sum(before, instance, instance.windows, phase)
-        value = x.value * (1 / step.window_size)
-        covariance = value
+        share = 1 / step.window_size
+        value, covariance = (step.w_var * share) * x.value, share * x.value
         if needs_average(instance, before):
             rows = instance.rows["average"], instance
-            covariance = self._first_of(rows, phase, iteration) + self._second_of(rows, phase, iteration) - value
+            covariance = self._first_of(rows, phase, iteration) + self._second_of(rows, phase, iteration) - covariance
         weight, bias = step.ntk_coefficients(instance.spec)
-        if instance.deficit:
-            value = step.w_var * value
-        else:
+        if not instance.deficit:
             value = step.w_var * covariance
             value = value if step.b_var is None else value + step.b_var
         if not instance.has_ntk:
@@ -338,7 +336,7 @@ class _Piece:
             own = weight * covariance + bias
         if x.ntk is None:
             return Planes(value, own)
-        return Planes(value, (step.w_var * (1 / step.window_size)) * x.ntk + own)
+        return Planes(value, (step.w_var * share) * x.ntk + own)
 
     def _window_sum(
         self, before: Instance, instance: Instance, along: tuple[Window, Window], phase: tuple[Int, Int]
@@ -528,11 +526,14 @@ def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) ->
     As `ABRelu.dual`, from the standard deviations.
     """
     slope, kink = 0.5 * (a * a + b * b), 0.5 * (a - b) * (a - b)
-    scale, difference = root1 * root2, root1 - root2
+    difference = root1 - root2
+    scale = jnp.maximum(root1 * root2, _TINY)
     excess = deficit - 0.5 * difference * difference  # scale (1 - c)
     covariance = scale - excess
-    apart = jnp.maximum(jnp.minimum(excess, scale + covariance), 0.0)  # scale (1 - |c|)
-    w = jnp.where(scale > 0, apart / jnp.maximum(scale, _TINY), 1.0)
+    apart = jnp.maximum(jnp.minimum(excess, scale + covariance), _TINY)  # scale (1 - |c|); c = 0 if there is no scale
+    # A root of scale and another of w: on GPUs, division and root of a quotient take more instructions.
+    inverse = lax.rsqrt(scale)
+    w = apart * inverse * inverse
     root = jnp.sqrt(w)
     opposed = scale * (w * root * horner(Q_FLOAT32, w)) + jnp.maximum(-covariance, 0.0)
     angle = root * horner(P_FLOAT32, w)

@@ -1,4 +1,4 @@
-"""Runs stages on NVIDIA GPUs: one warpgroup computes one plane, in registers and shared memory."""
+"""Runs stages on NVIDIA GPUs: a warpgroup computes one plane at a time, in registers and shared memory."""
 
 import math
 from typing import Any
@@ -9,13 +9,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from nt_core.backends.mosaic.backend import SHARED_MEMORY, shared_bytes
 from nt_core.backends.mosaic.evaluate import Evaluation, Int, Planes
 from nt_core.backends.mosaic.plan import Stage
 
 plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
 
-# Warpgroups to aim for: those of a pair of samples share its offsets.
-_MIN_PROGRAMS = 4096
+# Those of one block of threads compute planes of one pair, or of pairs that share their first sample: tables are read
+# through the same first-level cache. A multiprocessor has registers for that many.
+_WARPGROUPS = 4
+# To aim for: several blocks share the planes of a pair where there are few pairs.
+_MIN_BLOCKS = 1024
 
 
 def run_stage(
@@ -39,67 +43,66 @@ def run_stage(
       where `kernels` counts the covariance and the tangent kernel.
     """
     n1, n2 = first.shape[-1], second.shape[-1]
-    torus, n_out = stage.torus, 2 if stage.has_ntk else 1
-    n_offsets = stage.offsets * math.prod(stage.stride)
+    torus, n_kernels, n_planes = stage.torus, 2 if stage.has_ntk else 1, stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
-    chunks = 1 if is_pool else max(1, min(n_offsets, -(-(2 if interpret else _MIN_PROGRAMS) // (n1 * n2))))
-    chunk_size = -(-n_offsets // chunks)
-    out_shape = (n1 * n2, stage.offsets if is_pool else chunks, n_out, torus.slots)
+    warpgroups = min(_WARPGROUPS, SHARED_MEMORY // max(1, shared_bytes(stage)))
+    parts = 1
+    if n_planes > 1 and not is_pool:  # after a pool, planes add to one another
+        parts = min(n_planes, warpgroups * -(-_MIN_BLOCKS // (n1 * n2)))
+    n_tasks = n1 * n2 * parts
+    blocks = -(-n_tasks // warpgroups)
+    out_shape = (blocks * warpgroups, stage.offsets if is_pool else 1, n_kernels, torus.slots)
 
     def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *buffers):
-        pair, chunk = lax.axis_index("pair"), lax.axis_index("chunk")
+        warpgroup = lax.axis_index("warpgroup")
+        task = lax.axis_index("block") * warpgroups + warpgroup
+        pair, part = lax.div(task, jnp.int32(parts)), lax.rem(task, jnp.int32(parts))
         i, j = lax.div(pair, jnp.int32(n2)), lax.rem(pair, jnp.int32(n2))
+        is_wanted = jnp.logical_and(task < n_tasks, jnp.logical_not(jnp.logical_and(triangle_ref[0] > 0, i > j)))
+        count = jnp.where(is_wanted, lax.div(n_planes - part + parts - 1, jnp.int32(parts)), 0)
         refs = (coefficients_ref, first_ref, second_ref, sources_ref)
-        begin = chunk * chunk_size
-        end = jnp.minimum(begin + chunk_size, jnp.int32(n_offsets))
-        end = jnp.where(jnp.logical_and(triangle_ref[0] > 0, i > j), begin, end)
-        zero = _full(torus.width)
-        pieces = [pl.ds(piece * torus.width, torus.width) for piece in range(torus.pieces)]
 
-        def evaluation(number: Array) -> Evaluation:
+        def add(offset: Int, plane: list[Planes]) -> None:
+            """Adds to the sums of this warpgroup, each thread to its own."""
+            for piece, planes in enumerate(plane):
+                for which, x in enumerate(planes.arrays()):
+                    at = (task, offset, which, pl.ds(piece * torus.width, torus.width))
+                    out_ref[at] = _load(out_ref, at, torus.width) + x
+
+        def clear(offset: Array, carry: Any) -> Any:
+            for which in range(n_kernels):
+                for piece in range(torus.pieces):
+                    out_ref[task, offset, which, pl.ds(piece * torus.width, torus.width)] = _zeros(torus.width)
+            return carry
+
+        def compute(k: Array, carry: Any) -> Any:
+            number = part + k * parts  # neighbouring warpgroups read nearly the same of the second sample's table
             finer, offset = lax.div(number, jnp.int32(stage.offsets)), lax.rem(number, jnp.int32(stage.offsets))
             along = (0, 0)
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
-            machine = _Machine(stage, refs, buffers, pair, i, j, number)
-            made = Evaluation(stage, machine, offset, along)
-            made.run()
-            return made
-
-        def add_to_sums(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            arrays = [x for planes in evaluation(number).root() for x in planes.arrays()]
-            return tuple(s + x for s, x in zip(sums, arrays, strict=True))
-
-        def add_to_pooled(number: Array, carry: Any) -> Any:
-            def add(offset: Int, plane: list[Planes]) -> None:
-                for planes, piece in zip(plane, pieces, strict=True):
-                    for k, x in enumerate(planes.arrays()):
-                        at = (pair, offset, k, piece)
-                        out_ref[at] = _load(out_ref, at, torus.width) + x
-
-            evaluation(number).pooled(add)
+            machine = _Machine(stage, refs, buffers, warpgroup, pair, i, j, number)
+            evaluation = Evaluation(stage, machine, offset, along)
+            evaluation.run()
+            if is_pool:
+                evaluation.pooled(add)
+            else:
+                add(0, evaluation.root())
             return carry
 
-        def clear(offset: Array, carry: Any) -> Any:
-            for piece in pieces:
-                for k in range(n_out):
-                    out_ref[pair, offset, k, piece] = zero
-            return carry
-
-        if is_pool:
-            lax.fori_loop(jnp.int32(0), jnp.int32(stage.offsets), clear, ())
-            lax.fori_loop(begin, end, add_to_pooled, ())
-        else:
-            sums = lax.fori_loop(begin, end, add_to_sums, (zero,) * (torus.pieces * n_out))
-            for number, x in enumerate(sums):
-                out_ref[pair, chunk, number % n_out, pieces[number // n_out]] = x
+        lax.fori_loop(jnp.int32(0), jnp.int32(out_shape[1]), clear, ())
+        lax.fori_loop(jnp.int32(0), count, compute, ())
 
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, jnp.float32),
-        scratch_types=[plgpu.SMEM((phases * n_out * torus.reach,), jnp.float32) for phases in stage.buffers],
-        grid=(n1 * n2, chunks),
-        grid_names=("pair", "chunk"),
+        scratch_types=[
+            plgpu.SMEM((warpgroups * phases * n_kernels * torus.reach,), jnp.float32) for phases in stage.buffers
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # see `_Machine.write`
@@ -112,9 +115,9 @@ def run_stage(
         jnp.moveaxis(second, -1, 0),
         jnp.moveaxis(sources, (-2, -1), (0, 1)).reshape(n1 * n2, *sources.shape[:3]),
     )
-    if not is_pool:
-        out = jnp.sum(out, 1)
-    return jnp.moveaxis(out.reshape(n1, n2, *out.shape[1:]), (0, 1), (-2, -1))
+    out = out[:n_tasks].reshape(n1, n2, parts, *out_shape[1:])
+    out = jnp.moveaxis(jnp.sum(out, 2), (0, 1), (-2, -1))
+    return out if is_pool else out[0]
 
 
 class _Machine:
@@ -125,6 +128,7 @@ class _Machine:
         stage: Stage,
         refs: tuple[Any, ...],
         buffers: tuple[Any, ...],
+        warpgroup: Array,
         pair: Array,
         i: Array,
         j: Array,
@@ -132,7 +136,7 @@ class _Machine:
     ) -> None:
         self._stage = stage
         self._coefficients, self._first, self._second, self._sources = refs
-        self._buffers = buffers
+        self._buffers, self._warpgroup = buffers, warpgroup
         self._pair, self._i, self._j, self._number = pair, i, j, number
         self._torus = stage.torus
 
@@ -149,7 +153,7 @@ class _Machine:
         return self._load(self._sources, (self._pair, self._number, row), 0, piece)
 
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
-        return self._load(self._buffers[buffer], (), self._at(is_ntk, phase) + start, piece)
+        return self._load(self._buffers[buffer], (), self._at(buffer, is_ntk, phase) + start, piece)
 
     def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
         """Writes a plane twice, so that shifts around the torus are contiguous.
@@ -161,28 +165,29 @@ class _Machine:
         for piece, planes in enumerate(plane):
             for is_ntk, x in enumerate(planes):
                 if x is not None:
-                    at = self._at(bool(is_ntk), phase) + piece * self._torus.pitch
+                    at = self._at(buffer, bool(is_ntk), phase) + piece * self._torus.pitch
                     self._buffers[buffer][pl.ds(at, self._torus.width)] = x
                     self._buffers[buffer][pl.ds(at + self._torus.size, self._torus.width)] = x
         plgpu.commit_smem()
 
-    def _at(self, is_ntk: bool, phase: Int) -> Int:
+    def _at(self, buffer: int, is_ntk: bool, phase: Int) -> Int:
         kernels = 2 if self._stage.has_ntk else 1
-        return (phase * kernels + is_ntk) * self._torus.reach
+        of_warpgroup = self._warpgroup * (self._stage.buffers[buffer] * kernels)
+        return (of_warpgroup + phase * kernels + is_ntk) * self._torus.reach
 
     def _load(self, ref: Any, at: tuple[Any, ...], start: Int, piece: int) -> Array:
         width = self._torus.width
         return _load(ref, (*at, pl.ds(start + piece * self._torus.pitch, width)), width)
 
 
-def _layout(lanes: int) -> Any:
+def _layout(width: int) -> Any:
     # One number at a time: a shift by an odd number would misalign vector loads.
-    return plgpu.Layout.WG_STRIDED((lanes,), vec_size=1)
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=1)
 
 
-def _load(ref: Any, at: tuple[Any, ...], lanes: int) -> Array:
-    return plgpu.load(ref.at[at], layout=_layout(lanes))
+def _load(ref: Any, at: tuple[Any, ...], width: int) -> Array:
+    return plgpu.load(ref.at[at], layout=_layout(width))
 
 
-def _full(lanes: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), _layout(lanes))
+def _zeros(width: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _layout(width))
