@@ -46,17 +46,29 @@ class Planes(NamedTuple):
         return [self.value] if self.ntk is None else [self.value, self.ntk]
 
 
+class Place(NamedTuple):
+    """A row of a table of statistics."""
+
+    table: int
+    iteration: Int
+    row: Int
+
+
 class Machine(Protocol):
     """Where the numbers are. All arrays are pieces of planes, of one shape."""
 
     def coefficient(self, index: Int) -> Array: ...
 
-    def first(self, row: Int, piece: int) -> Array:
-        """A row of the first sample's table."""
+    def begin(self, table: int, iteration: Int) -> None:
+        """Says that what follows reads this iteration of a table."""
         ...
 
-    def second(self, row: Int, start: Int, piece: int) -> Array:
-        """A row of the second sample's table, `start` addresses on, with `0 <= start < torus.size`."""
+    def first(self, place: Place, piece: int) -> Array:
+        """A statistic of the first sample."""
+        ...
+
+    def second(self, place: Place, start: Int, piece: int) -> Array:
+        """A statistic of the second sample, `start` addresses on, with `0 <= start < torus.size`."""
         ...
 
     def source(self, row: Int, piece: int) -> Array:
@@ -169,6 +181,7 @@ class Evaluation:
             self._machine.write(instance.buffer, _flat(phase, instance.scale), plane)
 
         def iterate(iteration: Int, carry: Any) -> Any:
+            self._machine.begin(body[0].table, iteration)
             self._chain(body, iteration)
             if body[-1].buffer != instance.buffer:
                 self._for_phases(instance.scale, move)
@@ -299,8 +312,7 @@ class _Piece:
             return Planes(self._machine.source(row, self._piece), ntk)
         n, total = instance.spec.n_channels, None
         for channel in range(n):
-            row = instance.rows["channel"] + channel * instance.phases
-            first, second = self._first(row, instance, phase), self._second(row, instance, phase)
+            first, second = (load(instance, "channel", phase, None, channel) for load in (self._first, self._second))
             if instance.deficit:
                 difference = first - second
                 term = difference * difference
@@ -322,8 +334,8 @@ class _Piece:
         share = 1 / step.window_size
         value, covariance = (step.w_var * share) * x.value, share * x.value
         if needs_average(instance, before):
-            rows = instance.rows["average"], instance
-            covariance = self._first_of(rows, phase, iteration) + self._second_of(rows, phase, iteration) - covariance
+            average = sum(load(instance, "average", phase, iteration) for load in (self._first, self._second))
+            covariance = average - covariance
         weight, bias = step.ntk_coefficients(instance.spec)
         if not instance.deficit:
             value = step.w_var * covariance
@@ -404,8 +416,7 @@ class _Piece:
 
     def _normalize(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Planes:
         instance, (source,) = instances[i], instances[i].inputs
-        rows = instance.rows["normalizer"], instance
-        scale1, scale2 = self._first_of(rows, phase, iteration), self._second_of(rows, phase, iteration)
+        scale1, scale2 = (load(instance, "normalizer", phase, iteration) for load in (self._first, self._second))
         x = self.form(instances, source, phase, iteration, instance.deficit)
         value = x.value * scale1 * scale2
         if instance.deficit:
@@ -429,8 +440,7 @@ class _Piece:
 
     def _roots(self, instance: Instance, phase: tuple[Int, Int], iteration: Int | None) -> tuple[Array, Array]:
         """The standard deviations of both."""
-        row = instance.rows["root"], instance
-        return self._first_of(row, phase, iteration), self._second_of(row, phase, iteration)
+        return self._first(instance, "root", phase, iteration), self._second(instance, "root", phase, iteration)
 
     def _slope(self, instance: Instance, iteration: Int | None) -> Array:
         """Of the variance after a ReLU, in that before it."""
@@ -443,21 +453,16 @@ class _Piece:
         i: int,
         phase: tuple[Int, Int],
         iteration: Int | None,
-        load: Callable[[Int, Instance, tuple[Int, Int]], Array],
+        load: Callable[..., Array],
     ) -> Array:
+        """Half the variance of one of the samples: `load` is `self._first` or `self._second`."""
         instance = instances[i]
         if is_relu(instance.step):
             return self._slope(instance, iteration) * self._half(instances, instance.inputs[0], phase, iteration, load)
         if "root" in instance.rows:
-            root = load(_iterated(instance.rows["root"], instance, iteration), instance, phase)
+            root = load(instance, "root", phase, iteration)
             return 0.5 * root * root
-        return load(_iterated(instance.rows["half"], instance, iteration), instance, phase)
-
-    def _first_of(self, row: tuple[int, Instance], phase: tuple[Int, Int], iteration: Int | None) -> Array:
-        return self._first(_iterated(*row, iteration), row[1], phase)
-
-    def _second_of(self, row: tuple[int, Instance], phase: tuple[Int, Int], iteration: Int | None) -> Array:
-        return self._second(_iterated(*row, iteration), row[1], phase)
+        return load(instance, "half", phase, iteration)
 
     def _both(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Array:
         """Which pairs are of two positions of the image."""
@@ -465,14 +470,18 @@ class _Piece:
         if source is not None:
             root1, root2 = self._roots(source, phase, iteration)
             return jnp.minimum(root1, root2) >= 0
-        row, instance = instances[i].rows["mask"], instances[i]
-        return self._first(row, instance, phase) * self._second(row, instance, phase) > 0
+        return self._first(instances[i], "mask", phase, None) * self._second(instances[i], "mask", phase, None) > 0
 
-    def _first(self, row: Int, instance: Instance, phase: tuple[Int, Int]) -> Array:
-        return self._machine.first(row + _flat(phase, instance.scale), self._piece)
+    def _first(
+        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int = 0
+    ) -> Array:
+        """A statistic of the first sample."""
+        return self._machine.first(_place(instance, kind, phase, iteration, channel), self._piece)
 
-    def _second(self, row: Int, instance: Instance, phase: tuple[Int, Int]) -> Array:
-        """A row of the second sample, at the partner of each position."""
+    def _second(
+        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int = 0
+    ) -> Array:
+        """A statistic of the second sample, at the partner of each position."""
         phases, turns = [], []
         for p, s, stride, finer in zip(phase, instance.scale, self._stage.stride, self._finer, strict=True):
             if s == 1:
@@ -482,8 +491,8 @@ class _Piece:
                 moved = p + s // stride * finer
                 phases.append(moved % s if isinstance(moved, int) else lax.rem(moved, jnp.int32(s)))
                 turns.append(moved // s if isinstance(moved, int) else lax.div(moved, jnp.int32(s)))
-        row = row + _flat((phases[0], phases[1]), instance.scale)
-        return self._shifted(lambda start: self._machine.second(row, start, self._piece), self._offset, *turns)
+        place = _place(instance, kind, (phases[0], phases[1]), iteration, channel)
+        return self._shifted(lambda start: self._machine.second(place, start, self._piece), self._offset, *turns)
 
     def _shifted(self, load: Callable[[Int], Array], offset: Int, turn_y: Int, turn_x: Int) -> Array:
         """Loads what lies `offset` and some turns on, on the torus."""
@@ -492,7 +501,8 @@ class _Piece:
             return load(start)
         columns, size = self._torus.shape[1], self._torus.size
         column = _rem(start, columns)
-        own = self._machine.first(self._stage.rows[Row("column", None, 0, self._torus.shape, (1, 1))], self._piece)
+        row = self._stage.tables[0].rows[Row("column", None, 0, self._torus.shape, (1, 1))]
+        own = self._machine.first(Place(0, 0, row), self._piece)
         stays = own < jnp.asarray(columns - column, jnp.float32)
         return jnp.where(stays, load(start), load(_rem(start + size - columns, size)))
 
@@ -568,8 +578,9 @@ def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list
     return [read(x) for x in jaxpr.outvars]
 
 
-def _iterated(row: int, instance: Instance, iteration: Int | None) -> Int:
-    return row if iteration is None else row + iteration * instance.phases
+def _place(instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int) -> Place:
+    row = instance.rows[kind] + channel * instance.phases + _flat(phase, instance.scale)
+    return Place(0, 0, row) if kind == "mask" or iteration is None else Place(instance.table, iteration, row)
 
 
 def _taps(window: Window, phase: Int) -> list[Int]:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from nt_core.backends.mosaic.backend import SHARED_MEMORY, shared_bytes
-from nt_core.backends.mosaic.evaluate import Evaluation, Int, Planes
+from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
 from nt_core.backends.mosaic.plan import Stage
 
 plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
@@ -143,11 +143,18 @@ class _Machine:
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
 
-    def first(self, row: Int, piece: int) -> Array:
-        return self._load(self._first, (self._i, row), 0, piece)
+    def begin(self, table: int, iteration: Int) -> None:
+        pass
 
-    def second(self, row: Int, start: Int, piece: int) -> Array:
-        return self._load(self._second, (self._j, row), start, piece)
+    def first(self, place: Place, piece: int) -> Array:
+        return self._load(self._first, (self._i, self._row(place)), 0, piece)
+
+    def second(self, place: Place, start: Int, piece: int) -> Array:
+        return self._load(self._second, (self._j, self._row(place)), start, piece)
+
+    def _row(self, place: Place) -> Int:
+        start, size = self._stage.first_row(place.table), self._stage.tables[place.table].size
+        return start + place.iteration * size + place.row
 
     def source(self, row: Int, piece: int) -> Array:
         return self._load(self._sources, (self._pair, self._number, row), 0, piece)

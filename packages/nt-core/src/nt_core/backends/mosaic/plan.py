@@ -109,6 +109,27 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass
+class Table:
+    """The rows that a chain of instances reads, those of one iteration together.
+
+    Attributes:
+      count: iterations; 1 for what is not repeated.
+      rows: where each begins, within an iteration.
+      size: how many an iteration has.
+    """
+
+    count: int = 1
+    rows: dict[Row, int] = dataclasses.field(default_factory=dict)
+    size: int = 0
+
+    def add(self, row: Row, n: int) -> int:
+        if row not in self.rows:
+            self.rows[row] = self.size
+            self.size += n
+        return self.rows[row]
+
+
+@dataclasses.dataclass
 class Instance:
     """A value, as a stage needs it.
 
@@ -124,7 +145,8 @@ class Instance:
       has_ntk: it has a tangent kernel.
       windows: of a convolution.
       coefficients: where the leaves of `step` begin among the coefficients.
-      rows: where each kind of `Row` of this value begins.
+      table: where its rows are, among the tables of the stage.
+      rows: where each kind of `Row` of this value begins in it ('mask': in the first table).
       stored: it is kept in a buffer, or computed anew by its only reader.
       masked: ghosts are to be stored as such.
       buffer: where it is stored.
@@ -142,6 +164,7 @@ class Instance:
     has_ntk: bool
     windows: tuple[Window, Window] | None = None
     coefficients: int = 0
+    table: int = 0
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     stored: bool = False
     masked: bool = False
@@ -175,6 +198,7 @@ class Stage:
       windows: of a pool; None where everything is summed up.
       stride: of the pool: as many offsets along each side fall on one offset after it.
       offsets: how many offsets of the torus are needed, times `stride` along each side.
+      tables: of the instances, then of each body.
       sources: numbers of the readouts that it starts from, with their scales.
       leaves: the steps whose numbers are the coefficients, in order; those of a body with the count of iterations.
     """
@@ -188,8 +212,7 @@ class Stage:
     instances: list[Instance] = dataclasses.field(default_factory=list)
     torus: Torus = _NO_TORUS
     offsets: int = 1
-    rows: dict[Row, int] = dataclasses.field(default_factory=dict)
-    n_rows: int = 0
+    tables: list[Table] = dataclasses.field(default_factory=list)
     sources: list[Instance] = dataclasses.field(default_factory=list)
     leaves: list[tuple[Any, int | None]] = dataclasses.field(default_factory=list)
     n_coefficients: int = 0
@@ -202,6 +225,14 @@ class Stage:
     @property
     def has_ntk(self) -> bool:
         return self.root.has_ntk
+
+    @property
+    def n_rows(self) -> int:
+        return self.first_row(len(self.tables))
+
+    def first_row(self, table: int) -> int:
+        """Where a table begins, if they are laid one after another."""
+        return sum(before.count * before.size for before in self.tables[:table])
 
     def source_row(self, source: Instance) -> int:
         """Where the planes of a source begin among those that come in."""
@@ -427,36 +458,28 @@ class _StageBuilder:
 
     def _require_rows(self) -> None:
         stage = self._stage
+        bodies = [i for i in stage.instances if i.body is not None]
+        stage.tables = [Table(), *(Table(owner.step.count) for owner in bodies if isinstance(owner.step, Repeated))]
         if stage.torus.wraps:
-            self._row(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
-        for instances in self._chains():
-            owner = next((i for i in stage.instances if i.body is instances), None)
+            stage.tables[0].add(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
+        for number, (owner, instances) in enumerate(zip([None, *bodies], self._chains(), strict=True)):
             for i, instance in enumerate(instances):
+                instance.table = number
                 before = instances[instance.inputs[0]] if instance.inputs else None
                 kinds = _kinds(instance, before, [other for other in instances if i in other.inputs])
                 if owner is None and instance.step is None and instance.source < 0:
                     kinds.append("channel")
                 for kind in kinds:
-                    count = 1
-                    if kind == "channel":
-                        count = instance.spec.n_channels
-                    elif owner is not None:
-                        assert isinstance(owner.step, Repeated)
-                        count = owner.step.count
-                    repeated = None if owner is None else owner.number
-                    row = Row(kind, repeated, instance.number, instance.space, instance.scale)
-                    instance.rows[kind] = self._row(row, count * instance.phases)
+                    row = Row(
+                        kind, None if owner is None else owner.number, instance.number, instance.space, instance.scale
+                    )
+                    n = instance.spec.n_channels if kind == "channel" else 1
+                    instance.rows[kind] = stage.tables[number].add(row, n * instance.phases)
         for instances in self._chains():
             for i, instance in enumerate(instances):
                 if (instance.masked or instance is stage.root) and with_roots(instances, i) is None:
                     row = Row("mask", None, 0, instance.space, instance.scale)
-                    instance.rows["mask"] = self._row(row, instance.phases)
-
-    def _row(self, row: Row, n: int) -> int:
-        if row not in self._stage.rows:
-            self._stage.rows[row] = self._stage.n_rows
-            self._stage.n_rows += n
-        return self._stage.rows[row]
+                    instance.rows["mask"] = stage.tables[0].add(row, instance.phases)
 
 
 def _torus(shape: Two, wraps: bool, pieces: Pieces) -> Torus:

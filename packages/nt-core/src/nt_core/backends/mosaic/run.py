@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from nt_core.backends.base import Request
 from nt_core.backends.mosaic.plan import Instance, Pieces, Stage, fold, make_plan, n_planes
-from nt_core.backends.mosaic.tables import coefficients, positions, table
+from nt_core.backends.mosaic.tables import coefficients, positions, tables
 from nt_core.backends.xla.block import Block, Pairs
 from nt_core.backends.xla.geometry import AllPairs, Geometry
 from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired_with_self
@@ -91,8 +91,8 @@ class Propagation:
             # One after another under `vmap`: each call fills the device, and memory stays what it is.
             out = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))(
                 coefficients(stage),
-                table(stage, self._program, *block1, stage.torus.span),
-                table(stage, self._program, *block2, stage.torus.reach),
+                tables(stage, self._program, *block1, stage.torus.span),
+                tables(stage, self._program, *block2, stage.torus.reach),
                 _planes(stage, read, (index1.shape[0], index2.shape[0])),
                 triangle,
             )

@@ -15,11 +15,16 @@ from nt_core.program import Node, Program
 from nt_core.steps import Conv, Linear, Normalize
 
 
-def table(stage: Stage, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
+def tables(stage: Stage, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
     """Returns the rows of a stage, `(rows, lanes, n)`, continued periodically to this many lanes. Ghosts are 0, or
     `GHOST_ROOT`."""
-    rows = [_row(row, stage.torus, program, batch, statistics, lanes) for row in stage.rows]
-    return jnp.concatenate(rows)
+    found = []
+    for table in stage.tables:
+        rows = [_row(row, stage.torus, program, batch, statistics, lanes) for row in table.rows]
+        if rows:
+            of_iterations = [row.reshape(table.count, -1, *row.shape[1:]) for row in rows]
+            found.append(jnp.concatenate(of_iterations, 1).reshape(table.count * table.size, *rows[0].shape[1:]))
+    return jnp.concatenate(found)
 
 
 def coefficients(stage: Stage) -> Array:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nt_core.backends.mosaic.backend import TPU_LANES, VECTOR_MEMORY
-from nt_core.backends.mosaic.evaluate import Evaluation, Int, Planes
+from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
 from nt_core.backends.mosaic.plan import Stage
 
 
@@ -119,6 +119,7 @@ class _Machine:
     """Everything in vector memory, a pair in each lane (see `Machine`)."""
 
     def __init__(self, stage: Stage, refs: tuple[Any, ...], buffers: tuple[Any, ...], width: int) -> None:
+        self._stage = stage
         self._kernels = 2 if stage.has_ntk else 1
         self._torus = stage.torus
         self._coefficients, self._first, self._second, self._sources = refs
@@ -128,11 +129,18 @@ class _Machine:
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
 
-    def first(self, row: Int, piece: int) -> Array:
-        return jnp.broadcast_to(self._first[0, row], self._shape)
+    def begin(self, table: int, iteration: Int) -> None:
+        pass
 
-    def second(self, row: Int, start: Int, piece: int) -> Array:
-        return self._second[row, pl.ds(start, self._torus.span), :]
+    def first(self, place: Place, piece: int) -> Array:
+        return jnp.broadcast_to(self._first[0, self._row(place)], self._shape)
+
+    def second(self, place: Place, start: Int, piece: int) -> Array:
+        return self._second[self._row(place), pl.ds(start, self._torus.span), :]
+
+    def _row(self, place: Place) -> Int:
+        start, size = self._stage.first_row(place.table), self._stage.tables[place.table].size
+        return start + place.iteration * size + place.row
 
     def source(self, row: Int, piece: int) -> Array:
         return self._sources[0, 0, row]
