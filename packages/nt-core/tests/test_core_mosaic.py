@@ -1,7 +1,8 @@
 """The Mosaic backends without their hardware: interpreted on CPU, lowered for GPU and TPU, and what they refuse.
 
 The TPU kernels are interpreted by XLA, which is fast enough for the conformance suite: it covers all that both backends
-share. Those of the GPU run in Mosaic's own interpreter, which simulates every load, on the smallest images there are.
+share. Those of the GPU run in Mosaic's own interpreter, which simulates every load and detects races, on the smallest
+images there are; some of those of the TPU do so as well.
 """
 
 import subprocess
@@ -30,6 +31,8 @@ from conformance import (
     run,
     spec_of,
 )
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from nt_core import Builder, Request, Spec, activations, steps
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.sources import Inputs
@@ -56,6 +59,9 @@ SLOW = ("overlapping pool", "strided pool", "normalised edges", "large image", "
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
 GELU = steps.Dual(activations.Gelu())
+
+
+POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
 
 
 def conv1(window):
@@ -254,7 +260,7 @@ SMALL = {
     "repeated": ((2, 2), [conv(), RELU] * 4 + [steps.GlobalPool(MEAN)]),
     "flatten": ((4, 4), [conv(), RELU, conv(strides=(2, 2)), RELU, steps.Flatten(), dense()]),
     "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
-    "pool": ((4, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
+    "pool": ((2, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
     "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
     # Planes of several pieces
     "pieces": ((12, 10), [conv(), RELU, conv((3, 2)), ABS, steps.Flatten(), dense()]),
@@ -264,17 +270,78 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def simulated(capsys, caplog):
+    """Runs a function in Mosaic's own interpreters, which simulate memory, and returns what they say of races.
+
+    Programs of a grid on a GPU are concurrent, and so are the warpgroups of one; within a warpgroup all is in order.
+    On a TPU, copies are concurrent with the program until they are waited for.
+    """
+
+    def simulate(hardware, function, *args, **kwargs):
+        options = {"detect_races": True}
+        if jax.__version_info__ >= (0, 12):
+            options["on_race"] = "warn"  # as before: after an exception the interpreters are of no use any more
+        if hardware == "gpu":
+            mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options))
+        else:  # eager: what nobody waits for is copied nevertheless
+            mode = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**options, dma_execution_mode="eager"))
+        with mode:
+            jax.block_until_ready(function(*args, **kwargs))
+        said = capsys.readouterr().out + caplog.text
+        return said[said.index("RACE") :] if "RACE" in said else ""
+
+    return simulate
+
+
 @needs_mosaic_gpu
 @pytest.mark.parametrize("name", SMALL)
-def test_gpu_kernels_interpreted(name):
+def test_gpu_kernels_interpreted(name, simulated):
     space, layers = SMALL[name]
-    check(layers, space, "mosaic_gpu", 1, 1)
+    assert simulated("gpu", check, layers, space, "mosaic_gpu", 1, 1) == ""
 
 
 @needs_mosaic_gpu
-def test_the_upper_triangle_on_gpu():
+def test_the_upper_triangle_on_gpu(simulated):
     space, layers = SMALL["flatten"]
-    check(layers, space, "mosaic_gpu", 3, 1, symmetric=True)
+    assert simulated("gpu", check, layers, space, "mosaic_gpu", 3, 1, symmetric=True) == ""
+
+
+@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool"])
+def test_tpu_kernels_simulated(name, simulated):
+    space, layers = SMALL[name]
+    assert simulated("tpu", check, layers, space, "mosaic_tpu", 1, 1) == ""
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    "programs", [{"grid": (2,), "grid_names": ("program",)}, {"num_threads": 2, "thread_name": "warpgroup"}]
+)
+def test_races_on_gpu_are_detected(programs, simulated):
+    """Two programs, or two warpgroups, that write the same numbers."""
+
+    def write(out_ref):
+        out_ref[...] = jnp.zeros((128,), jnp.float32)
+
+    kernel = plgpu.kernel(write, out_type=jax.ShapeDtypeStruct((128,), jnp.float32), **programs)
+    assert "write" in simulated("gpu", kernel)
+
+
+def test_races_on_tpu_are_detected(simulated, monkeypatch):
+    """The backend's own kernel, if it would not wait for its copies."""
+    copy = pltpu.make_async_copy
+    monkeypatch.setattr(pltpu, "make_async_copy", lambda *args: NotWaitedFor(copy(*args)))
+    x1, x2 = inputs((2, 2), 1, 1, "float32")
+    program = chain(spec_of(x1, x2), POOLED)
+    assert "copy" in simulated("tpu", run, program, x1, x2, PAIRS, "mosaic_tpu")
+
+
+class NotWaitedFor:
+    def __init__(self, copy):
+        self.start = copy.start
+
+    def wait(self):
+        pass
 
 
 # Lowering: other operations lower than can be interpreted.
@@ -330,8 +397,6 @@ def test_repeated_layers_are_lowered_once(backend, platform, monkeypatch):
 
 
 # Selection
-
-POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
 
 
 def refusal(backend, layers=POOLED, space=(4, 4), dtype="float32", n_channels=3):
