@@ -36,6 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 from nt_core import Builder, Request, Spec, activations, steps
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.sources import Inputs
+from test_core_derivatives import in_process
 
 HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11, 2)
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -242,19 +243,6 @@ def test_equal_inputs_have_no_deficit():
     np.testing.assert_allclose(np.diag(kernel.nngp), kernel.cov1, rtol=TOLERANCE)
 
 
-def test_shard_map():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
-    rows, everything = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-    x1, x2 = inputs((2, 2), 3, 2, "float32")
-
-    def kernel(x1, x2):
-        layers = [conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
-        return run(chain(spec_of(x1, x2), layers), x1, x2, PAIRS, "mosaic_tpu").ntk
-
-    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(rows, everything), out_specs=rows, check_vma=False)
-    np.testing.assert_allclose(jax.jit(sharded)(x1, x2), kernel(x1, x2), rtol=TOLERANCE)
-
-
 SMALL = {
     "global pool": ((3, 3), [conv(), RELU, conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]),
     "repeated": ((2, 2), [conv(), RELU] * 4 + [steps.GlobalPool(MEAN)]),
@@ -362,10 +350,14 @@ def lowered(layers, space, backend, platform, monkeypatch):
         return kernel.nngp, kernel.ntk
 
     jax.clear_caches()  # of what was interpreted
-    custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    exported = jax.export.export(jax.jit(kernel), platforms=[platform], disabled_checks=[custom_call])(x, x)
+    text = exported(kernel, platform, x, x).mlir_module()
     jax.clear_caches()
-    return exported.mlir_module()
+    return text
+
+
+def exported(function, platform, *args):
+    custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=[custom_call])(*args)
 
 
 LOWERED_NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LOWERED]
@@ -394,6 +386,49 @@ def test_repeated_layers_are_lowered_once(backend, platform, monkeypatch):
         return max(map(len, text.splitlines()))
 
     assert size(84) < 1.01 * size(21)
+
+
+SHARDED = """
+import contextlib, sys
+import jax, jax.numpy as jnp, numpy as np
+import nt_core.backends as backends
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec as P
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
+from conformance import chain, inputs, run, spec_of
+from test_core_mosaic import PAIRS, POOLED, exported
+
+platform = sys.argv[1]
+backend = {"cuda": MosaicGpuBackend, "tpu": MosaicTpuBackend}[platform]
+x1, x2 = map(jnp.asarray, inputs((2, 2), 2, 1, "float32"))
+
+def kernel(x1, x2, name=backend.name):
+    return run(chain(spec_of(x1, x2), POOLED), x1, x2, PAIRS, name).ntk
+
+mesh = Mesh(jax.devices(), "rows")
+sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))
+
+def gradient(x1, x2):
+    return jax.grad(lambda x2: jnp.sum(sharded(x1, x2)))(x2)
+
+backends._BACKENDS[backend.name] = backend(interpret=True)
+with pltpu.force_tpu_interpret_mode() if platform == "tpu" else contextlib.nullcontext():
+    np.testing.assert_allclose(jax.jit(sharded)(x1, x2), kernel(x1, x2, "xla"), rtol=1e-6)
+    assert np.isfinite(jax.jit(gradient)(x1, x2)).all()
+
+backends._BACKENDS[backend.name] = backend()
+backend.hardware_refusal = lambda self: None
+jax.clear_caches()
+print(exported(sharded, platform, x1, x2).nr_devices)
+"""
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_shard_map(platform):
+    """JAX checks over which axes results vary, which XLA's interpreter of Pallas cannot take: Mosaic's does."""
+    flags = "--xla_force_host_platform_device_count=2"
+    assert in_process(SHARDED, platform, XLA_FLAGS=flags).strip() == "2"
 
 
 # Selection
