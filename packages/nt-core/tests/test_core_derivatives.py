@@ -155,11 +155,11 @@ def test_inside_a_loop_and_vmap(implementation):
         np.testing.assert_allclose(over(jax.jacrev(lambda s: jnp.sum(kernel(s)))), slopes.sum((1, 2)), rtol=1e-5)
 
 
-def in_process(code, **environment):
+def in_process(code, *args, **environment):
     """Runs code in a fresh process and returns what it prints."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=TESTS, env=environment, text=True, capture_output=True, timeout=600
+        [sys.executable, "-c", code, *args], cwd=TESTS, env=environment, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

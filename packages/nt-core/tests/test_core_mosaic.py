@@ -1,7 +1,8 @@
 """The Mosaic backends without their hardware: interpreted on CPU, lowered for GPU and TPU, and what they refuse.
 
 The TPU kernels are interpreted by XLA, which is fast enough for the conformance suite: it covers all that both backends
-share. Those of the GPU run in Mosaic's own interpreter, which simulates every load, on the smallest images there are.
+share. Those of the GPU run in Mosaic's own interpreter, which simulates every load and detects races, on the smallest
+images there are; some of those of the TPU do so as well.
 """
 
 import subprocess
@@ -30,9 +31,12 @@ from conformance import (
     run,
     spec_of,
 )
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from nt_core import Builder, Request, Spec, activations, steps
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.sources import Inputs
+from test_core_derivatives import in_process
 
 HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11, 2)
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -56,6 +60,9 @@ SLOW = ("overlapping pool", "strided pool", "normalised edges", "large image", "
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
 GELU = steps.Dual(activations.Gelu())
+
+
+POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
 
 
 def conv1(window):
@@ -236,25 +243,12 @@ def test_equal_inputs_have_no_deficit():
     np.testing.assert_allclose(np.diag(kernel.nngp), kernel.cov1, rtol=TOLERANCE)
 
 
-def test_shard_map():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
-    rows, everything = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-    x1, x2 = inputs((2, 2), 3, 2, "float32")
-
-    def kernel(x1, x2):
-        layers = [conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
-        return run(chain(spec_of(x1, x2), layers), x1, x2, PAIRS, "mosaic_tpu").ntk
-
-    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(rows, everything), out_specs=rows, check_vma=False)
-    np.testing.assert_allclose(jax.jit(sharded)(x1, x2), kernel(x1, x2), rtol=TOLERANCE)
-
-
 SMALL = {
     "global pool": ((3, 3), [conv(), RELU, conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]),
     "repeated": ((2, 2), [conv(), RELU] * 4 + [steps.GlobalPool(MEAN)]),
     "flatten": ((4, 4), [conv(), RELU, conv(strides=(2, 2)), RELU, steps.Flatten(), dense()]),
     "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
-    "pool": ((4, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
+    "pool": ((2, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
     "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
     # Planes of several pieces
     "pieces": ((12, 10), [conv(), RELU, conv((3, 2)), ABS, steps.Flatten(), dense()]),
@@ -264,17 +258,78 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def simulated(capsys, caplog):
+    """Runs a function in Mosaic's own interpreters, which simulate memory, and returns what they say of races.
+
+    Programs of a grid on a GPU are concurrent, and so are the warpgroups of one; within a warpgroup all is in order.
+    On a TPU, copies are concurrent with the program until they are waited for.
+    """
+
+    def simulate(hardware, function, *args, **kwargs):
+        options = {"detect_races": True}
+        if jax.__version_info__ >= (0, 12):
+            options["on_race"] = "warn"  # as before: after an exception the interpreters are of no use any more
+        if hardware == "gpu":
+            mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options))
+        else:  # eager: what nobody waits for is copied nevertheless
+            mode = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**options, dma_execution_mode="eager"))
+        with mode:
+            jax.block_until_ready(function(*args, **kwargs))
+        said = capsys.readouterr().out + caplog.text
+        return said[said.index("RACE") :] if "RACE" in said else ""
+
+    return simulate
+
+
 @needs_mosaic_gpu
 @pytest.mark.parametrize("name", SMALL)
-def test_gpu_kernels_interpreted(name):
+def test_gpu_kernels_interpreted(name, simulated):
     space, layers = SMALL[name]
-    check(layers, space, "mosaic_gpu", 1, 1)
+    assert simulated("gpu", check, layers, space, "mosaic_gpu", 1, 1) == ""
 
 
 @needs_mosaic_gpu
-def test_the_upper_triangle_on_gpu():
+def test_the_upper_triangle_on_gpu(simulated):
     space, layers = SMALL["flatten"]
-    check(layers, space, "mosaic_gpu", 3, 1, symmetric=True)
+    assert simulated("gpu", check, layers, space, "mosaic_gpu", 3, 1, symmetric=True) == ""
+
+
+@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool"])
+def test_tpu_kernels_simulated(name, simulated):
+    space, layers = SMALL[name]
+    assert simulated("tpu", check, layers, space, "mosaic_tpu", 1, 1) == ""
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    "programs", [{"grid": (2,), "grid_names": ("program",)}, {"num_threads": 2, "thread_name": "warpgroup"}]
+)
+def test_races_on_gpu_are_detected(programs, simulated):
+    """Two programs, or two warpgroups, that write the same numbers."""
+
+    def write(out_ref):
+        out_ref[...] = jnp.zeros((128,), jnp.float32)
+
+    kernel = plgpu.kernel(write, out_type=jax.ShapeDtypeStruct((128,), jnp.float32), **programs)
+    assert "write" in simulated("gpu", kernel)
+
+
+def test_races_on_tpu_are_detected(simulated, monkeypatch):
+    """The backend's own kernel, if it would not wait for its copies."""
+    copy = pltpu.make_async_copy
+    monkeypatch.setattr(pltpu, "make_async_copy", lambda *args: NotWaitedFor(copy(*args)))
+    x1, x2 = inputs((2, 2), 1, 1, "float32")
+    program = chain(spec_of(x1, x2), POOLED)
+    assert "copy" in simulated("tpu", run, program, x1, x2, PAIRS, "mosaic_tpu")
+
+
+class NotWaitedFor:
+    def __init__(self, copy):
+        self.start = copy.start
+
+    def wait(self):
+        pass
 
 
 # Lowering: other operations lower than can be interpreted.
@@ -295,10 +350,14 @@ def lowered(layers, space, backend, platform, monkeypatch):
         return kernel.nngp, kernel.ntk
 
     jax.clear_caches()  # of what was interpreted
-    custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    exported = jax.export.export(jax.jit(kernel), platforms=[platform], disabled_checks=[custom_call])(x, x)
+    text = exported(kernel, platform, x, x).mlir_module()
     jax.clear_caches()
-    return exported.mlir_module()
+    return text
+
+
+def exported(function, platform, *args):
+    custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=[custom_call])(*args)
 
 
 LOWERED_NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LOWERED]
@@ -329,9 +388,50 @@ def test_repeated_layers_are_lowered_once(backend, platform, monkeypatch):
     assert size(84) < 1.01 * size(21)
 
 
-# Selection
+SHARDED = """
+import contextlib, sys
+import jax, jax.numpy as jnp, numpy as np
+import nt_core.backends as backends
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec as P
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
+from conformance import chain, inputs, run, spec_of
+from test_core_mosaic import PAIRS, POOLED, exported
 
-POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
+platform = sys.argv[1]
+backend = {"cuda": MosaicGpuBackend, "tpu": MosaicTpuBackend}[platform]
+x1, x2 = map(jnp.asarray, inputs((2, 2), 2, 1, "float32"))
+
+def kernel(x1, x2, name=backend.name):
+    return run(chain(spec_of(x1, x2), POOLED), x1, x2, PAIRS, name).ntk
+
+mesh = Mesh(jax.devices(), "rows")
+sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))
+
+def gradient(x1, x2):
+    return jax.grad(lambda x2: jnp.sum(sharded(x1, x2)))(x2)
+
+backends._BACKENDS[backend.name] = backend(interpret=True)
+with pltpu.force_tpu_interpret_mode() if platform == "tpu" else contextlib.nullcontext():
+    np.testing.assert_allclose(jax.jit(sharded)(x1, x2), kernel(x1, x2, "xla"), rtol=1e-6)
+    assert np.isfinite(jax.jit(gradient)(x1, x2)).all()
+
+backends._BACKENDS[backend.name] = backend()
+backend.hardware_refusal = lambda self: None
+jax.clear_caches()
+print(exported(sharded, platform, x1, x2).nr_devices)
+"""
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_shard_map(platform):
+    """JAX checks over which axes results vary, which XLA's interpreter of Pallas cannot take: Mosaic's does."""
+    flags = "--xla_force_host_platform_device_count=2"
+    assert in_process(SHARDED, platform, XLA_FLAGS=flags).strip() == "2"
+
+
+# Selection
 
 
 def refusal(backend, layers=POOLED, space=(4, 4), dtype="float32", n_channels=3):

@@ -1,7 +1,7 @@
 """Executes a program stage by stage, on blocks of pairs of samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,14 +88,16 @@ class Propagation:
         equal = (index1[:, None] == index2[None, :]) & same
         read: dict[int, Pairs] = {}
         for stage in self._stages:
-            # One after another under `vmap`: each call fills the device, and memory stays what it is.
-            out = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))(
+            arguments = (
                 coefficients(stage),
                 tables(stage, self._program, *block1, stage.torus.span),
                 tables(stage, self._program, *block2, stage.torus.reach),
                 _planes(stage, read, (index1.shape[0], index2.shape[0])),
                 triangle,
             )
+            # One after another under `vmap`: each call fills the device, and memory stays what it is.
+            run_stage = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))
+            out = _varying(run_stage(*(_varying(x, arguments) for x in arguments)), arguments)
             read[stage.readout] = read_out(stage, out, block1[1], block2[1], equal)
         return self._tail(read, block1[1], block2[1])
 
@@ -257,6 +259,13 @@ def _after(program: Program, read: set[int]) -> tuple[Program, list[int]]:
         node = program.nodes[number - first_node]
         nodes.append(Node(node.step, tuple(kept.index(i) for i in node.inputs), node.spec))
     return Program(sources, tuple(nodes), (kept.index(output),)), kept
+
+
+def _varying(x: Array, like: Sequence[Array]) -> Array:
+    """Says that an array varies over the mesh axes of `jax.shard_map` over which others do, as Pallas does not."""
+    axes = frozenset[str]().union(*(jax.typeof(other).manual_axis_type.varying for other in like))
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def _mirrored(x: Array) -> Array:

@@ -86,7 +86,11 @@ def run_stage(
 
     out = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((n1, columns, stage.offsets if is_pool else 1, kernels, lanes, width), jnp.float32),
+        jax.ShapeDtypeStruct(
+            (n1, columns, stage.offsets if is_pool else 1, kernels, lanes, width),
+            jnp.float32,
+            manual_axis_type=jax.typeof(first).manual_axis_type,
+        ),
         grid=(n1, columns, n_offsets),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
