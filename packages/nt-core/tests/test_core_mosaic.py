@@ -34,7 +34,8 @@ from conformance import (
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from nt_core import Builder, Request, Spec, activations, steps
-from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend, is_streamed, kept_rows, tpu_bytes
+from nt_core.backends.mosaic.plan import fold, make_plan
 from nt_core.sources import Inputs
 from test_core_derivatives import in_process
 
@@ -295,6 +296,30 @@ def test_the_upper_triangle_on_gpu(simulated):
     assert simulated("gpu", check, layers, space, "mosaic_gpu", 3, 1, symmetric=True) == ""
 
 
+STREAMED = [conv(), RELU] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.GlobalPool(MEAN)]
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """The tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
+    spec = Spec((2, 3, 3, 3), (2, 3, 3, 3), 0, 3)
+    (stage,) = make_plan(*fold(chain(spec, STREAMED)), (Inputs(None, None, spec),), True, MosaicTpuBackend.pieces)
+    assert len(stage.tables) == 2
+    monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", tpu_bytes(stage, kept_rows(stage)))
+    assert is_streamed(stage)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_tables_of_repeated_layers_are_fetched_in_turn(little_memory):
+    check(STREAMED, (3, 3), "mosaic_tpu", 2, 3)
+
+
+def test_tables_are_fetched_before_they_are_read(little_memory, simulated):
+    assert simulated("tpu", check, STREAMED, (3, 3), "mosaic_tpu", 1, 1) == ""
+
+
 @pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool"])
 def test_tpu_kernels_simulated(name, simulated):
     space, layers = SMALL[name]
@@ -394,7 +419,8 @@ import jax, jax.numpy as jnp, numpy as np
 import nt_core.backends as backends
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec as P
-from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend, is_streamed, kept_rows, tpu_bytes
+from nt_core.backends.mosaic.plan import fold, make_plan
 from conformance import chain, inputs, run, spec_of
 from test_core_mosaic import PAIRS, POOLED, exported
 
@@ -479,11 +505,15 @@ def test_what_is_refused(monkeypatch):
     assert "up to 64 x 64" in refusal(backend, space=(65, 4))
     assert "up to 16 channels" in refusal(backend, n_channels=17)
     assert "overlap too much" in refusal(backend, [conv(), pool((5, 5), (1, 1)), steps.GlobalPool(MEAN)], (8, 8))
-    assert "of vector memory" in refusal(
-        MosaicTpuBackend(interpret=True), [conv(), RELU] * 21 + [steps.GlobalPool(MEAN)], (64, 64)
-    )
-    monkeypatch.setattr("nt_core.backends.mosaic.backend._SHARED_MEMORY", 1000)
+    monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", 1000)
+    assert "of vector memory it uses 1,000" in refusal(MosaicTpuBackend(interpret=True))
+    monkeypatch.setattr("nt_core.backends.mosaic.backend.SHARED_MEMORY", 1000)
     assert "shared memory holds 1,000" in refusal(backend)
+
+
+@pytest.mark.parametrize("backend", [MosaicGpuBackend(interpret=True), MosaicTpuBackend(interpret=True)])
+def test_networks_of_any_depth_are_taken(backend):
+    assert refusal(backend, [conv(), RELU] * 500 + [steps.GlobalPool(MEAN)], (32, 32)) is None
 
 
 def test_explain_says_why(monkeypatch):

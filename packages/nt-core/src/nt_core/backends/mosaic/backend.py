@@ -112,7 +112,7 @@ class MosaicTpuBackend(MosaicBackend):
         return None
 
     def check_memory(self, stage: Stage) -> None:
-        needed = tpu_bytes(stage)
+        needed = tpu_bytes(stage, kept_rows(stage))
         if needed > VECTOR_MEMORY:
             raise Refused(f"planes of 128 pairs take {needed:,} bytes, of vector memory it uses {VECTOR_MEMORY:,}")
 
@@ -128,10 +128,20 @@ def shared_bytes(stage: Stage) -> int:
     return 4 * sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.reach
 
 
-def tpu_bytes(stage: Stage) -> int:
+def is_streamed(stage: Stage) -> bool:
+    """Whether the tables of repeated layers are too large for the vector memory of a TPU, and are fetched in turn."""
+    return tpu_bytes(stage, stage.n_rows) > VECTOR_MEMORY
+
+
+def kept_rows(stage: Stage) -> int:
+    """The rows of tables that must be in memory at once: those of one iteration, and of what is not repeated."""
+    return stage.tables[0].size + max((table.size for table in stage.tables[1:]), default=0)
+
+
+def tpu_bytes(stage: Stage, n_rows: int) -> int:
     """Vector memory that a program of a stage needs: tables, buffers, one plane of what comes in and goes out."""
     kernels, torus = 2 if stage.has_ntk else 1, stage.torus
-    tables = stage.n_rows * (torus.span + torus.reach)
+    tables = n_rows * (torus.span + torus.reach)
     buffers = kernels * sum(stage.buffers) * torus.reach
     sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.span
     return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.slots)

@@ -1,6 +1,7 @@
 """Runs stages on TPUs: planes of 128 pairs at once, which share their first sample, in vector memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nt_core.backends.mosaic.backend import TPU_LANES, VECTOR_MEMORY
+from nt_core.backends.mosaic.backend import TPU_LANES, VECTOR_MEMORY, is_streamed, kept_rows
 from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
 from nt_core.backends.mosaic.plan import Stage
 
@@ -33,18 +34,27 @@ def run_stage(
     n_offsets = stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     has_sources = bool(stage.sources)
+    streamed = is_streamed(stage)
 
     def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *scratch):
         i, column, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        *buffers, sums, semaphore = scratch
+        *buffers, sums, semaphore, first_rows, second_rows = scratch
 
         def copy(source: Any, target: Any) -> None:
             moved = pltpu.make_async_copy(source, target, semaphore)
             moved.start()
             moved.wait()
 
+        def fetch(begin: Int, rows: Any) -> None:
+            """Brings rows of both tables, from one on, into vector memory."""
+            there = pl.ds(begin, rows.size)
+            copy(first_ref.at[i, there], first_rows.at[rows])
+            copy(second_ref.at[there, :, pl.ds(column * width, width)], second_rows.at[rows])
+
         @pl.when(number == 0)
         def _() -> None:
+            if streamed and stage.tables[0].size:
+                fetch(0, pl.ds(0, stage.tables[0].size))
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
             if is_pool:
 
@@ -60,8 +70,10 @@ def run_stage(
             along = (0, 0)
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
-            refs = (coefficients_ref, first_ref, second_ref, sources_ref)
-            evaluation = Evaluation(stage, _Machine(stage, refs, tuple(buffers), width), offset, along)
+            tables = (first_rows, second_rows) if streamed else (first_ref.at[0], second_ref)
+            refs = (coefficients_ref, *tables, sources_ref)
+            machine = _Machine(stage, refs, tuple(buffers), width, fetch if streamed else None)
+            evaluation = Evaluation(stage, machine, offset, along)
             evaluation.run()
 
             def add_to_sums(plane: list[Planes]) -> None:
@@ -84,6 +96,14 @@ def run_stage(
             def _() -> None:
                 copy(sums, out_ref.at[i, column, 0])
 
+    table_specs = (
+        pl.BlockSpec((1, stage.n_rows, lanes, 1), lambda i, j, k: (i, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
+        pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
+    )
+    if streamed:
+        table_specs = (pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY))
+    n_rows = kept_rows(stage) if streamed else 1
+
     out = pl.pallas_call(
         kernel,
         jax.ShapeDtypeStruct(
@@ -95,8 +115,7 @@ def run_stage(
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((1, stage.n_rows, lanes, 1), lambda i, j, k: (i, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
-            pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
+            *table_specs,
             pl.BlockSpec((1, 1, *sources.shape[2:-1], width), lambda i, j, k: (i, k if has_sources else 0, 0, 0, j)),
         ],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),  # too large for vector memory after a pool
@@ -104,6 +123,8 @@ def run_stage(
             *(pltpu.VMEM((n * kernels, stage.torus.reach, width), jnp.float32) for n in stage.buffers),
             pltpu.VMEM((kernels, lanes, width), jnp.float32),
             pltpu.SemaphoreType.DMA,
+            pltpu.VMEM((n_rows, lanes, 1), jnp.float32),
+            pltpu.VMEM((n_rows, stage.torus.reach, width), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
         interpret=interpret,
@@ -120,29 +141,46 @@ def run_stage(
 
 
 class _Machine:
-    """Everything in vector memory, a pair in each lane (see `Machine`)."""
+    """Everything in vector memory, a pair in each lane (see `Machine`).
 
-    def __init__(self, stage: Stage, refs: tuple[Any, ...], buffers: tuple[Any, ...], width: int) -> None:
+    Args:
+      fetch: brings rows of the tables to where others are, where all do not fit at once; None where they do.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        refs: tuple[Any, ...],
+        buffers: tuple[Any, ...],
+        width: int,
+        fetch: Callable[[Int, Any], None] | None,
+    ) -> None:
         self._stage = stage
         self._kernels = 2 if stage.has_ntk else 1
         self._torus = stage.torus
         self._coefficients, self._first, self._second, self._sources = refs
         self._buffers = buffers
         self._shape = (stage.torus.span, width)
+        self._fetch = fetch
 
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
 
     def begin(self, table: int, iteration: Int) -> None:
-        pass
+        size = self._stage.tables[table].size
+        if self._fetch is not None and size:
+            begin = self._stage.first_row(table) + iteration * size
+            self._fetch(begin, pl.ds(self._stage.tables[0].size, size))
 
     def first(self, place: Place, piece: int) -> Array:
-        return jnp.broadcast_to(self._first[0, self._row(place)], self._shape)
+        return jnp.broadcast_to(self._first[self._row(place)], self._shape)
 
     def second(self, place: Place, start: Int, piece: int) -> Array:
         return self._second[self._row(place), pl.ds(start, self._torus.span), :]
 
     def _row(self, place: Place) -> Int:
+        if self._fetch is not None:
+            return place.row if place.table == 0 else self._stage.tables[0].size + place.row
         start, size = self._stage.first_row(place.table), self._stage.tables[place.table].size
         return start + place.iteration * size + place.row
 

@@ -1,0 +1,129 @@
+"""`make gpu-assembly`: compiles the GPU kernels for an H100 with NVIDIA's own assembler, on a machine without a GPU.
+
+Prints, for each kernel of the benchmarked networks, seconds of compilation, registers, spills, and the instructions of
+each loop. It shows that kernels assemble, and what they will execute; neither that they are right nor how fast they run.
+
+    make gpu-assembly VENV=.venv-gpu [BENCH_ARGS="cnn21-pool --size 32"]
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+
+# Both are read when JAX starts: there is neither a driver nor a device whose versions could be checked.
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+DUMP = pathlib.Path(tempfile.mkdtemp())
+os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1")
+for root in map(pathlib.Path, sys.path):  # where the assembler is
+    for found in root.glob("nvidia/cu*/bin"):
+        os.environ["PATH"] = f"{found}{os.pathsep}{os.environ['PATH']}"
+        os.environ.setdefault("CUDA_ROOT", str(found.parent))
+
+import jax
+import jax.numpy as jnp
+import nt_stax
+from jax.experimental import topologies
+from networks import NETWORKS
+from nt_core.backends.mosaic.backend import MosaicGpuBackend
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+KINDS = {
+    "arithmetic": ("FFMA", "FMUL", "FADD", "FMNMX", "FSETP", "FSEL", "MUFU", "FCHK"),
+    "shared": ("LDS", "STS"),
+    "global": ("LDG", "STG"),
+    "spilled": ("LDL", "STL"),
+    "barriers": ("BAR", "MEMBAR", "FENCE"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=["cnn21-pool", "cnn21-flatten", "myrtle10", "wide-resnet"])
+    parser.add_argument("--size", type=int, default=32, help="of the images")
+    arguments = parser.parse_args()
+    MosaicGpuBackend.hardware_refusal = lambda self: None  # the default device is a CPU
+    device = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100).devices[0]
+    print(f"For {device.device_kind}, JAX {jax.__version__}; 8 x 8 images of {arguments.size} x {arguments.size} x 3")
+    for network in arguments.networks:
+        compile_network(network, arguments.size, device)
+
+
+def compile_network(network, size, device):
+    for old in DUMP.iterdir():
+        old.unlink()
+    kernel_fn, sharding = NETWORKS[network](nt_stax)[2], jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((8, size, size, 3), jnp.float32)
+
+    def ntk(x1, x2):
+        return kernel_fn(x1, x2, "ntk", implementation="mosaic_gpu")
+
+    start = time.perf_counter()
+    lowered = jax.jit(ntk, in_shardings=sharding, out_shardings=sharding).lower(x, x)
+    middle = time.perf_counter()
+    lowered.compile()
+    end = time.perf_counter()
+    print(f"\n{network}: lowered in {middle - start:.1f} s, compiled in {end - middle:.1f} s")
+    for sass in sorted(DUMP.glob("*.sass*")):
+        log = sass.with_suffix(".ptxas").read_text(errors="replace")
+        registers, *_ = re.search(r"Used (\d+) registers", log).groups()
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log.split("Function properties")[-1])))
+        lines = instructions(sass.read_text())
+        print(f"  {sass.stem}: {registers} registers, {spills} bytes spilled, {len(lines[0])} instructions")
+        for depth, kinds in loops(*lines):
+            print(f"    {'  ' * depth}loop of {sum(kinds.values())}: {summary(kinds)}")
+
+
+def instructions(text):
+    """Returns the instructions of a listing, and the index at which each label stands."""
+    found, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(\S.*)$", line):
+            found.append(instruction[1])
+    return found, labels
+
+
+def loops(found, labels):
+    """Yields the depth of each loop and how often it has each instruction, without the loops inside."""
+    ranges = []
+    for end, instruction in enumerate(found):
+        target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
+        if target and labels[target[1]] < end:
+            ranges.append((labels[target[1]], end))
+    for start, end in sorted(ranges, key=lambda r: (r[0], -r[1])):
+        inner = [r for r in ranges if start <= r[0] and r[1] <= end and r != (start, end)]
+        own = [i for i in range(start, end + 1) if not any(a <= i <= b for a, b in inner)]
+        depth = sum(r[0] <= start and end <= r[1] for r in ranges) - 1
+        yield depth, collections.Counter(operation(found[i]) for i in own)
+
+
+def operation(instruction):
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+
+
+def summary(kinds):
+    counts = {kind: sum(kinds[name] for name in names) for kind, names in KINDS.items()}
+    counts["others"] = sum(kinds.values()) - sum(counts.values())
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+if __name__ == "__main__":
+    main()
