@@ -38,22 +38,35 @@ def run_stage(
 
     def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *scratch):
         i, column, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        *buffers, sums, semaphore, first_rows, second_rows = scratch
+        *buffers, sums, semaphore, first_rows, fetched, second_rows = scratch
 
         def copy(source: Any, target: Any) -> None:
             moved = pltpu.make_async_copy(source, target, semaphore)
             moved.start()
             moved.wait()
 
+        def spread(table: Any, rows: Any) -> None:
+            """Lays rows of the first sample along the sublanes, the same in each lane."""
+
+            def row(k: Array, carry: tuple[()]) -> tuple[()]:
+                along_lanes = jnp.broadcast_to(table[k], (width, table.shape[-1]))
+                first_rows[rows.start + k] = along_lanes.T[:lanes]
+                return carry
+
+            lax.fori_loop(jnp.int32(0), jnp.int32(rows.size), row, ())
+
         def fetch(begin: Int, rows: Any) -> None:
             """Brings rows of both tables, from one on, into vector memory."""
             there = pl.ds(begin, rows.size)
-            copy(first_ref.at[i, there], first_rows.at[rows])
+            copy(first_ref.at[i, there], fetched.at[pl.ds(0, rows.size)])
+            spread(fetched, rows)
             copy(second_ref.at[there, :, pl.ds(column * width, width)], second_rows.at[rows])
 
         @pl.when(number == 0)
         def _() -> None:
-            if streamed and stage.tables[0].size:
+            if not streamed:
+                spread(first_ref.at[0], pl.ds(0, stage.n_rows))
+            elif stage.tables[0].size:
                 fetch(0, pl.ds(0, stage.tables[0].size))
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
             if is_pool:
@@ -70,9 +83,8 @@ def run_stage(
             along = (0, 0)
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
-            tables = (first_rows, second_rows) if streamed else (first_ref.at[0], second_ref)
-            refs = (coefficients_ref, *tables, sources_ref)
-            machine = _Machine(stage, refs, tuple(buffers), width, fetch if streamed else None)
+            refs = (coefficients_ref, first_rows, second_rows if streamed else second_ref, sources_ref)
+            machine = _Machine(stage, refs, tuple(buffers), fetch if streamed else None)
             evaluation = Evaluation(stage, machine, offset, along)
             evaluation.run()
 
@@ -96,13 +108,18 @@ def run_stage(
             def _() -> None:
                 copy(sums, out_ref.at[i, column, 0])
 
-    table_specs = (
-        pl.BlockSpec((1, stage.n_rows, lanes, 1), lambda i, j, k: (i, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
-    )
+    # Along the lanes, where they take no more memory than they have numbers.
+    first = jnp.moveaxis(first, -1, 0)[:, :, None]
+    first = _pad_last(first, -(-lanes // TPU_LANES) * TPU_LANES)
     if streamed:
+        n_rows, n_fetched = kept_rows(stage), max(table.size for table in stage.tables)
         table_specs = (pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY))
-    n_rows = kept_rows(stage) if streamed else 1
+    else:
+        n_rows, n_fetched = stage.n_rows, 1
+        table_specs = (
+            pl.BlockSpec((1, *first.shape[1:]), lambda i, j, k: (i, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
+            pl.BlockSpec((*second.shape[:2], width), lambda i, j, k: (0, 0, j), pipeline_mode=pl.Buffered(1)),
+        )
 
     out = pl.pallas_call(
         kernel,
@@ -123,15 +140,16 @@ def run_stage(
             *(pltpu.VMEM((n * kernels, stage.torus.reach, width), jnp.float32) for n in stage.buffers),
             pltpu.VMEM((kernels, lanes, width), jnp.float32),
             pltpu.SemaphoreType.DMA,
-            pltpu.VMEM((n_rows, lanes, 1), jnp.float32),
-            pltpu.VMEM((n_rows, stage.torus.reach, width), jnp.float32),
+            pltpu.VMEM((n_rows, lanes, width), jnp.float32),
+            pltpu.VMEM((n_fetched, *first.shape[2:]), jnp.float32),
+            pltpu.VMEM((n_rows if streamed else 1, stage.torus.reach if streamed else 8, width), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
         interpret=interpret,
     )(
         coefficients,
         triangle.astype(jnp.int32).reshape(1),
-        jnp.moveaxis(first, -1, 0)[..., None],
+        first,
         second,
         sources,
     )
@@ -152,7 +170,6 @@ class _Machine:
         stage: Stage,
         refs: tuple[Any, ...],
         buffers: tuple[Any, ...],
-        width: int,
         fetch: Callable[[Int, Any], None] | None,
     ) -> None:
         self._stage = stage
@@ -160,7 +177,6 @@ class _Machine:
         self._torus = stage.torus
         self._coefficients, self._first, self._second, self._sources = refs
         self._buffers = buffers
-        self._shape = (stage.torus.span, width)
         self._fetch = fetch
 
     def coefficient(self, index: Int) -> Array:
@@ -173,7 +189,7 @@ class _Machine:
             self._fetch(begin, pl.ds(self._stage.tables[0].size, size))
 
     def first(self, place: Place, piece: int) -> Array:
-        return jnp.broadcast_to(self._first[self._row(place)], self._shape)
+        return self._first[self._row(place)]
 
     def second(self, place: Place, start: Int, piece: int) -> Array:
         return self._second[self._row(place), pl.ds(start, self._torus.span), :]
