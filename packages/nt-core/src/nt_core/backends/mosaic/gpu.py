@@ -11,15 +11,15 @@ from jax.experimental.pallas import mosaic_gpu
 
 from nt_core.backends.mosaic.backend import SHARED_MEMORY, shared_bytes
 from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
-from nt_core.backends.mosaic.plan import Stage
+from nt_core.backends.mosaic.plan import MAX_NUMBERS, Stage
 
 plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
 
 # Those of one block of threads compute planes of one pair, or of pairs that share their first sample: tables are read
 # through the same first-level cache. A multiprocessor has registers for that many.
 _WARPGROUPS = 4
-# To aim for: several blocks share the planes of a pair where there are few pairs.
-_MIN_BLOCKS = 1024
+# To aim for: several warpgroups share the planes of a pair where there are few pairs.
+_MIN_TASKS = 4096
 
 
 def run_stage(
@@ -46,12 +46,15 @@ def run_stage(
     torus, n_kernels, n_planes = stage.torus, 2 if stage.has_ntk else 1, stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     warpgroups = min(_WARPGROUPS, SHARED_MEMORY // max(1, shared_bytes(stage)))
-    parts = 1
-    if n_planes > 1 and not is_pool:  # after a pool, planes add to one another
-        parts = min(n_planes, warpgroups * -(-_MIN_BLOCKS // (n1 * n2)))
+    results = (stage.offsets if is_pool else 1, n_kernels, torus.slots)
+    if is_pool:  # many numbers, and the planes of a pair add to one another
+        parts = min(_MIN_TASKS, MAX_NUMBERS // math.prod(results)) // (n1 * n2)
+    else:
+        parts = warpgroups * -(-_MIN_TASKS // (warpgroups * n1 * n2))
+    parts = max(1, min(parts, n_planes))
     n_tasks = n1 * n2 * parts
     blocks = -(-n_tasks // warpgroups)
-    out_shape = (blocks * warpgroups, stage.offsets if is_pool else 1, n_kernels, torus.slots)
+    out_shape = (blocks * warpgroups, *results)
 
     def kernel(coefficients_ref, triangle_ref, first_ref, second_ref, sources_ref, out_ref, *buffers):
         warpgroup = lax.axis_index("warpgroup")
@@ -90,7 +93,7 @@ def run_stage(
                 add(0, evaluation.root())
             return carry
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(out_shape[1]), clear, ())
+        lax.fori_loop(jnp.int32(0), jnp.int32(results[0]), clear, ())
         lax.fori_loop(jnp.int32(0), count, compute, ())
 
     out = plgpu.kernel(
@@ -115,7 +118,7 @@ def run_stage(
         jnp.moveaxis(second, -1, 0),
         jnp.moveaxis(sources, (-2, -1), (0, 1)).reshape(n1 * n2, *sources.shape[:3]),
     )
-    out = out[:n_tasks].reshape(n1, n2, parts, *out_shape[1:])
+    out = out[:n_tasks].reshape(n1, n2, parts, *results)
     out = jnp.moveaxis(jnp.sum(out, 2), (0, 1), (-2, -1))
     return out if is_pool else out[0]
 

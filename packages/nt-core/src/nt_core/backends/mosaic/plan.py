@@ -26,6 +26,8 @@ _MAX_SIZE = 64
 _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
 
+# Numbers that the planes of a block of pairs may hold between two stages: 2 GiB.
+MAX_NUMBERS = 2**29
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30
 

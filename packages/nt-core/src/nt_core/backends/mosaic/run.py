@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import Instance, Pieces, Stage, fold, make_plan, n_planes
+from nt_core.backends.mosaic.plan import MAX_NUMBERS, Instance, Pieces, Stage, fold, make_plan, n_planes
 from nt_core.backends.mosaic.tables import coefficients, positions, tables
 from nt_core.backends.xla.block import Block, Pairs
 from nt_core.backends.xla.geometry import AllPairs, Geometry
@@ -22,8 +22,6 @@ from nt_core.program import Node, Program
 from nt_core.sources import Inputs, Source
 from nt_core.steps import Flatten, GlobalPool, Pool
 
-# Numbers that the planes of a block of pairs may hold between two stages.
-_MAX_ELEMENTS = 2**27
 _MAX_SAMPLES = 128
 
 RunStage = Callable[[Stage, Array, Array, Array, Array, Array], Array]
@@ -64,7 +62,7 @@ class Propagation:
 
     def _block_size(self, n1: int, n2: int) -> tuple[int, int]:
         per_pair = max(_numbers_between(stage) for stage in self._stages)
-        side = max(1, min(_MAX_SAMPLES, math.isqrt(_MAX_ELEMENTS // per_pair)))
+        side = max(1, min(_MAX_SAMPLES, math.isqrt(MAX_NUMBERS // per_pair)))
         return min(n1, side), min(n2, side)
 
     def _samples(self, which: int) -> tuple[Batch, Statistics]:
