@@ -82,8 +82,8 @@ def compile_network(network, size, device):
     print(f"\n{network}: lowered in {middle - start:.1f} s, compiled in {end - middle:.1f} s")
     for sass in sorted(DUMP.glob("*.sass*")):
         log = sass.with_suffix(".ptxas").read_text(errors="replace")
-        registers, *_ = re.search(r"Used (\d+) registers", log).groups()
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log.split("Function properties")[-1])))
+        registers = max(map(int, re.findall(r"[Uu]sed (\d+) registers", log)))
+        spills = max(sum(map(int, s)) for s in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log))
         lines = instructions(sass.read_text())
         print(f"  {sass.stem}: {registers} registers, {spills} bytes spilled, {len(lines[0])} instructions")
         for depth, kinds in loops(*lines):
