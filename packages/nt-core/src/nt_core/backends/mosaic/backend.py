@@ -125,7 +125,7 @@ TPU_LANES = 128  # pairs of samples side by side
 
 def shared_bytes(stage: Stage) -> int:
     """Shared memory that one warpgroup needs: the buffers of a plane."""
-    return 4 * sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.reach
+    return 4 * sum(stage.buffers) * (2 if stage.has_ntk else 1) * stage.torus.piece_reach
 
 
 def is_streamed(stage: Stage) -> bool:

@@ -100,7 +100,7 @@ def run_stage(
         kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, jnp.float32),
         scratch_types=[
-            plgpu.SMEM((warpgroups * phases * n_kernels * torus.reach,), jnp.float32) for phases in stage.buffers
+            plgpu.SMEM((warpgroups * phases * n_kernels * torus.piece_reach,), jnp.float32) for phases in stage.buffers
         ],
         grid=(blocks,),
         grid_names=("block",),
@@ -163,27 +163,37 @@ class _Machine:
         return self._load(self._sources, (self._pair, self._number, row), 0, piece)
 
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
-        return self._load(self._buffers[buffer], (), self._at(buffer, is_ntk, phase) + start, piece)
+        address = start + piece * self._torus.pitch
+        if self._torus.pieces > 1:
+            size = self._torus.size
+            address = address % size if isinstance(address, int) else lax.rem(address, jnp.int32(size))
+        return _load(
+            self._buffers[buffer],
+            (pl.ds(self._at(buffer, is_ntk, phase) + address, self._torus.width),),
+            self._torus.width,
+        )
 
     def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
-        """Writes a plane twice, so that shifts around the torus are contiguous.
+        """Writes a plane, and its first piece again behind the last address: pieces may start at any.
 
         Threads read what others have written: all have read before any writes, and have written before any reads.
         Nothing else is written to shared memory. Where pieces overlap, two threads write the same number.
         """
+        torus, ref = self._torus, self._buffers[buffer]
         plgpu.commit_smem()
         for piece, planes in enumerate(plane):
             for is_ntk, x in enumerate(planes):
                 if x is not None:
-                    at = self._at(buffer, bool(is_ntk), phase) + piece * self._torus.pitch
-                    self._buffers[buffer][pl.ds(at, self._torus.width)] = x
-                    self._buffers[buffer][pl.ds(at + self._torus.size, self._torus.width)] = x
+                    at = self._at(buffer, bool(is_ntk), phase)
+                    ref[pl.ds(at + piece * torus.pitch, torus.width)] = x
+                    if piece == 0:
+                        ref[pl.ds(at + torus.size, torus.width)] = x
         plgpu.commit_smem()
 
     def _at(self, buffer: int, is_ntk: bool, phase: Int) -> Int:
         kernels = 2 if self._stage.has_ntk else 1
         of_warpgroup = self._warpgroup * (self._stage.buffers[buffer] * kernels)
-        return (of_warpgroup + phase * kernels + is_ntk) * self._torus.reach
+        return (of_warpgroup + phase * kernels + is_ntk) * self._torus.piece_reach
 
     def _load(self, ref: Any, at: tuple[Any, ...], start: Int, piece: int) -> Array:
         width = self._torus.width

@@ -71,6 +71,11 @@ class Torus(NamedTuple):
         return self.size + self.span
 
     @property
+    def piece_reach(self) -> int:
+        """How many addresses must be stored, periodically, so that a piece may start at any."""
+        return self.size + self.width
+
+    @property
     def slots(self) -> int:
         """How many numbers the pieces hold."""
         return self.pieces * self.width
