@@ -30,6 +30,7 @@ def run_stage(
     sources: Array,
     triangle: Array,
     interpret: bool,
+    own: bool = False,
 ) -> Array:
     """Computes the planes of a stage for all pairs of two blocks of samples, and reads them out.
 
@@ -37,12 +38,13 @@ def run_stage(
       first, second: tables of both blocks, `(rows, lanes, n)`.
       sources: covariances that earlier stages have left, `(offsets, rows, lanes, n1, n2)`.
       triangle: whether pairs below the diagonal are not wanted.
+      own: only the pairs of each sample with itself; both blocks are the same, and `n2` is 1 in what comes and goes.
 
     Returns:
       Sums over the planes, `(kernels, lanes, n1, n2)`, or the planes after a pool, `(offset, kernels, lanes, n1, n2)`,
       where `kernels` counts the covariance and the tangent kernel.
     """
-    n1, n2 = first.shape[-1], second.shape[-1]
+    n1, n2 = first.shape[-1], 1 if own else second.shape[-1]
     torus, n_kernels, n_planes = stage.torus, 2 if stage.has_ntk else 1, stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     warpgroups = min(_WARPGROUPS, SHARED_MEMORY // max(1, shared_bytes(stage)))
@@ -84,7 +86,7 @@ def run_stage(
             along = (0, 0)
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
-            machine = _Machine(stage, refs, buffers, warpgroup, pair, i, j, number)
+            machine = _Machine(stage, refs, buffers, warpgroup, pair, i, i if own else j, number)
             evaluation = Evaluation(stage, machine, offset, along)
             evaluation.run()
             if is_pool:

@@ -15,8 +15,8 @@ from nt_core.backends.mosaic.plan import MAX_NUMBERS, Instance, Pieces, Stage, f
 from nt_core.backends.mosaic.tables import coefficients, positions, tables
 from nt_core.backends.xla.block import Block, Pairs
 from nt_core.backends.xla.geometry import AllPairs, Geometry
-from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired_with_self
-from nt_core.backends.xla.tiles import block_size, map_pairs, map_samples
+from nt_core.backends.xla.sources import Batch, Loader, batch, crossed
+from nt_core.backends.xla.tiles import map_pairs, map_samples
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts
 from nt_core.program import Node, Program
 from nt_core.sources import Inputs, Source
@@ -24,7 +24,7 @@ from nt_core.steps import Flatten, GlobalPool, Pool
 
 _MAX_SAMPLES = 128
 
-RunStage = Callable[[Stage, Array, Array, Array, Array, Array], Array]
+RunStage = Callable[..., Array]  # see `run_stage` of both kinds of hardware
 
 
 class Propagation:
@@ -42,6 +42,7 @@ class Propagation:
         self._sources = sources
         self._request = request
         self._run_stage = run_stage
+        self._pieces = pieces
         self._stages = make_plan(self._program, self._needs, sources, request.ntk, pieces)
         self._symmetric = all(isinstance(s, Inputs) and s.x2 is None for s in sources)
 
@@ -68,36 +69,53 @@ class Propagation:
     def _samples(self, which: int) -> tuple[Batch, Statistics]:
         """Looks at each sample of a batch on its own."""
         data = batch(self._sources, which)
+        own_stages = make_plan(self._program, self._needs, self._sources, False, self._pieces)
+        own_stages = [stage for stage in own_stages if stage.deficit and not isinstance(stage.step, Flatten)]
 
-        def compute(blocks: tuple[Batch, dict[int, Pairs]]) -> Statistics:
-            samples, own = blocks
+        def compute(samples: Batch) -> Statistics:
             statistics = Statistics(dict(samples.variance))
-            loader = Loader(self._program.sources, samples, samples, own, self._needs, True)
-            Block(self._program, self._needs, statistics, statistics, loader, ntk=False).complete_statistics()
+
+            def pool_sums(stage: Stage, read: dict[int, Pairs]) -> Array:
+                read = {i: Pairs(x.value[..., None], None) for i, x in read.items()}
+                return self._run(stage, (samples, statistics), (samples, statistics), read, own=True)[..., 0]
+
+            load = Loader(self._program.sources, samples, samples, {}, self._needs, True)
+            _OwnPairs(self._program, self._needs, statistics, load, own_stages, pool_sums).complete_statistics()
             return statistics
 
         n = data.index.shape[0]
-        blocks = (data, paired_with_self(self._sources, which))
-        return data, map_samples(compute, blocks, n, math.prod(block_size(self._program, n, n)))
+        per_sample = max(map(_numbers_between, own_stages), default=1)
+        return data, map_samples(compute, data, n, max(1, min(n, MAX_NUMBERS // per_sample)))
 
     def _block(self, block1: tuple[Batch, Statistics], block2: tuple[Batch, Statistics], same: Any) -> Pairs:
         index1, index2 = block1[0].index, block2[0].index
-        triangle = jnp.array(self._symmetric) & (index1[0] == index2[0])
         equal = (index1[:, None] == index2[None, :]) & same
         read: dict[int, Pairs] = {}
         for stage in self._stages:
-            arguments = (
-                coefficients(stage),
-                tables(stage, self._program, *block1, stage.torus.span),
-                tables(stage, self._program, *block2, stage.torus.reach),
-                _planes(stage, read, (index1.shape[0], index2.shape[0])),
-                triangle,
-            )
-            # One after another under `vmap`: each call fills the device, and memory stays what it is.
-            run_stage = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage))
-            out = _varying(run_stage(*(_varying(x, arguments) for x in arguments)), arguments)
+            out = self._run(stage, block1, block2, read)
             read[stage.readout] = read_out(stage, out, block1[1], block2[1], equal)
         return self._tail(read, block1[1], block2[1])
+
+    def _run(
+        self,
+        stage: Stage,
+        block1: tuple[Batch, Statistics],
+        block2: tuple[Batch, Statistics],
+        read: dict[int, Pairs],
+        own: bool = False,
+    ) -> Array:
+        """Runs a stage for all pairs of two blocks; with `own`, of each sample with itself: `(..., n, 1)`."""
+        index1, index2 = block1[0].index, block2[0].index
+        arguments = (
+            coefficients(stage),
+            tables(stage, self._program, *block1, stage.torus.span),
+            tables(stage, self._program, *block2, stage.torus.reach),
+            _planes(stage, read, (index1.shape[0], 1 if own else index2.shape[0])),
+            jnp.array(self._symmetric and not own) & (index1[0] == index2[0]),
+        )
+        # One after another under `vmap`: each call fills the device, and memory stays what it is.
+        run_stage = jax.custom_batching.sequential_vmap(partial(self._run_stage, stage, own=own))
+        return _varying(run_stage(*(_varying(x, arguments) for x in arguments)), arguments)
 
     def _tail(self, read: dict[int, Pairs], first: Statistics, second: Statistics) -> Pairs:
         """What follows the last readouts: few numbers, for `xla`."""
@@ -117,6 +135,30 @@ class Propagation:
         statistics1, statistics2 = crossed(renumbered(first), renumbered(second))
         block = Block(program, needs, statistics1, statistics2, load, self._request.ntk)
         return block.covariance(program.outputs[0])
+
+
+class _OwnPairs(Block):
+    """Each sample of a block with itself, with pools by kernels."""
+
+    def __init__(
+        self,
+        program: Program,
+        needs: tuple[bool, ...],
+        statistics: Statistics,
+        load: Loader,
+        stages: list[Stage],
+        pool_sums: Callable[[Stage, dict[int, Pairs]], Array],
+    ) -> None:
+        super().__init__(program, needs, statistics, statistics, load, ntk=False)
+        self._stages = {stage.readout: stage for stage in stages}
+        self._kernel_sums = pool_sums
+
+    def _pool_sums(self, number: int, pool: Pool) -> Pairs:
+        stage = self._stages[number]
+        (value,) = summed_windows(
+            stage, self._kernel_sums(stage, self._readouts), window_counts(pool, stage.spec).shape
+        )
+        return Pairs(value, None)
 
 
 class _Readouts:
@@ -147,20 +189,13 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
       equal: which pairs are of equal samples.
     """
     spec, step = stage.spec, stage.step
-    if stage.windows is None:
-        slots = stage.torus.slot(np.arange(stage.torus.size))
-        out = jnp.sum(out[:, slots], 1)
     if isinstance(step, Flatten):
-        value, *ntk = out / math.prod(spec.space)
+        value, *ntk = _total(stage, out) / math.prod(spec.space)
         return Pairs(value, ntk[0] if ntk else None)
     pool = step if isinstance(step, Pool) else Pool(spec.space, (1,) * len(spec.space), "VALID", step.mean)  # type: ignore
     counts = window_counts(pool, spec)
     pairs = AllPairs(len(spec.space))
-    if stage.windows is None:
-        pooled = out.reshape(out.shape[:1] + (1,) * (2 * len(spec.space)) + out.shape[1:])
-    else:
-        offset, slot = pairs_on_torus(stage, counts.shape)
-        pooled = jnp.moveaxis(out[offset, :, slot], offset.ndim, 0)
+    pooled = summed_windows(stage, out, counts.shape)
     size = counts if pool.normalize_edges else jnp.full_like(counts, math.prod(pool.window))
     if pool.mean:
         divisor = (pairs.first(size) * pairs.second(size)).astype(out.dtype)
@@ -170,6 +205,19 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
         value = _pooled_deficit(stage, pool, value, counts, crossed(first, second), equal)
     shape = value.shape[-2:] if isinstance(step, GlobalPool) else value.shape
     return Pairs(value.reshape(shape), ntk[0].reshape(shape) if ntk else None)
+
+
+def _total(stage: Stage, out: Array) -> Array:
+    """Sums a plane over all addresses."""
+    return jnp.sum(out[:, stage.torus.slot(np.arange(stage.torus.size))], 1)
+
+
+def summed_windows(stage: Stage, out: Array, space: tuple[int, ...]) -> Array:
+    """Turns what a stage that ends in a pool has summed into sums over pairs of windows, `(kernels, *pairs, ...)`."""
+    if stage.windows is None:
+        return lax.expand_dims(_total(stage, out), range(1, 1 + 2 * len(space)))
+    offset, slot = pairs_on_torus(stage, space)
+    return jnp.moveaxis(out[offset, :, slot], offset.ndim, 0)
 
 
 def _pooled_deficit(

@@ -23,9 +23,12 @@ def run_stage(
     sources: Array,
     triangle: Array,
     interpret: bool,
+    own: bool = False,
 ) -> Array:
     """Computes the planes of a stage for all pairs of two blocks of samples: as `run_stage` of the GPU."""
-    n1, n2 = first.shape[-1], second.shape[-1]
+    n1, n2 = 1 if own else first.shape[-1], second.shape[-1]
+    if own:  # both samples along the lanes
+        first, sources = first[..., :1], jnp.swapaxes(sources, -2, -1)
     width = n2 if interpret else TPU_LANES
     columns = -(-n2 // width)
     second, sources = (_pad_last(x, columns * width) for x in (second, sources))
@@ -84,7 +87,7 @@ def run_stage(
             if stage.stride != (1, 1):
                 along = lax.div(finer, jnp.int32(stage.stride[1])), lax.rem(finer, jnp.int32(stage.stride[1]))
             refs = (coefficients_ref, first_rows, second_rows if streamed else second_ref, sources_ref)
-            machine = _Machine(stage, refs, tuple(buffers), fetch if streamed else None)
+            machine = _Machine(stage, refs, tuple(buffers), own, fetch if streamed else None)
             evaluation = Evaluation(stage, machine, offset, along)
             evaluation.run()
 
@@ -155,13 +158,15 @@ def run_stage(
     )
     out = jnp.moveaxis(out, (0, 1), (-3, -2))
     out = out.reshape(*out.shape[:-2], columns * width)[..., :n2]
-    return out if is_pool else out[0]
+    out = out if is_pool else out[0]
+    return jnp.swapaxes(out, -2, -1) if own else out
 
 
 class _Machine:
     """Everything in vector memory, a pair in each lane (see `Machine`).
 
     Args:
+      own: the first sample of each pair is the second.
       fetch: brings rows of the tables to where others are, where all do not fit at once; None where they do.
     """
 
@@ -170,6 +175,7 @@ class _Machine:
         stage: Stage,
         refs: tuple[Any, ...],
         buffers: tuple[Any, ...],
+        own: bool,
         fetch: Callable[[Int, Any], None] | None,
     ) -> None:
         self._stage = stage
@@ -177,7 +183,7 @@ class _Machine:
         self._torus = stage.torus
         self._coefficients, self._first, self._second, self._sources = refs
         self._buffers = buffers
-        self._fetch = fetch
+        self._own, self._fetch = own, fetch
 
     def coefficient(self, index: Int) -> Array:
         return self._coefficients[index]
@@ -189,7 +195,7 @@ class _Machine:
             self._fetch(begin, pl.ds(self._stage.tables[0].size, size))
 
     def first(self, place: Place, piece: int) -> Array:
-        return self._first[self._row(place)]
+        return self.second(place, 0, piece) if self._own else self._first[self._row(place)]
 
     def second(self, place: Place, start: Int, piece: int) -> Array:
         return self._second[self._row(place), pl.ds(start, self._torus.span), :]

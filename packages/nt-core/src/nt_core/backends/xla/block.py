@@ -346,14 +346,7 @@ class Block:
             pooled = [None if a is None else (pool_sum(pool, spec, a) / divisor).reshape(shape) for a in x]
             return Pairs(*pooled)  # type: ignore[arg-type]
 
-        def inputs(geometry: Geometry) -> Pairs:
-            x = self.evaluate(source, geometry)
-            return x if as_deficit else self._as_covariance(source, x, geometry)
-
-        if pools_planes(self._program, number):
-            x = _pool_planes(pool, spec, inputs)
-        else:
-            x = _pool_all_pairs(pool, spec, inputs(AllPairs(len(spec.space))))
+        x = self._pool_sums(number, pool)
         pairs = AllPairs(len(spec.space))
         size = _window_sizes(pool, spec, x.value.dtype)
         divisor = _trailing(pairs.first(size) * pairs.second(size), x.value.ndim)
@@ -365,6 +358,19 @@ class Block:
             axes = tuple(range(2 * len(spec.space)))
             value, ntk = jnp.squeeze(value, axes), None if ntk is None else jnp.squeeze(ntk, axes)
         return Pairs(value, ntk)
+
+    def _pool_sums(self, number: int, pool: Pool) -> Pairs:
+        """Returns the sums over all pairs of windows of a pool, as deficits where those are needed after it."""
+        node = self._program.nodes[number - len(self._program.sources)]
+        (source,), spec, as_deficit = node.inputs, self._input_spec(node), self._needs[number]
+
+        def inputs(geometry: Geometry) -> Pairs:
+            x = self.evaluate(source, geometry)
+            return x if as_deficit else self._as_covariance(source, x, geometry)
+
+        if pools_planes(self._program, number):
+            return _pool_planes(pool, spec, inputs)
+        return _pool_all_pairs(pool, spec, inputs(AllPairs(len(spec.space))))
 
     def _pooled_deficit(self, number: int, pool: Pool, spec: Spec, source: int, pooled: Array) -> Array:
         """Turns a pooled deficit into the deficit of the pooled covariance.
