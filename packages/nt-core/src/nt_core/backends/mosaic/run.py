@@ -276,7 +276,9 @@ def _pairs_of_planes(stage: Stage, source: Instance) -> np.ndarray:
     """Returns the number of the pair at each address, `(planes, phases, span)`; with a ghost, that is their count."""
     torus, (rows, columns), scale = stage.torus, stage.torus.shape, source.scale
     at = positions(torus, source.space, scale, torus.size)
-    plane, phase, address = np.ix_(range(n_planes(stage)), range(source.phases), np.arange(torus.span) % torus.size)
+    plane, phase, address = np.ix_(
+        range(n_planes(stage)), range(source.phases), (np.arange(torus.span) % torus.size).tolist()
+    )
     finer, offset = plane // stage.offsets, plane % stage.offsets
     y = phase // scale[1] + scale[0] // stage.stride[0] * (finer // stage.stride[1])
     x = phase % scale[1] + scale[1] // stage.stride[1] * (finer % stage.stride[1])
