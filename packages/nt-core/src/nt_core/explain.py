@@ -18,7 +18,7 @@ from nt_core.steps import Conv, Dual, Normalize, Pool
 from nt_core.trees import nt_tree_map
 
 # Floating point operations for one entry of a covariance and of its tangent kernel, roughly: a square root, two
-# polynomials of degree 8 and what is around them.
+# polynomials of degrees 7 and 6, and what is around them.
 _OPERATIONS_OF_DUAL = 40
 _OPERATIONS_OF_SCALING = 4
 
