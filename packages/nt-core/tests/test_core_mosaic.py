@@ -178,6 +178,9 @@ class TestMosaicTpu(Conformance):
     def test_many_samples(self, monkeypatch):
         """More samples than one block holds, in numbers that blocks do not divide."""
         monkeypatch.setattr("nt_core.backends.mosaic.run._MAX_SAMPLES", 4)
+        monkeypatch.setattr(
+            MosaicTpuBackend, "hardware", MosaicTpuBackend.hardware._replace(numbers=256)
+        )  # 2 x 4 pairs
         jax.clear_caches()
         x1, x2 = inputs((3, 3), 7, 9, "float32")
         layers = [conv(), RELU, conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
@@ -303,7 +306,7 @@ STREAMED = [conv(), RELU] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.Global
 def little_memory(monkeypatch):
     """The tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
     spec = Spec((2, 3, 3, 3), (2, 3, 3, 3), 0, 3)
-    (stage,) = make_plan(*fold(chain(spec, STREAMED)), (Inputs(None, None, spec),), True, MosaicTpuBackend.pieces)
+    (stage,) = make_plan(*fold(chain(spec, STREAMED)), (Inputs(None, None, spec),), True, MosaicTpuBackend.hardware)
     assert len(stage.tables) == 2
     monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", tpu_bytes(stage, kept_rows(stage)))
     assert is_streamed(stage)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import Pieces, Refused, Stage, fold, make_plan
+from nt_core.backends.mosaic.plan import Hardware, Refused, Stage, fold, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
@@ -31,7 +31,7 @@ class MosaicBackend:
 
     name: str
     platform: str
-    pieces: Pieces
+    hardware: Hardware
     module: str  # imported when a kernel is first executed
 
     def __init__(self, interpret: bool = False) -> None:
@@ -53,7 +53,7 @@ class MosaicBackend:
             return "covariances between all samples of one batch are asked for"
         folded, needs = fold(program)
         try:
-            for stage in make_plan(folded, needs, sources, request.ntk, self.pieces):
+            for stage in make_plan(folded, needs, sources, request.ntk, self.hardware):
                 self.check_memory(stage)
         except Refused as refused:
             return str(refused)
@@ -69,7 +69,7 @@ class MosaicBackend:
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
         module = importlib.import_module(self.module)
         run_stage = partial(module.run_stage, interpret=self._interpret)
-        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.pieces)(program, sources)
+        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.hardware)(program, sources)
         source = sources[0]
         assert isinstance(source, Inputs)
         spec = program.spec(program.outputs[0])
@@ -81,7 +81,7 @@ class MosaicGpuBackend(MosaicBackend):
 
     name = "mosaic_gpu"
     platform = "gpu"
-    pieces = Pieces(multiple=128, largest=128)  # a number for each thread of a warpgroup
+    hardware = Hardware(multiple=128, largest=128, numbers=2**29)  # a number for each thread of a warpgroup
     module = "nt_core.backends.mosaic.gpu"
 
     def hardware_refusal(self) -> str | None:
@@ -103,7 +103,7 @@ class MosaicTpuBackend(MosaicBackend):
 
     name = "mosaic_tpu"
     platform = "tpu"
-    pieces = Pieces(multiple=8, largest=None)
+    hardware = Hardware(multiple=8, largest=None, numbers=2**27)
     module = "nt_core.backends.mosaic.tpu"
 
     def hardware_refusal(self) -> str | None:
@@ -119,7 +119,8 @@ class MosaicTpuBackend(MosaicBackend):
 
 # Of a multiprocessor of Hopper, for one block of threads; and what is used of that of a TPU (128 MiB from v5e on).
 SHARED_MEMORY = 227 * 2**10
-VECTOR_MEMORY = 100 * 2**20
+VECTOR_MEMORY = 127 * 2**20
+_TEMPORARIES = 20  # planes that the compiler of TPU v5e keeps on its stack: between 13 and 25 at 64 x 64
 TPU_LANES = 128  # pairs of samples side by side
 
 
@@ -139,23 +140,23 @@ def kept_rows(stage: Stage) -> int:
 
 
 def tpu_bytes(stage: Stage, n_rows: int) -> int:
-    """Vector memory that a program of a stage needs: tables, buffers, one plane of what comes in and goes out."""
+    """Vector memory that a program of a stage needs, with one plane of what comes in and goes out."""
     kernels, torus = 2 if stage.has_ntk else 1, stage.torus
     tables = n_rows * (torus.span + torus.reach)
     buffers = kernels * sum(stage.buffers) * torus.reach
     sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.span
-    return 4 * TPU_LANES * (tables + buffers + sources + kernels * torus.slots)
+    return 4 * TPU_LANES * (tables + buffers + sources + (kernels + _TEMPORARIES) * torus.span)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]
 
 
-def _differentiable(request: Request, run_stage: RunStage, pieces: Pieces) -> Callable[..., _Arrays]:
+def _differentiable(request: Request, run_stage: RunStage, hardware: Hardware) -> Callable[..., _Arrays]:
     """Returns the computation of a `Kernel`'s arrays, with the derivatives of the `xla` backend."""
 
     @jax.custom_jvp
     def compute(program: Program, sources: tuple[Source, ...]) -> _Arrays:
-        pairs = Propagation(program, sources, request, run_stage, pieces).pairs()
+        pairs = Propagation(program, sources, request, run_stage, hardware).pairs()
         cov1, cov2 = None, None
         if request.covariances:  # of each sample with itself: little work, the pairs of this are never computed
             (own,) = XlaBackend().propagate(program, sources, Request(ntk=False, covariances=True))

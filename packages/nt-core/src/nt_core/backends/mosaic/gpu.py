@@ -9,15 +9,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from nt_core.backends.mosaic.backend import SHARED_MEMORY, shared_bytes
+from nt_core.backends.mosaic.backend import SHARED_MEMORY, MosaicGpuBackend, shared_bytes
 from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
-from nt_core.backends.mosaic.plan import MAX_NUMBERS, Stage
+from nt_core.backends.mosaic.plan import Stage
 
 plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
 
 # Those of one block of threads compute planes of one pair, or of pairs that share their first sample: tables are read
 # through the same first-level cache. A multiprocessor has registers for that many.
 _WARPGROUPS = 4
+# Larger planes need twice the registers, which half as many warpgroups have.
+_MAX_PIECES = 20
 # To aim for: several warpgroups share the planes of a pair where there are few pairs.
 _MIN_TASKS = 4096
 
@@ -47,10 +49,11 @@ def run_stage(
     n1, n2 = first.shape[-1], 1 if own else second.shape[-1]
     torus, n_kernels, n_planes = stage.torus, 2 if stage.has_ntk else 1, stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
-    warpgroups = min(_WARPGROUPS, SHARED_MEMORY // max(1, shared_bytes(stage)))
+    warpgroups = _WARPGROUPS if torus.pieces <= _MAX_PIECES else 2
+    warpgroups = min(warpgroups, SHARED_MEMORY // max(1, shared_bytes(stage)))
     results = (stage.offsets if is_pool else 1, n_kernels, torus.slots)
     if is_pool:  # many numbers, and the planes of a pair add to one another
-        parts = min(_MIN_TASKS, MAX_NUMBERS // math.prod(results)) // (n1 * n2)
+        parts = min(_MIN_TASKS, MosaicGpuBackend.hardware.numbers // math.prod(results)) // (n1 * n2)
     else:
         parts = warpgroups * -(-_MIN_TASKS // (warpgroups * n1 * n2))
     parts = max(1, min(parts, n_planes))

@@ -26,8 +26,6 @@ _MAX_SIZE = 64
 _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
 
-# Numbers that the planes of a block of pairs may hold between two stages: 2 GiB.
-MAX_NUMBERS = 2**29
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30
 
@@ -85,16 +83,18 @@ class Torus(NamedTuple):
         return address // self.pitch * self.width + address % self.pitch
 
 
-class Pieces(NamedTuple):
+class Hardware(NamedTuple):
     """What a machine computes at once.
 
     Attributes:
       multiple: of numbers in an array.
       largest: how many of them make a piece at most, where planes are divided into pieces; None where they are not.
+      numbers: how many the planes of a block of pairs may hold between two stages.
     """
 
     multiple: int
     largest: int | None
+    numbers: int
 
 
 class Row(NamedTuple):
@@ -254,7 +254,7 @@ def fold(program: Program) -> tuple[Program, tuple[bool, ...]]:
 
 
 def make_plan(
-    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, pieces: Pieces
+    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, hardware: Hardware
 ) -> list[Stage]:
     """Returns the stages of a program (with repeats folded), in order. Raises `Refused`."""
     _check(program, sources)
@@ -262,7 +262,7 @@ def make_plan(
     for number, node in enumerate(program.nodes, len(program.sources)):
         spec = program.spec(node.inputs[0])
         if is_readout(node) and spec.space:
-            stages.append(_StageBuilder(program, needs, ntk, pieces, stages, number, node).build())
+            stages.append(_StageBuilder(program, needs, ntk, hardware, stages, number, node).build())
     if not stages:
         raise Refused("no layer reads images out (a pool or Flatten), and without images XLA does as well")
     return stages
@@ -302,7 +302,7 @@ class _StageBuilder:
         program: Program,
         needs: tuple[bool, ...],
         ntk: bool,
-        pieces: Pieces,
+        hardware: Hardware,
         earlier: list[Stage],
         number: int,
         node: Node,
@@ -310,7 +310,7 @@ class _StageBuilder:
         self._program = program
         self._needs = needs
         self._ntk = ntk
-        self._pieces = pieces
+        self._hardware = hardware
         self._readout_has_ntk = {stage.readout: stage.has_ntk for stage in earlier}
         self._made: dict[tuple[int, Two], int] = {}
         spec, step = program.spec(node.inputs[0]), node.step
@@ -427,7 +427,7 @@ class _StageBuilder:
             w or s == 1 or self._is_exact(a) for a, (w, s) in enumerate(zip(wraps, sides, strict=True))
         ):
             raise Refused("convolutions that are CIRCULAR along one axis only")
-        stage.torus = _torus(shape, any(wraps), self._pieces)
+        stage.torus = _torus(shape, any(wraps), self._hardware)
 
     def _is_exact(self, axis: int) -> bool:
         """Whether nothing moves along an axis."""
@@ -489,17 +489,17 @@ class _StageBuilder:
                     instance.rows["mask"] = stage.tables[0].add(row, instance.phases)
 
 
-def _torus(shape: Two, wraps: bool, pieces: Pieces) -> Torus:
+def _torus(shape: Two, wraps: bool, hardware: Hardware) -> Torus:
     (rows, columns), n = shape, math.prod(shape)
-    if pieces.largest is None or wraps or n <= pieces.largest:
-        width = -(-n // pieces.multiple) * pieces.multiple
+    if hardware.largest is None or wraps or n <= hardware.largest:
+        width = -(-n // hardware.multiple) * hardware.multiple
         return Torus(shape, wraps, n, (columns, 1), 1, width, width)
     # Column by column, in strips of `count` rows, one for each lane: address = pitch * place, where count * pitch = 1
     # modulo size. So the next place is in the next piece, and the one after a strip is the first of the next lane.
-    count = -(-(n + 1) // pieces.largest)
+    count = -(-(n + 1) // hardware.largest)
     pitch = -(-(n + 1) // count)
     size = count * pitch - 1
-    return Torus(shape, wraps, size, (pitch, pitch * rows % size), count, pitch, pieces.largest)
+    return Torus(shape, wraps, size, (pitch, pitch * rows % size), count, pitch, hardware.largest)
 
 
 def _kinds(instance: Instance, before: Instance | None, readers: list[Instance]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import MAX_NUMBERS, Instance, Pieces, Stage, fold, make_plan, n_planes
+from nt_core.backends.mosaic.plan import Hardware, Instance, Stage, fold, make_plan, n_planes
 from nt_core.backends.mosaic.tables import coefficients, positions, tables
 from nt_core.backends.xla.block import Block, Pairs
 from nt_core.backends.xla.geometry import AllPairs, Geometry
@@ -36,14 +36,14 @@ class Propagation:
         sources: tuple[Source, ...],
         request: Request,
         run_stage: RunStage,
-        pieces: Pieces,
+        hardware: Hardware,
     ) -> None:
         self._program, self._needs = fold(program)
         self._sources = sources
         self._request = request
         self._run_stage = run_stage
-        self._pieces = pieces
-        self._stages = make_plan(self._program, self._needs, sources, request.ntk, pieces)
+        self._hardware = hardware
+        self._stages = make_plan(self._program, self._needs, sources, request.ntk, hardware)
         self._symmetric = all(isinstance(s, Inputs) and s.x2 is None for s in sources)
 
     def pairs(self) -> Pairs:
@@ -62,14 +62,14 @@ class Propagation:
         return jax.tree.map(_mirrored, out) if self._symmetric else out
 
     def _block_size(self, n1: int, n2: int) -> tuple[int, int]:
-        per_pair = max(_numbers_between(stage) for stage in self._stages)
-        side = max(1, min(_MAX_SAMPLES, math.isqrt(MAX_NUMBERS // per_pair)))
-        return min(n1, side), min(n2, side)
+        pairs = self._hardware.numbers // max(_numbers_between(stage) for stage in self._stages)
+        columns = max(1, min(n2, _MAX_SAMPLES, pairs))
+        return max(1, min(n1, _MAX_SAMPLES, pairs // columns)), columns
 
     def _samples(self, which: int) -> tuple[Batch, Statistics]:
         """Looks at each sample of a batch on its own."""
         data = batch(self._sources, which)
-        own_stages = make_plan(self._program, self._needs, self._sources, False, self._pieces)
+        own_stages = make_plan(self._program, self._needs, self._sources, False, self._hardware)
         own_stages = [stage for stage in own_stages if stage.deficit and not isinstance(stage.step, Flatten)]
 
         def compute(samples: Batch) -> Statistics:
@@ -85,7 +85,7 @@ class Propagation:
 
         n = data.index.shape[0]
         per_sample = max(map(_numbers_between, own_stages), default=1)
-        return data, map_samples(compute, data, n, max(1, min(n, MAX_NUMBERS // per_sample)))
+        return data, map_samples(compute, data, n, max(1, min(n, self._hardware.numbers // per_sample)))
 
     def _block(self, block1: tuple[Batch, Statistics], block2: tuple[Batch, Statistics], same: Any) -> Pairs:
         index1, index2 = block1[0].index, block2[0].index
