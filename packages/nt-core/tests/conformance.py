@@ -61,8 +61,19 @@ CHAINS = {
         [conv(), steps.Normalize(1e-3, ()), RELU, conv(), steps.Normalize(0.0, (1,)), RELU, steps.GlobalPool(MEAN)],
     ),
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
-    "large image": ((16, 16), [conv((1, 3)), RELU, pool((4, 4), (4, 4)), conv(), RELU, steps.GlobalPool(MEAN)]),
+    "large image": ((12, 8), [conv((1, 3)), RELU, pool((4, 4), (4, 4)), conv(), RELU, steps.GlobalPool(MEAN)]),
 }
+# Whose kernels of a batch with itself are computed as well: one of each kind of output, and of each way to pool.
+WITH_ITSELF = {
+    "dense",
+    "full output of two",
+    "after global pool",
+    "pool",
+    "normalised edges",
+    "pooled output",
+    "repeated",
+}
+SIMPLE = [conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
 
 
 def chain(spec, layers):
@@ -145,6 +156,8 @@ class Conformance:
         self.agree(
             run(program, x1, x2, implementation=self.implementation), dense_reference.propagate(program, x1, x2), 1e-12
         )
+        if name not in WITH_ITSELF:
+            return
         program = chain(spec_of(x1, x1), layers)
         own = run(program, x1, None, implementation=self.implementation)
         self.agree(
@@ -171,7 +184,7 @@ class Conformance:
 
     def test_only_what_is_asked_for(self):
         x1, x2 = inputs((6, 6), 3, 2, "float32")
-        program = chain(spec_of(x1, x2), CHAINS["pool"][1])
+        program = chain(spec_of(x1, x2), SIMPLE)
         kernel = run(program, x1, x2, Request(ntk=False, covariances=False), self.implementation)
         assert kernel.ntk is None and kernel.cov1 is None and kernel.cov2 is None
         whole = run(program, x1, x2, Request(), self.implementation)
@@ -197,7 +210,7 @@ class Conformance:
     def test_many_samples(self):
         """More samples than one block holds, in numbers that blocks do not divide."""
         x1, x2 = inputs((6, 6), 37, 41, "float32")
-        layers = CHAINS["pool"][1]
+        layers = SIMPLE
         whole = run(chain(spec_of(x1, x2), layers), x1, x2, Request(), self.implementation)
         part1, part2 = x1[30:], x2[:3]
         part = run(chain(spec_of(part1, part2), layers), part1, part2, Request(), self.implementation)

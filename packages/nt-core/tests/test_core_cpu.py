@@ -176,11 +176,11 @@ CIRCULAR = {
         [conv(padding="CIRCULAR"), RELU, conv((2, 3), padding="CIRCULAR"), ABS, steps.GlobalPool(MEAN)],
     ),
     "strides": (
-        (8, 6),
+        (4, 6),
         [conv(padding="CIRCULAR"), RELU, conv((3, 3), (2, 2), "CIRCULAR"), RELU, steps.GlobalPool(SUM)],
     ),
     "pool": (
-        (6, 6),
+        (4, 4),
         [conv(padding="CIRCULAR"), RELU, pool((3, 3), (2, 2), "SAME"), conv(padding="CIRCULAR"), RELU]
         + [steps.GlobalPool(MEAN)],
     ),
@@ -287,15 +287,15 @@ def test_concurrent_calls_never_block_each_other():
     assert done.is_set()
 
 
-def test_a_residual_network_in_both_precisions(dtype):
-    x1, x2 = inputs((8, 8), 3, 18, dtype)
+def test_a_residual_network_in_single_precision():
+    x1, x2 = inputs((4, 4), 3, 18, "float32")
     program = residual(spec_of(x1, x2))
     kernel, expected = (run(program, x1, x2, Request(), name) for name in ("cpu", "xla"))
-    agree(kernel, expected, 1e-12 if dtype == "float64" else 2e-6)
+    agree(kernel, expected, 2e-6)
 
 
 def test_branches_with_pools_of_their_own(x64):
-    x1, x2 = inputs((6, 6), 3, 2, "float64")
+    x1, x2 = inputs((4, 4), 3, 2, "float64")
     builder = Builder()
     x = builder.add(RELU, builder.add(conv(), builder.source(spec_of(x1, x2))))
     branches = [builder.add(RELU, builder.add(conv(), builder.add(pool(), y))) for y in (x, builder.add(conv(), x))]
