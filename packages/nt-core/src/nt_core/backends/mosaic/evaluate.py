@@ -1,6 +1,6 @@
 """What a kernel does with one plane: the steps of a stage, written once for GPU and TPU.
 
-Only additions, products, divisions, square roots, selections and polynomials: they lower everywhere.
+Only additions, products, divisions, roots, selections and polynomials: they lower everywhere.
 """
 
 import math
