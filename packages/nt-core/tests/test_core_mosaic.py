@@ -245,6 +245,26 @@ def test_branches_with_pools_of_their_own():
 
 
 @needs_mosaic
+def test_vmap():
+    """Over inputs and over what is written into the steps."""
+    batches = np.stack([inputs((2, 3), 2, 1, "float32")[0] * scale for scale in (1, 0.5)])
+
+    def kernel(x, w_var):
+        layers = [
+            steps.Conv(w_var, 0.1, 16, (3, 3), (1, 1), "SAME", (1, 1)),
+            RELU,
+            pool(),
+            conv(),
+            RELU,
+            steps.Flatten(),
+        ]
+        return run(chain(spec_of(x, x), layers), x, None, PAIRS, "mosaic_tpu").ntk
+
+    w_vars = jnp.array([1.5, 2.0], jnp.float32)
+    expected = [kernel(x, w_var) for x, w_var in zip(batches, w_vars, strict=True)]
+    np.testing.assert_allclose(jax.vmap(kernel)(jnp.asarray(batches), w_vars), expected, rtol=TOLERANCE)
+
+
 def test_equal_inputs_have_no_deficit():
     """The same image in both batches has, to the last bit, the kernel that its variance says."""
     x1, _ = inputs((4, 4), 2, 2, "float32")
