@@ -418,6 +418,14 @@ def exported(function, platform, *args):
     return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=[custom_call])(*args)
 
 
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOWERED)
+def test_gpu_kernels_on_the_whole_suite(name, simulated):
+    space, layers = LOWERED[name]
+    assert simulated("gpu", check, layers, space, "mosaic_gpu", 1, 1) == ""
+
+
 LOWERED_NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LOWERED]
 
 
