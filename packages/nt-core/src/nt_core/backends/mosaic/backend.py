@@ -142,10 +142,10 @@ def kept_rows(stage: Stage) -> int:
 def tpu_bytes(stage: Stage, n_rows: int) -> int:
     """Vector memory that a program of a stage needs, with one plane of what comes in and goes out."""
     kernels, torus = 2 if stage.has_ntk else 1, stage.torus
-    tables = n_rows * (torus.span + torus.reach)
+    tables = n_rows * (torus.slots + torus.reach)
     buffers = kernels * sum(stage.buffers) * torus.reach
-    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.span
-    return 4 * TPU_LANES * (tables + buffers + sources + (kernels + _TEMPORARIES) * torus.span)
+    sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.slots
+    return 4 * TPU_LANES * (tables + buffers + sources + (kernels + _TEMPORARIES) * torus.slots)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]

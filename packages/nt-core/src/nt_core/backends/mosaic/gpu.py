@@ -37,13 +37,13 @@ def run_stage(
     """Computes the planes of a stage for all pairs of two blocks of samples, and reads them out.
 
     Args:
-      first, second: tables of both blocks, `(rows, lanes, n)`.
-      sources: covariances that earlier stages have left, `(offsets, rows, lanes, n1, n2)`.
+      first, second: tables of both blocks, in slots `(rows, slots, n1)`, and at addresses `(rows, reach, n2)`.
+      sources: covariances that earlier stages have left, `(planes, rows, slots, n1, n2)`.
       triangle: whether pairs below the diagonal are not wanted.
       own: only the pairs of each sample with itself; both blocks are the same, and `n2` is 1 in what comes and goes.
 
     Returns:
-      Sums over the planes, `(kernels, lanes, n1, n2)`, or the planes after a pool, `(offset, kernels, lanes, n1, n2)`,
+      Sums over the planes, `(kernels, slots, n1, n2)`, or the planes after a pool, `(offset, kernels, slots, n1, n2)`,
       where `kernels` counts the covariance and the tangent kernel.
     """
     n1, n2 = first.shape[-1], 1 if own else second.shape[-1]
@@ -155,28 +155,24 @@ class _Machine:
         pass
 
     def first(self, place: Place, piece: int) -> Array:
-        return self._load(self._first, (self._i, self._row(place)), 0, piece)
+        return self._load(self._first, (self._i, self._row(place)), piece * self._torus.width)
 
     def second(self, place: Place, start: Int, piece: int) -> Array:
-        return self._load(self._second, (self._j, self._row(place)), start, piece)
+        return self._load(self._second, (self._j, self._row(place)), start + piece * self._torus.pitch)
 
     def _row(self, place: Place) -> Int:
         start, size = self._stage.first_row(place.table), self._stage.tables[place.table].size
         return start + place.iteration * size + place.row
 
     def source(self, row: Int, piece: int) -> Array:
-        return self._load(self._sources, (self._pair, self._number, row), 0, piece)
+        return self._load(self._sources, (self._pair, self._number, row), piece * self._torus.width)
 
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
         address = start + piece * self._torus.pitch
         if self._torus.pieces > 1:
             size = self._torus.size
             address = address % size if isinstance(address, int) else lax.rem(address, jnp.int32(size))
-        return _load(
-            self._buffers[buffer],
-            (pl.ds(self._at(buffer, is_ntk, phase) + address, self._torus.width),),
-            self._torus.width,
-        )
+        return self._load(self._buffers[buffer], (), self._at(buffer, is_ntk, phase) + address)
 
     def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
         """Writes a plane, and its first piece again behind the last address: pieces may start at any.
@@ -200,9 +196,8 @@ class _Machine:
         of_warpgroup = self._warpgroup * (self._stage.buffers[buffer] * kernels)
         return (of_warpgroup + phase * kernels + is_ntk) * self._torus.piece_reach
 
-    def _load(self, ref: Any, at: tuple[Any, ...], start: Int, piece: int) -> Array:
-        width = self._torus.width
-        return _load(ref, (*at, pl.ds(start + piece * self._torus.pitch, width)), width)
+    def _load(self, ref: Any, at: tuple[Any, ...], start: Int) -> Array:
+        return _load(ref, (*at, pl.ds(start, self._torus.width)), self._torus.width)
 
 
 def _layout(width: int) -> Any:

@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from nt_core.activations import ABRelu, Erf, Gelu
 from nt_core.backends.xla.block import needs_variance
@@ -59,14 +60,9 @@ class Torus(NamedTuple):
     width: int
 
     @property
-    def span(self) -> int:
-        """How many addresses a plane reads, from the one where it starts."""
-        return (self.pieces - 1) * self.pitch + self.width
-
-    @property
     def reach(self) -> int:
         """How many addresses must be stored, periodically, so that a plane may start at any."""
-        return self.size + self.span
+        return self.size + (self.pieces - 1) * self.pitch + self.width
 
     @property
     def piece_reach(self) -> int:
@@ -81,6 +77,11 @@ class Torus(NamedTuple):
     def slot(self, address: Any) -> Any:
         """Where the pieces, one after another, hold an address."""
         return address // self.pitch * self.width + address % self.pitch
+
+    def addresses(self) -> np.ndarray:
+        """The address in each slot."""
+        piece, lane = np.divmod(np.arange(self.slots), self.width)
+        return (piece * self.pitch + lane) % self.size
 
 
 class Hardware(NamedTuple):

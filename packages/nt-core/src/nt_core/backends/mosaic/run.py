@@ -108,8 +108,8 @@ class Propagation:
         index1, index2 = block1[0].index, block2[0].index
         arguments = (
             coefficients(stage),
-            tables(stage, self._program, *block1, stage.torus.span),
-            tables(stage, self._program, *block2, stage.torus.reach),
+            tables(stage, self._program, *block1, stage.torus.addresses()),
+            tables(stage, self._program, *block2, np.arange(stage.torus.reach) % stage.torus.size),
             _planes(stage, read, (index1.shape[0], 1 if own else index2.shape[0])),
             jnp.array(self._symmetric and not own) & (index1[0] == index2[0]),
         )
@@ -273,12 +273,10 @@ def _planes(stage: Stage, read: dict[int, Pairs], shape: tuple[int, int]) -> Arr
 
 
 def _pairs_of_planes(stage: Stage, source: Instance) -> np.ndarray:
-    """Returns the number of the pair at each address, `(planes, phases, span)`; with a ghost, that is their count."""
+    """Returns the number of the pair in each slot, `(planes, phases, slots)`; with a ghost, that is their count."""
     torus, (rows, columns), scale = stage.torus, stage.torus.shape, source.scale
-    at = positions(torus, source.space, scale, torus.size)
-    plane, phase, address = np.ix_(
-        range(n_planes(stage)), range(source.phases), (np.arange(torus.span) % torus.size).tolist()
-    )
+    at = positions(torus, source.space, scale)
+    plane, phase, address = np.ix_(range(n_planes(stage)), range(source.phases), torus.addresses().tolist())
     finer, offset = plane // stage.offsets, plane % stage.offsets
     y = phase // scale[1] + scale[0] // stage.stride[0] * (finer // stage.stride[1])
     x = phase % scale[1] + scale[1] // stage.stride[1] * (finer % stage.stride[1])

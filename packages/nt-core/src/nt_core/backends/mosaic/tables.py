@@ -15,12 +15,11 @@ from nt_core.program import Node, Program
 from nt_core.steps import Conv, Linear, Normalize
 
 
-def tables(stage: Stage, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
-    """Returns the rows of a stage, `(rows, lanes, n)`, continued periodically to this many lanes. Ghosts are 0, or
-    `GHOST_ROOT`."""
+def tables(stage: Stage, program: Program, batch: Batch, statistics: Statistics, addresses: np.ndarray) -> Array:
+    """Returns the rows of a stage at some addresses, `(rows, addresses, n)`. Ghosts are 0, or `GHOST_ROOT`."""
     found = []
     for table in stage.tables:
-        rows = [_row(row, stage.torus, program, batch, statistics, lanes) for row in table.rows]
+        rows = [_row(row, stage.torus, program, batch, statistics, addresses) for row in table.rows]
         if rows:
             of_iterations = [row.reshape(table.count, -1, *row.shape[1:]) for row in rows]
             found.append(jnp.concatenate(of_iterations, 1).reshape(table.count * table.size, *rows[0].shape[1:]))
@@ -37,27 +36,29 @@ def coefficients(stage: Stage) -> Array:
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
 
-def positions(torus: Torus, space: Two, scale: Two, n: int) -> np.ndarray:
-    """Returns the number of the position at each of `n` addresses, `(phases, n)`; of a ghost, that is their count."""
+def positions(torus: Torus, space: Two, scale: Two) -> np.ndarray:
+    """Returns the number of the position at each address, `(phases, addresses)`; of a ghost, that is their count."""
     (rows, columns), phase = torus.shape, np.arange(scale[0] * scale[1])[:, None]
     row, column = np.divmod(np.arange(rows * columns), columns)
     y, x = row * scale[0] + phase // scale[1], column * scale[1] + phase % scale[1]
     at = np.full((phase.size, torus.size), math.prod(space))
     address = (row * torus.steps[0] + column * torus.steps[1]) % torus.size
     at[:, address] = np.where((y < space[0]) & (x < space[1]), y * space[1] + x, math.prod(space))
-    return at[:, np.arange(n) % torus.size]
+    return at
 
 
-def _row(row: Row, torus: Torus, program: Program, batch: Batch, statistics: Statistics, lanes: int) -> Array:
+def _row(
+    row: Row, torus: Torus, program: Program, batch: Batch, statistics: Statistics, addresses: np.ndarray
+) -> Array:
     n = batch.index.shape[0]
     if row.kind == "column":
-        column = np.arange(lanes) % torus.size % torus.shape[1]
-        return jnp.broadcast_to(jnp.asarray(column, jnp.float32)[None, :, None], (1, lanes, n))
+        column = jnp.asarray(addresses % torus.shape[1], jnp.float32)
+        return jnp.broadcast_to(column[None, :, None], (1, len(addresses), n))
     values = _values(row, program, batch, statistics)  # (any, *space, n)
     flat = values.reshape(values.shape[0], math.prod(row.space), n)
     with_ghost = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)), constant_values=GHOST_ROOT if row.kind == "root" else 0)
-    at = positions(torus, row.space, row.scale, lanes)
-    return jnp.take(with_ghost, at.reshape(-1), axis=1).reshape(-1, lanes, n)
+    at = positions(torus, row.space, row.scale)[:, addresses]
+    return jnp.take(with_ghost, at.reshape(-1), axis=1).reshape(-1, len(addresses), n)
 
 
 def _values(row: Row, program: Program, batch: Batch, statistics: Statistics) -> Array:

@@ -33,7 +33,7 @@ def run_stage(
     columns = -(-n2 // width)
     second, sources = (_pad_last(x, columns * width) for x in (second, sources))
     sources = jnp.moveaxis(sources, -2, 0)
-    lanes, kernels = stage.torus.span, 2 if stage.has_ntk else 1
+    lanes, kernels = stage.torus.slots, 2 if stage.has_ntk else 1
     n_offsets = stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
     has_sources = bool(stage.sources)
@@ -198,7 +198,7 @@ class _Machine:
         return self.second(place, 0, piece) if self._own else self._first[self._row(place)]
 
     def second(self, place: Place, start: Int, piece: int) -> Array:
-        return self._second[self._row(place), pl.ds(start, self._torus.span), :]
+        return self._second[self._row(place), pl.ds(start, self._torus.slots), :]
 
     def _row(self, place: Place) -> Int:
         if self._fetch is not None:
@@ -210,7 +210,7 @@ class _Machine:
         return self._sources[0, 0, row]
 
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
-        return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.span), :]
+        return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.slots), :]
 
     def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
         """Writes a plane twice, so that shifts around the torus are contiguous."""
@@ -218,7 +218,7 @@ class _Machine:
             if x is not None:
                 for start in (0, self._torus.size):
                     at = phase * self._kernels + is_ntk
-                    self._buffers[buffer][at, pl.ds(start, self._torus.span), :] = x
+                    self._buffers[buffer][at, pl.ds(start, self._torus.slots), :] = x
 
 
 def _pad_last(x: Array, n: int) -> Array:
