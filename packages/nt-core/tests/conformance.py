@@ -63,13 +63,12 @@ CHAINS = {
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
     "large image": ((12, 8), [conv((1, 3)), RELU, pool((4, 4), (4, 4)), conv(), RELU, steps.GlobalPool(MEAN)]),
 }
-# Whose kernels of a batch with itself are computed as well: one of each kind of output, and of each way to pool.
+# Whose kernels of a batch with itself are computed as well: one of each kind of output, with pools and without.
 WITH_ITSELF = {
     "dense",
     "full output of two",
     "after global pool",
     "pool",
-    "normalised edges",
     "pooled output",
     "repeated",
 }

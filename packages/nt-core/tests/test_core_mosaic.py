@@ -265,6 +265,7 @@ def test_vmap():
     np.testing.assert_allclose(jax.vmap(kernel)(jnp.asarray(batches), w_vars), expected, rtol=TOLERANCE)
 
 
+@needs_mosaic
 def test_equal_inputs_have_no_deficit():
     """The same image in both batches has, to the last bit, the kernel that its variance says."""
     x1, _ = inputs((4, 4), 2, 2, "float32")
