@@ -1,9 +1,9 @@
 """`make gpu-assembly`: compiles the GPU kernels for an H100 with NVIDIA's own assembler, on a machine without a GPU.
 
 Prints, for each kernel of the benchmarked networks, seconds of compilation, registers, spills, and the instructions of
-each loop. It shows that kernels assemble, and what they will execute; neither that they are right nor how fast they run.
+each loop. It shows that kernels assemble, and what they execute; neither that they are right nor how fast they run.
 
-    make gpu-assembly VENV=.venv-gpu [BENCH_ARGS="cnn21-pool --size 32"]
+    make gpu-assembly PYTHON=python3.12 [BENCH_ARGS="cnn21-pool --size 32"]
 """
 
 import argparse
@@ -15,15 +15,6 @@ import sys
 import tempfile
 import time
 
-# Both are read when JAX starts: there is neither a driver nor a device whose versions could be checked.
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-DUMP = pathlib.Path(tempfile.mkdtemp())
-os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1")
-for root in map(pathlib.Path, sys.path):  # where the assembler is
-    for found in root.glob("nvidia/cu*/bin"):
-        os.environ["PATH"] = f"{found}{os.pathsep}{os.environ['PATH']}"
-        os.environ.setdefault("CUDA_ROOT", str(found.parent))
-
 import jax
 import jax.numpy as jnp
 import nt_stax
@@ -31,6 +22,7 @@ from jax.experimental import topologies
 from networks import NETWORKS
 from nt_core.backends.mosaic.backend import MosaicGpuBackend
 
+DUMP = pathlib.Path(tempfile.mkdtemp())
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132
@@ -58,11 +50,21 @@ def main():
     parser.add_argument("networks", nargs="*", default=["cnn21-pool", "cnn21-flatten", "myrtle10", "wide-resnet"])
     parser.add_argument("--size", type=int, default=32, help="of the images")
     arguments = parser.parse_args()
-    MosaicGpuBackend.hardware_refusal = lambda self: None  # the default device is a CPU
+    set_up_compiler()
     device = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100).devices[0]
     print(f"For {device.device_kind}, JAX {jax.__version__}; 8 x 8 images of {arguments.size} x {arguments.size} x 3")
     for network in arguments.networks:
         compile_network(network, arguments.size, device)
+
+
+def set_up_compiler():
+    MosaicGpuBackend.hardware_refusal = lambda self: None  # the default device is a CPU
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver whose version could be checked
+    os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1")
+    for root in map(pathlib.Path, sys.path):  # where the assembler is
+        for found in root.glob("nvidia/cu*/bin"):
+            os.environ["PATH"] = f"{found}{os.pathsep}{os.environ['PATH']}"
+            os.environ.setdefault("CUDA_ROOT", str(found.parent))
 
 
 def compile_network(network, size, device):
