@@ -19,7 +19,7 @@ plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its n
 # through the same first-level cache. A multiprocessor has registers for that many.
 _WARPGROUPS = 4
 # Larger planes need twice the registers, which half as many warpgroups have.
-_MAX_PIECES = 20
+_MAX_SLOTS = 20 * 128
 # To aim for: several warpgroups share the planes of a pair where there are few pairs.
 _MIN_TASKS = 4096
 
@@ -49,7 +49,7 @@ def run_stage(
     n1, n2 = first.shape[-1], 1 if own else second.shape[-1]
     torus, n_kernels, n_planes = stage.torus, 2 if stage.has_ntk else 1, stage.offsets * math.prod(stage.stride)
     is_pool = stage.windows is not None
-    warpgroups = _WARPGROUPS if torus.pieces <= _MAX_PIECES else 2
+    warpgroups = _WARPGROUPS if torus.slots <= _MAX_SLOTS else 2
     warpgroups = min(warpgroups, SHARED_MEMORY // max(1, shared_bytes(stage)))
     results = (stage.offsets if is_pool else 1, n_kernels, torus.slots)
     if is_pool:  # many numbers, and the planes of a pair add to one another
