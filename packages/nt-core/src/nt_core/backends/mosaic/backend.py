@@ -117,8 +117,8 @@ class MosaicTpuBackend(MosaicBackend):
             raise Refused(f"planes of 128 pairs take {needed:,} bytes, of vector memory it uses {VECTOR_MEMORY:,}")
 
 
-# What is used of the shared memory of a block of threads (227 KiB on Hopper: Mosaic needs some itself), and of the vector
-# memory of a TPU (128 MiB from v5e on).
+# What is used of the shared memory of a block of threads (227 KiB on Hopper, of which Mosaic needs some itself), and of
+# the vector memory of a TPU (128 MiB from v5e on).
 SHARED_MEMORY = 224 * 2**10
 VECTOR_MEMORY = 127 * 2**20
 _TEMPORARIES = 20  # planes that the compiler of TPU v5e keeps on its stack: between 13 and 25 at 64 x 64
