@@ -18,7 +18,7 @@ NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum 
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 
-.PHONY: help setup native demo test test-slow coverage bench bench-peer gpu-check gpu-assembly lint format typecheck docs package wheels sanitize clean
+.PHONY: help setup native demo test test-slow coverage bench bench-peer gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
 
 help:
 	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make gpu-assembly  compiles the Pallas kernels for an H100, without one: registers, spills, instructions"
+	@echo "make tpu-compile for a TPU v5e, without one: seconds and memory"
 	@echo "make lint        ruff (make format mends what it can); make typecheck: pyright"
 	@echo "make docs        the documentation, into docs/_build/html"
 	@echo "make package     wheels and sdists of all packages, each tested alone in an empty environment"
@@ -96,12 +97,15 @@ bench-peer: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)
 
-# Only what compiles: the parts of jax[cuda13] that kernels run on need a driver.
+# Only what compiles: the other parts of jax[cuda13] need a driver.
 gpu-assembly: JAX = jax jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm
-gpu-assembly: VENV = .venv-assembly
-gpu-assembly:
+gpu-assembly: DEVICE = h100
+tpu-compile: JAX = jax[tpu]
+tpu-compile: DEVICE = v5e
+gpu-assembly tpu-compile: VENV = .venv-$(DEVICE)
+gpu-assembly tpu-compile:
 	$(MAKE) --no-print-directory setup VENV=$(VENV) JAX="$(JAX)"
-	$(VENV)/bin/python benchmarks/gpu_assembly.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/deviceless.py --device $(DEVICE) $(BENCH_ARGS)
 
 # ---- checks
 

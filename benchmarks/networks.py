@@ -1,9 +1,9 @@
 """The benchmarked networks, each a function of a `stax` module: any library with that API builds the same one."""
 
 
-def cnn21(stax, readout):
-    """21 convolutions with ReLU, then a readout: the two CNNs of the README of neural-tangents 0.6."""
-    body = [layer for _ in range(21) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
+def cnn(stax, readout, depth=21):
+    """Convolutions with ReLU, then a readout: with 21, the two CNNs of the README of neural-tangents 0.6."""
+    body = [layer for _ in range(depth) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
     return stax.serial(*body, getattr(stax, readout)())
 
 
@@ -54,8 +54,8 @@ def fcn5(stax):
 
 
 NETWORKS = {
-    "cnn21-pool": lambda stax: cnn21(stax, "GlobalAvgPool"),
-    "cnn21-flatten": lambda stax: cnn21(stax, "Flatten"),
+    "cnn21-pool": lambda stax: cnn(stax, "GlobalAvgPool"),
+    "cnn21-flatten": lambda stax: cnn(stax, "Flatten"),
     "wide-resnet": wide_resnet,
     "myrtle10": myrtle10,
     "fcn5": fcn5,

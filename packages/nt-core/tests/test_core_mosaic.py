@@ -86,6 +86,7 @@ MORE = {
     "layer norm and pool": ((3, 3), [conv(), steps.Normalize(1e-3, ()), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
     "erf": ((3, 3), [conv(), ERF, conv(), ERF, steps.GlobalPool(MEAN), dense(), ERF]),
     "gelu": ((3, 3), [conv(), GELU, conv(), GELU, steps.Flatten(), dense()]),
+    "two activations": ((3, 3), [conv(), RELU, ABS, conv(), ABS, RELU, steps.GlobalPool(MEAN), dense(), RELU]),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
@@ -179,9 +180,8 @@ class TestMosaicTpu(Conformance):
     def test_many_samples(self, monkeypatch):
         """More samples than one block holds, in numbers that blocks do not divide."""
         monkeypatch.setattr("nt_core.backends.mosaic.run._MAX_SAMPLES", 4)
-        monkeypatch.setattr(
-            MosaicTpuBackend, "hardware", MosaicTpuBackend.hardware._replace(numbers=256)
-        )  # 2 x 4 pairs
+        for_2_x_4_pairs = MosaicTpuBackend.hardware._replace(numbers=256)
+        monkeypatch.setattr(MosaicTpuBackend, "hardware", for_2_x_4_pairs)
         jax.clear_caches()
         x1, x2 = inputs((3, 3), 7, 9, "float32")
         layers = [conv(), RELU, conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
@@ -461,8 +461,7 @@ import jax, jax.numpy as jnp, numpy as np
 import nt_core.backends as backends
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec as P
-from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend, is_streamed, kept_rows, tpu_bytes
-from nt_core.backends.mosaic.plan import fold, make_plan
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from conformance import chain, inputs, run, spec_of
 from test_core_mosaic import PAIRS, POOLED, exported
 

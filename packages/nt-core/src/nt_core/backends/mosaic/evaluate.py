@@ -106,7 +106,7 @@ class Evaluation:
 
         def read_out(piece: "_Piece") -> Planes:
             x = piece.form(instances, len(instances) - 1, phase, None, self._stage.deficit)
-            return piece.without_ghosts(instances, x, phase, None)
+            return piece.without_ghosts(x, phase)
 
         return self._pieces(read_out)
 
@@ -241,17 +241,17 @@ class _Piece:
         self._piece = piece
         self._sums = sums
 
-    def without_ghosts(
-        self, instances: list[Instance], x: Planes, phase: tuple[Int, Int], iteration: Int | None
-    ) -> Planes:
-        both = self._both(instances, len(instances) - 1, phase, iteration)
+    def without_ghosts(self, x: Planes, phase: tuple[Int, Int]) -> Planes:
+        """What is read out, with ghosts as 0."""
+        instances = self._stage.instances
+        both = self._both(instances, len(instances) - 1, phase, None)
         zero = jnp.zeros_like(x.value)
         return Planes(jnp.where(both, x.value, zero), None if x.ntk is None else jnp.where(both, x.ntk, zero))
 
     def pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Planes) -> Planes:
         if instances[i].deficit and not self._stage.deficit:
             x = Planes(self._halves(instances, i, phase, None) - x.value, x.ntk)
-        return self.without_ghosts(instances, x, phase, None)
+        return self.without_ghosts(x, phase)
 
     def with_ghosts(
         self,

@@ -1,9 +1,11 @@
-"""`make gpu-assembly`: compiles the GPU kernels for an H100 with NVIDIA's own assembler, on a machine without a GPU.
+"""Compiles the Pallas kernels of the benchmarked networks for a device that is not there.
 
-Prints, for each kernel of the benchmarked networks, seconds of compilation, registers, spills, and the instructions of
-each loop. It shows that kernels assemble, and what they execute; neither that they are right nor how fast they run.
+`make gpu-assembly`: for an H100, by NVIDIA's own assembler. Prints seconds of compilation and, for each kernel,
+registers, spills, and the instructions of each loop. `make tpu-compile`: for a TPU v5e, by libtpu. Both print the
+memory between kernels. They show that kernels compile, and what they execute; neither that they are right nor how fast
+they run.
 
-    make gpu-assembly PYTHON=python3.12 [BENCH_ARGS="cnn21-pool --size 32"]
+    make gpu-assembly PYTHON=python3.12 [BENCH_ARGS="cnn21-pool --size 64"]
 """
 
 import argparse
@@ -19,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import nt_stax
 from jax.experimental import topologies
-from networks import NETWORKS
-from nt_core.backends.mosaic.backend import MosaicGpuBackend
+from networks import NETWORKS, cnn
+from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 
 DUMP = pathlib.Path(tempfile.mkdtemp())
 H100 = """
@@ -45,43 +47,60 @@ KINDS = {
 }
 
 
+DEEP = "cnn100-pool"  # beside those of the other benchmarks
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=["cnn21-pool", "cnn21-flatten", "myrtle10", "wide-resnet"])
+    parser.add_argument("networks", nargs="*", default=["cnn21-pool", "cnn21-flatten", DEEP, "wide-resnet", "myrtle10"])
+    parser.add_argument("--device", choices=["h100", "v5e"], default="h100")
     parser.add_argument("--size", type=int, default=32, help="of the images")
+    parser.add_argument("--samples", type=int, default=130, help="of each batch")
     arguments = parser.parse_args()
-    set_up_compiler()
-    device = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100).devices[0]
-    print(f"For {device.device_kind}, JAX {jax.__version__}; 8 x 8 images of {arguments.size} x {arguments.size} x 3")
+    backend = {"h100": MosaicGpuBackend, "v5e": MosaicTpuBackend}[arguments.device]
+    backend.hardware_refusal = lambda self: None  # the default device is a CPU
+    device = h100() if arguments.device == "h100" else v5e()
+    shape = (arguments.samples, arguments.size, arguments.size, 3)
+    print(f"For {device.device_kind}, JAX {jax.__version__}; two batches of images, {shape}")
     for network in arguments.networks:
-        compile_network(network, arguments.size, device)
+        compile_network(network, shape, device, backend.name)
+        report_assembly()
 
 
-def set_up_compiler():
-    MosaicGpuBackend.hardware_refusal = lambda self: None  # the default device is a CPU
+def h100():
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver whose version could be checked
     os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1")
     for root in map(pathlib.Path, sys.path):  # where the assembler is
         for found in root.glob("nvidia/cu*/bin"):
             os.environ["PATH"] = f"{found}{os.pathsep}{os.environ['PATH']}"
             os.environ.setdefault("CUDA_ROOT", str(found.parent))
+    return topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100).devices[0]
 
 
-def compile_network(network, size, device):
-    for old in DUMP.iterdir():
-        old.unlink()
-    kernel_fn, sharding = NETWORKS[network](nt_stax)[2], jax.sharding.SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((8, size, size, 3), jnp.float32)
+def v5e():
+    return topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+
+
+def compile_network(network, shape, device, implementation):
+    layers = cnn(nt_stax, "GlobalAvgPool", 100) if network == DEEP else NETWORKS[network](nt_stax)
+    sharding, x = jax.sharding.SingleDeviceSharding(device), jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def ntk(x1, x2):
-        return kernel_fn(x1, x2, "ntk", implementation="mosaic_gpu")
+        return layers[2](x1, x2, "ntk", implementation=implementation)
 
     start = time.perf_counter()
     lowered = jax.jit(ntk, in_shardings=sharding, out_shardings=sharding).lower(x, x)
     middle = time.perf_counter()
-    lowered.compile()
+    compiled = lowered.compile()
     end = time.perf_counter()
-    print(f"\n{network}: lowered in {middle - start:.1f} s, compiled in {end - middle:.1f} s")
+    memory = compiled.memory_analysis().temp_size_in_bytes / 1e9
+    print(
+        f"\n{network}: lowered in {middle - start:.1f} s, compiled in {end - middle:.1f} s, {memory:.1f} GB", flush=True
+    )
+
+
+def report_assembly():
+    """Prints what the assembler has said of each kernel, and removes it."""
     for sass in sorted(DUMP.glob("*.sass*")):
         log = sass.with_suffix(".ptxas").read_text(errors="replace")
         registers = max(map(int, re.findall(r"[Uu]sed (\d+) registers", log)))
@@ -90,6 +109,8 @@ def compile_network(network, size, device):
         print(f"  {sass.stem}: {registers} registers, {spills} bytes spilled, {len(lines[0])} instructions")
         for depth, kinds in loops(*lines):
             print(f"    {'  ' * depth}loop of {sum(kinds.values())}: {summary(kinds)}")
+    for old in DUMP.iterdir():
+        old.unlink()
 
 
 def instructions(text):
