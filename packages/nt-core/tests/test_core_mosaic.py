@@ -86,7 +86,6 @@ MORE = {
     "layer norm and pool": ((3, 3), [conv(), steps.Normalize(1e-3, ()), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
     "erf": ((3, 3), [conv(), ERF, conv(), ERF, steps.GlobalPool(MEAN), dense(), ERF]),
     "gelu": ((3, 3), [conv(), GELU, conv(), GELU, steps.Flatten(), dense()]),
-    "two activations": ((3, 3), [conv(), RELU, ABS, conv(), ABS, RELU, steps.GlobalPool(MEAN), dense(), RELU]),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
