@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nt_core import explain
 from nt_stax import Dense, FanOut, Relu, parallel, serial
 
 X = np.arange(6.0).reshape(2, 3)
@@ -53,12 +54,14 @@ def test_real_inputs_are_computed_with_in_the_default_precision(dtype, x64):
     [
         ((), ValueError, "must be non-empty"),
         (("nngp", "NNGP"), ValueError, "must be unique"),
-        ("covariance", KeyError, "`get` has covariance, and a Kernel has nngp, ntk"),
+        ("covariance", KeyError, "`get` asks for covariance, and there are nngp, ntk"),
     ],
 )
 def test_get_that_is_refused(get, error, message):
     with pytest.raises(error, match=message):
         KERNEL_FN(X, None, get)
+    with pytest.raises(error, match=message):
+        explain(KERNEL_FN, X.shape, get=get)
 
 
 def test_get_in_the_order_that_was_asked_for():

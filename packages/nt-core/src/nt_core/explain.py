@@ -8,7 +8,8 @@ import jax
 
 from nt_core import backends
 from nt_core.backends import Implementation, Request
-from nt_core.layer import rules_of
+from nt_core.get import Get
+from nt_core.layer import kernel_fields, request_for, rules_of
 from nt_core.program import Node, Program
 from nt_core.requirements import in_series, resolve
 from nt_core.rules import Run, Stage, first_stage, materialise
@@ -27,7 +28,7 @@ def explain(
     kernel_fn: Callable[..., Any],
     shape1: Any,
     shape2: Any = None,
-    get: str | tuple[str, ...] | None = ("nngp", "ntk"),
+    get: Get = ("nngp", "ntk"),
     implementation: Implementation = None,
 ) -> str:
     """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
@@ -49,12 +50,12 @@ def explain(
       about 64 operations, 128 bytes of results in float32
     """
     rules = rules_of(kernel_fn)
-    names = ("nngp", "ntk", "cov1", "cov2") if get is None else (get,) if isinstance(get, str) else tuple(get)
-    last = Request(ntk="ntk" in names, covariances="cov1" in names or "cov2" in names)
+    names = kernel_fields(get)
+    last = request_for(names)
     layout = resolve(in_series(*(rule.requirements for rule in rules)))
     lines = [
         f"inputs {shape1}, {'kernel of the batch with itself' if shape2 is None else f'with {shape2}'}, "
-        + " and ".join(n for n in names if n in ("nngp", "ntk", "cov1", "cov2"))
+        + " and ".join(n for n in ("nngp", "ntk", "cov1", "cov2") if names is None or n in names)
     ]
 
     def trace(x1: Any, x2: Any) -> Any:

@@ -1,6 +1,5 @@
 """The layer protocol: what turns `(init_fn, apply_fn, kernel rule)` into a layer that users call."""
 
-import collections
 import dataclasses
 import functools
 import inspect
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from nt_core.backends import Implementation, Request
+from nt_core.get import Get, as_named, parse_get
 from nt_core.kernel import Kernel
 from nt_core.masks import MaskedArray, get_masked_array
 from nt_core.requirements import NO_REQUIREMENTS, in_series, resolve
@@ -92,7 +92,7 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
     def kernel_fn(
         x1_or_kernel: Any,
         x2: Any = None,
-        get: str | tuple[str, ...] | list[str] | None = None,
+        get: Get = None,
         *,
         pattern: Any = None,
         mask_constant: float | None = None,
@@ -116,8 +116,8 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
           implementation: backend, or backends in order of preference; see `nt_core.propagate`.
           **kwargs: handed to every layer.
         """
-        names = _fields(get)
-        state, requested = x1_or_kernel, _request(names)
+        names = kernel_fields(get)
+        state, requested = x1_or_kernel, request_for(names)
         if x2 is not None or not all(isinstance(leaf, Kernel) for leaf in nt_tree_leaves(x1_or_kernel)):
             layout = resolve(requirements, diagonal_batch=diagonal_batch, diagonal_spatial=diagonal_spatial)
             if layout["batch_axis"] != 0:
@@ -131,7 +131,7 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
             state = nt_tree_map(lambda k: k.replace(ntk=None), state)
         run = Run(requested, implementation, dict(kwargs, pattern=pattern))
         kernels = apply_rules(rules, state, run)
-        return nt_tree_map(lambda kernel: _select(kernel, names), kernels)
+        return nt_tree_map(lambda kernel: _select(kernel, get, names), kernels)
 
     kernel_fn.input_req = requirements  # type: ignore[attr-defined]
     kernel_fn.rules = rules  # type: ignore[attr-defined]
@@ -179,40 +179,22 @@ def _make_source(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float 
     return inputs.kernel(ntk=True).replace(mask1=masks[0], mask2=masks[1])
 
 
-def _fields(get: Any) -> str | tuple[str, ...] | None:
-    if get is None:
-        return None
-    names = (get,) if isinstance(get, str) else tuple(get)
-    if not names:
-        raise ValueError('"get" must be non-empty.')
-    names = tuple(name.lower() for name in names)
-    if len(set(names)) < len(names):
-        raise ValueError(f'All strings in "get" must be unique, got {get}.')
-    for name in names:
-        if name not in _KERNEL_FIELDS:
-            # Without quotation marks, which the message of a KeyError escapes.
-            raise KeyError(f"`get` has {name}, and a Kernel has {', '.join(_KERNEL_FIELDS)} only.")
-    return names[0] if isinstance(get, str) else names
+def kernel_fields(get: Get) -> tuple[str, ...] | None:
+    """Returns the fields of a `Kernel` that `get` names, or None for all of it."""
+    return None if get is None else parse_get(get, _KERNEL_FIELDS)
 
 
-def _request(names: str | tuple[str, ...] | None) -> Request:
+def request_for(names: tuple[str, ...] | None) -> Request:
+    """Returns what has to be computed for these fields of a `Kernel`, None for all of them."""
     if names is None:
         return Request(ntk=True, covariances=True)
-    names = (names,) if isinstance(names, str) else names
     return Request(ntk="ntk" in names, covariances="cov1" in names or "cov2" in names)
 
 
-def _select(kernel: Kernel, names: str | tuple[str, ...] | None) -> Any:
+def _select(kernel: Kernel, get: Get, names: tuple[str, ...] | None) -> Any:
     if names is None:
         return kernel
-    if isinstance(names, str):
-        return getattr(kernel, names)
-    return _analytic_kernel(names)(*(getattr(kernel, name) for name in names))
-
-
-@functools.cache
-def _analytic_kernel(names: tuple[str, ...]) -> type:
-    return collections.namedtuple("AnalyticKernel", names)  # type: ignore[misc]
+    return as_named(get, "AnalyticKernel", {name: getattr(kernel, name) for name in names})
 
 
 def _skip_without_mask(mask_fn: Callable[..., Any]) -> Callable[..., Any]:
