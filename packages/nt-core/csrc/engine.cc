@@ -434,7 +434,8 @@ class Engine {
           };
           V sum{};
           each([&](int64_t p) { sum += load(half_in + p); });
-          const V r = broadcast(T(1)) / sqrt(fma(sum * scale, broadcast(T(2)), broadcast(eps)));
+          const V total = fma(sum * scale, broadcast(T(2)), broadcast(eps));
+          const V r = if_positive(total, broadcast(T(1)) / sqrt(total), V{});  // zeros stay zeros
           each([&](int64_t p) {
             store(normalizer + p, r);
             store(normalized_half + p, load(half_in + p) * r);
@@ -708,7 +709,7 @@ class Engine {
       const auto first = [&](int64_t start) { return get<kWide>(Row1<T>{at1<kWide>(tile, start + p1)}, 0); };
       const auto second = [&](int64_t start) { return load(tile.record2 + (start + p2) * kL); };
       V deficit = d[at] - (first(own) + second(own)) * broadcast(T(0.5));
-      const double uneven = value.normalize_edges ? 0 : sizes.count(p) - sizes.count(partner);
+      const double uneven = value.mean && value.normalize_edges ? 0 : sizes.count(p) - sizes.count(partner);
       if (uneven != 0) deficit = fma(first(sums) - second(sums), broadcast(static_cast<T>(uneven / norm)), deficit);
       d[at] = p1 == p2 ? deficit * distinct : deficit;
     });

@@ -54,6 +54,19 @@ CHAINS = {
         (6, 6),
         [conv(), RELU, pool((3, 3), (2, 2), "SAME", MEAN, True), conv(), RELU, steps.Flatten()],
     ),
+    # After Flatten only equal positions count; global pools read what pools leave between different windows too.
+    "overlapping pool, global": (
+        (6, 6),
+        [conv(), RELU, pool((3, 3), (1, 1), "SAME"), conv(), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "sums, normalised edges": (
+        (6, 6),
+        [conv(), RELU, pool((3, 3), (2, 2), "SAME", SUM, True), conv(), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "normalised edges, global": (
+        (6, 6),
+        [conv(), RELU, pool((3, 3), (2, 2), "SAME", MEAN, True), conv(), RELU, steps.GlobalPool(MEAN)],
+    ),
     "circular pool": ((6, 6), [conv(), RELU, pool((3, 2), (2, 1), "CIRCULAR", SUM), conv(), RELU, steps.Flatten()]),
     "pooled output": ((6, 4), [conv(padding="VALID"), RELU, pool((2, 2), (2, 2), "SAME")]),
     "normalised": (
@@ -220,6 +233,30 @@ class Conformance:
         other = run(chain(spec_of(x1, x1), layers), x1, x1, Request(), self.implementation)
         np.testing.assert_allclose(own.ntk, other.ntk, rtol=2e-6)
         np.testing.assert_array_equal(own.ntk, own.ntk.T)
+
+    def test_small_inputs_are_told_apart(self):
+        """No tolerance decides which samples are equal: the kernel of inputs scaled by `c` is `c^2` times the kernel."""
+        layers = [conv(b_var=None), RELU, pool(), conv(b_var=None), RELU, steps.GlobalPool(MEAN)]
+        x1, x2 = inputs((4, 4), 2, 2, "float32")
+        scale = np.float32(2.0**-43)
+        program = chain(spec_of(x1, x2), layers)
+        kernel = run(program, x1, x2, Request(True, False), self.implementation)
+        small = run(program, scale * x1, scale * x2, Request(True, False), self.implementation)
+        np.testing.assert_allclose(small.ntk / scale**2, kernel.ntk, rtol=1e-6)
+
+    @pytest.mark.parametrize("space_axes", [(), (0, 1)])
+    def test_normalization_keeps_zeros(self, space_axes, x64):
+        """The same with `eps` and without: 0 / 0 is 0 here."""
+        x1, x2 = inputs((4, 4), 2, 3, "float64")
+        x1[0], x2[1, :2] = 0, 0
+        layers = [conv((1, 1), b_var=None), steps.Normalize(0.0, space_axes), RELU, conv(), RELU]
+        program = chain(spec_of(x1, x2), [*layers, steps.GlobalPool(MEAN)])
+        kernel = run(program, x1, x2, Request(), self.implementation)
+        slightly = chain(
+            spec_of(x1, x2), [layers[0], steps.Normalize(1e-20, space_axes), *layers[2:], steps.GlobalPool(MEAN)]
+        )
+        expected = dense_reference.propagate(slightly, x1, x2)
+        self.agree(kernel, expected, 1e-9)
 
     def test_zero_inputs_and_gradients(self, x64):
         """Zero patches, equal inputs: finite kernels, finite derivatives."""

@@ -3,9 +3,12 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import nt_core.backends.xla.block as block
+import numpy as np
 import pytest
-from conformance import CHAINS, Conformance, chain, inputs, spec_of
+from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, pool, run, spec_of
+from nt_core import Builder, Inputs, propagate, steps
 from nt_core.steps import GlobalPool, Pool
 
 
@@ -27,3 +30,34 @@ def test_planes(name, x64, monkeypatch):
     monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
     TestXla().check_chain(name)
     jax.clear_caches()
+
+
+def test_kernels_of_small_inputs_are_told_apart():
+    """As `test_small_inputs_are_told_apart`, for a program that starts from kernels."""
+    x1, x2 = inputs((4, 4), 2, 2, "float32")
+    scale = np.float32(2.0**-43)
+    layers = [conv(b_var=None), RELU, steps.GlobalPool(True)]
+    first = chain(spec_of(x1, x2), layers[:1])
+    ntk = []
+    for c in (np.float32(1), scale):
+        kernel = run(first, c * x1, c * x2)
+        (out,) = propagate(chain(kernel.spec, layers[1:]), [kernel], implementation="xla")
+        ntk.append(out.ntk / c**2)
+    np.testing.assert_allclose(ntk[1], ntk[0], rtol=1e-6)
+
+
+def test_one_equal_input_of_two_does_not_make_batches_equal(x64):
+    """The second of two inputs differs: no deficit is known to be 0."""
+    x1, x2 = inputs((4, 4), 2, 2, "float64")
+    builder = Builder()
+    sources = [builder.source(spec_of(x1, x1)), builder.source(spec_of(x1, x2))]
+    total = builder.add(steps.Combine((1.0, 1.0)), *(builder.add(conv(), source) for source in sources))
+    y = builder.add(RELU, builder.add(conv(), builder.add(pool(), builder.add(RELU, total))))
+    program = builder.build(builder.add(steps.GlobalPool(True), y))
+
+    def kernel(order):
+        data = [Inputs(jnp.asarray(x1), jnp.array(x1), sources[0].spec), Inputs(jnp.asarray(x1), x2, sources[1].spec)]
+        (out,) = propagate(program, [data[i] for i in order], implementation="xla")
+        return out.nngp
+
+    np.testing.assert_allclose(kernel((0, 1)), kernel((1, 0)), rtol=1e-12)

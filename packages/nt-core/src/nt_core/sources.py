@@ -1,7 +1,9 @@
 """What a program starts from: a pair of input batches, or a covariance that an earlier step has materialised."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
 from nt_core.spec import Spec
 
-# Two batches that differ by less are taken to be the same samples (which matters to dropout alone).
+# Two batches that differ by less are taken to be the same samples by dropout (`Kernel.x1_is_x2`), and by it alone.
 SAME_INPUT_TOLERANCE = 1e-12
+# Roundings between the covariances of a batch with itself and with an equal one, in units of the last place.
+_EQUAL_COVARIANCES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +56,59 @@ class Inputs:
         )
 
     def same_inputs(self) -> bool | Array:
-        """Whether both batches are the same; traced where only the values tell."""
+        """Whether both batches are the same samples to dropout; traced where only the values tell."""
+        return self._compare(lambda x1, x2: jnp.abs(x1 - x2) < SAME_INPUT_TOLERANCE)
+
+    def identical(self) -> bool | Array:
+        """Whether both batches are equal, bit for bit: the covariances of equal samples are then their variances."""
+        return self._compare(jnp.equal)
+
+    def _compare(self, close: Callable[[Array, Array], Array]) -> bool | Array:
         if self.x2 is None or self.x2 is self.x1:
             return True
         if self.x1.shape != self.x2.shape:
             return False
-        return jnp.all(jnp.abs(self.x1 - self.x2) < SAME_INPUT_TOLERANCE)
+        return jnp.all(close(self.x1, self.x2))
 
 
 jax.tree_util.register_dataclass(Inputs, data_fields=["x1", "x2"], meta_fields=["spec"])
 
 Source = Inputs | Kernel
+
+
+def same_batches(sources: tuple[Source, ...]) -> bool | Array:
+    """Whether both batches are the same samples to dropout."""
+    return _all(s.same_inputs() if isinstance(s, Inputs) else s.x1_is_x2 for s in sources)
+
+
+def identical_batches(sources: tuple[Source, ...]) -> bool | Array:
+    """Whether the samples of both batches are equal one by one, so that their deficits are exactly 0."""
+    return _all(s.identical() if isinstance(s, Inputs) else _is_identical(s) for s in sources)
+
+
+def _all(flags: Iterable[bool | Array]) -> bool | Array:
+    """Concrete where the flags are."""
+    return functools.reduce(lambda a, b: a & b, flags)
+
+
+def _is_identical(source: Kernel) -> bool | Array:
+    """Whether the samples of both batches are equal one by one.
+
+    `Kernel.x1_is_x2` alone does not tell: it has an absolute tolerance, and holds for any two batches that are small
+    enough. So the covariances of the samples with themselves must be equal too, but for roundings.
+    """
+    if source.cov2 is None:
+        return True
+    if source.cov1 is None or source.spec.n1 != source.spec.n2:
+        return False
+    own = [source.cov1, source.cov2]
+    if not source.diagonal_batch:
+        own = [jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0) for cov in own]
+    between = jnp.moveaxis(jnp.diagonal(source.nngp, axis1=0, axis2=1), -1, 0)
+    roundings = _EQUAL_COVARIANCES * float(jnp.finfo(between.dtype).eps)
+    bound = roundings * jnp.max(jnp.abs(own[0]), tuple(range(1, own[0].ndim)), keepdims=True)
+    close = (jnp.abs(own[0] - own[1]) <= bound) & (jnp.abs(own[0] - between) <= bound)
+    return jnp.all(close) & source.x1_is_x2
 
 
 def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:

@@ -15,7 +15,7 @@ from nt_core.backends.xla.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, identical_batches, same_batches
 from nt_core.spec import Spec
 
 _TARGET = "nt_propagate"
@@ -42,7 +42,7 @@ class CpuBackend:
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
         spec = program.spec(program.outputs[0])
         nngp, ntk, cov1, cov2 = _differentiable(request)(program, sources)
-        same = _same_inputs(sources)
+        same = same_batches(sources)
         return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=same),)
 
 
@@ -69,7 +69,7 @@ def _differentiable(request: Request) -> Any:
 
 
 def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _Arrays:
-    encoded = encode(program, sources, request, _same_inputs(sources))
+    encoded = encode(program, sources, request, identical_batches(sources))
     spec, dtype = program.spec(program.outputs[0]), _dtype(sources[0])
     symmetric = all(_is_symmetric(source) for source in sources)
     operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
@@ -154,8 +154,3 @@ def _dtype(source: Source) -> Any:
 
 def _is_symmetric(source: Source) -> bool:
     return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
-
-
-def _same_inputs(sources: tuple[Source, ...]) -> bool | Array:
-    source = sources[0]
-    return source.same_inputs() if isinstance(source, Inputs) else source.x1_is_x2

@@ -16,7 +16,7 @@ from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, same_batches
 
 _OLDEST_JAX = (0, 11, 2)
 _OLDEST_COMPUTE_CAPABILITY = 9.0
@@ -70,10 +70,8 @@ class MosaicBackend:
         module = importlib.import_module(self.module)
         run_stage = partial(module.run_stage, interpret=self._interpret)
         nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.hardware)(program, sources)
-        source = sources[0]
-        assert isinstance(source, Inputs)
-        spec = program.spec(program.outputs[0])
-        return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=source.same_inputs()),)
+        spec, same = program.spec(program.outputs[0]), same_batches(sources)
+        return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=same),)
 
 
 class MosaicGpuBackend(MosaicBackend):

@@ -19,7 +19,7 @@ from nt_core.backends.xla.sources import Batch, Loader, batch, crossed
 from nt_core.backends.xla.tiles import map_pairs, map_samples
 from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts
 from nt_core.program import Node, Program
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, identical_batches
 from nt_core.steps import Flatten, GlobalPool, Pool
 
 _MAX_SAMPLES = 128
@@ -51,9 +51,7 @@ class Propagation:
         first = self._samples(1)
         second = first if self._symmetric else self._samples(2)
         n1, n2 = first[0].index.shape[0], second[0].index.shape[0]
-        (source, *_) = self._sources
-        assert isinstance(source, Inputs)
-        same = True if self._symmetric else source.same_inputs()
+        same = True if self._symmetric else identical_batches(self._sources)
 
         def compute(block1: Any, block2: Any, pairs: dict[int, Pairs]) -> list[Pairs]:
             return [self._block(block1, block2, same)]
@@ -232,7 +230,7 @@ def _pooled_deficit(
         others = [a for a in range(pooled.ndim) if a not in (2 * axis, 2 * axis + 1)]
         identical = identical & lax.expand_dims(same_position, others)
     deficit = jnp.where(identical, 0, pooled - own / 2)
-    if pool.normalize_edges:
+    if pool.mean and pool.normalize_edges:
         return deficit
     size = math.prod(pool.window) if pool.mean else 1
     uneven = ((pairs.first(counts) - pairs.second(counts)) / (2 * size**2)).astype(pooled.dtype)

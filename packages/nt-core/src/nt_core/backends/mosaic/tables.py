@@ -84,7 +84,8 @@ def _values(row: Row, program: Program, batch: Batch, statistics: Statistics) ->
     if row.kind == "normalizer":
         assert isinstance(node.step, Normalize)
         eps = jnp.asarray(node.step.eps, before.dtype)
-        return 1 / jnp.sqrt(before + lax.expand_dims(jnp.atleast_1d(eps), range(1, before.ndim)))
+        total = before + lax.expand_dims(jnp.atleast_1d(eps), range(1, before.ndim))
+        return jnp.where(total > 0, lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
     assert row.kind == "average" and isinstance(node.step, Linear)
     if isinstance(node.step, Conv):
         for axis, window in enumerate(windows(node.step, program.spec(node.inputs[0])), 1):

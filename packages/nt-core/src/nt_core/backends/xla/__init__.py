@@ -21,7 +21,7 @@ from nt_core.backends.xla.variances import Statistics
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, identical_batches, same_batches
 from nt_core.spec import Spec
 
 
@@ -69,7 +69,7 @@ class _Propagation:
                     ntk=ntk,
                     cov1=cov1[i],
                     cov2=cov2[i],
-                    x1_is_x2=_same_inputs(self._sources),
+                    x1_is_x2=same_batches(self._sources),
                 )
             )
         return tuple(kernels)
@@ -106,7 +106,7 @@ class _Propagation:
         self, first: "_OneBatch", second: "_OneBatch", pairs: dict[int, Pairs], ntk: bool, symmetric: bool
     ) -> list[Pairs]:
         """Returns the covariances at the outputs, `(*pairs, n1, n2)`."""
-        same = True if symmetric else _same_inputs(self._sources)
+        same = True if symmetric else identical_batches(self._sources)
 
         def compute(blocks1: Any, blocks2: Any, pairs: dict[int, Pairs]) -> list[Pairs]:
             (batch1, statistics1), (batch2, statistics2) = crossed(blocks1, blocks2)
@@ -131,11 +131,6 @@ class _OneBatch:
 
 def _is_symmetric(source: Source) -> bool:
     return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
-
-
-def _same_inputs(sources: tuple[Source, ...]) -> bool | Array:
-    source = sources[0]
-    return source.same_inputs() if isinstance(source, Inputs) else source.x1_is_x2
 
 
 def _batch_first(x: Array, spec: Spec, n_batch: int) -> Array:

@@ -394,7 +394,7 @@ class Block:
         deficit = pooled - (pairs.first(own1) + pairs.second(own2)) / 2
         identical = self._load.identical(tuple(counts.shape), pairs, deficit.ndim)
         deficit = jnp.where(identical, 0, deficit)  # not just 0 up to rounding: sqrt(1e-7) is 3e-4
-        if pool.normalize_edges or pool.padding == "CIRCULAR":
+        if (pool.mean and pool.normalize_edges) or pool.padding == "CIRCULAR":
             return deficit
         size = math.prod(pool.window) if pool.mean else 1
         uneven = _trailing((pairs.first(counts) - pairs.second(counts)) / (2 * size**2), pooled.ndim)
@@ -581,8 +581,10 @@ def _variance_after(node: Node, spec: Spec, variances: list[Array]) -> Array:
 
 
 def _normalizer(step: Normalize, variance: Array) -> Array:
-    """One over the standard deviation that layer normalisation divides by."""
-    scale = lax.rsqrt(jnp.mean(step.eps + variance, step.space_axes, keepdims=True))
+    """One over the standard deviation that layer normalisation divides by; 0 where that is 0: zeros stay zeros."""
+    total = jnp.mean(step.eps + variance, step.space_axes, keepdims=True)
+    positive = total > 0
+    scale = jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
     return jnp.broadcast_to(scale, variance.shape)
 
 
