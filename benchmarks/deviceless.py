@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--samples", type=int, default=130, help="of each batch")
     arguments = parser.parse_args()
     backend = {"h100": MosaicGpuBackend, "v5e": MosaicTpuBackend}[arguments.device]
-    backend.hardware_refusal = lambda self: None  # the default device is a CPU
+    backend.hardware_refusal = lambda self, device: None  # the default device is a CPU
     device = h100() if arguments.device == "h100" else v5e()
     shape = (arguments.samples, arguments.size, arguments.size, 3)
     print(f"For {device.device_kind}, JAX {jax.__version__}; two batches of images, {shape}")

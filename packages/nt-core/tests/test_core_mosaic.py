@@ -397,7 +397,7 @@ LOWERED = {**{n: c for n, c in CHAINS.items() if n not in REFUSED}, **MORE}
 
 def lowered(layers, space, backend, platform, monkeypatch):
     """The program of a backend for its own platform, as text for another machine's compiler."""
-    monkeypatch.setattr(type(backend), "hardware_refusal", lambda self: None)
+    monkeypatch.setattr(type(backend), "hardware_refusal", lambda self, device: None)
     monkeypatch.setitem(backends._BACKENDS, backend.name, backend)
     x = jax.ShapeDtypeStruct((2, *space, 3), jnp.float32)
     spec = Spec(x.shape, x.shape, 0, len(space) + 1)
@@ -483,7 +483,7 @@ with pltpu.force_tpu_interpret_mode() if platform == "tpu" else contextlib.nullc
     assert np.isfinite(jax.jit(gradient)(x1, x2)).all()
 
 backends._BACKENDS[backend.name] = backend()
-backend.hardware_refusal = lambda self: None
+backend.hardware_refusal = lambda self, device: None
 jax.clear_caches()
 print(exported(sharded, platform, x1, x2).nr_devices)
 """
@@ -500,39 +500,36 @@ def test_shard_map(platform):
 # Selection
 
 
-def refusal(backend, layers=POOLED, space=(4, 4), dtype="float32", n_channels=3):
+def refusal(backend, layers=POOLED, space=(4, 4), dtype="float32", n_channels=3, device=None):
     x = jnp.zeros((2, *space, n_channels), dtype)
     program = chain(spec_of(x, x), layers)
-    return backend.refusal(program, (Inputs(x, x, program.sources[0]),), Request())
+    return backend.refusal(program, (Inputs(x, x, program.sources[0]),), Request(), device or jax.devices()[0])
 
 
 @pytest.mark.parametrize("backend", [MosaicGpuBackend(), MosaicTpuBackend()])
 def test_only_on_the_hardware_they_are_for(backend, monkeypatch):
-    assert "the default device is a cpu" in refusal(backend)
+    assert "the device is a cpu" in refusal(backend)
     x1, x2 = inputs((4, 4), 2, 2, "float32")
     monkeypatch.setitem(backends._BACKENDS, backend.name, backend)
-    with pytest.raises(NotImplementedError, match="the default device is a cpu"):
+    with pytest.raises(NotImplementedError, match="the device is a cpu"):
         run(chain(spec_of(x1, x2), POOLED), x1, x2, PAIRS, backend.name)
 
 
 class FakeDevice:
-    device_kind = "NVIDIA A100"
-
-    def __init__(self, compute_capability):
-        self.compute_capability = compute_capability
+    def __init__(self, compute_capability, kind="NVIDIA A100", platform="gpu"):
+        self.compute_capability, self.device_kind, self.platform = compute_capability, kind, platform
 
 
 def test_which_gpus(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    backend = MosaicGpuBackend()
     monkeypatch.setattr(jax, "__version__", "0.11.2")
-    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("8.0")])
-    assert "this is NVIDIA A100" in refusal(MosaicGpuBackend())
-    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
-    assert refusal(MosaicGpuBackend()) is None
+    assert "this is NVIDIA A100" in refusal(backend, device=FakeDevice("8.0"))
+    assert "this is AMD Instinct MI250" in refusal(backend, device=FakeDevice("gfx90a", "AMD Instinct MI250"))
+    assert refusal(backend, device=FakeDevice("9.0")) is None
+    assert refusal(backend, device=FakeDevice("10.0")) is None
     monkeypatch.setattr(jax, "__version__", "0.11.1")
-    assert "needs JAX 0.11.2 or newer, this is 0.11.1" in refusal(MosaicGpuBackend())
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "not a GPU" in refusal(MosaicGpuBackend())
+    assert "needs JAX 0.11.2 or newer, this is 0.11.1" in refusal(backend, device=FakeDevice("9.0"))
+    assert "not a GPU" in refusal(backend, device=FakeDevice("9.0", platform="tpu"))
 
 
 def test_what_is_refused(monkeypatch):
@@ -562,7 +559,7 @@ def test_explain_says_why(monkeypatch):
     program = chain(spec_of(x, x), POOLED)
     backend, refusals = backends.choose(program, (Inputs(x, x, program.sources[0]),), Request(), ("mosaic_gpu", "xla"))
     assert backend.name == "xla"
-    assert refusals == {"mosaic_gpu": "the default device is a cpu, not a GPU"}
+    assert refusals == {"mosaic_gpu": "the device is a cpu, not a GPU"}
 
 
 def test_without_a_gpu_no_gpu_code_is_imported():

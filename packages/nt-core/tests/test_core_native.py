@@ -31,6 +31,27 @@ def fresh():
     native.refusal.cache_clear()
 
 
+def test_where_the_arrays_are_decides(monkeypatch):
+    """On a machine whose default device is a GPU."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="a GPU")
+    monkeypatch.setattr(jax, "local_devices", lambda *, backend=None: [gpu if backend is None else cpu])
+
+    def backend(x):
+        program = chain(spec_of(x, x), LAYERS)
+        return choose(program, (Inputs(x, x, program.sources[0]),), Request())[0].name
+
+    x = jnp.ones((2, 3))
+    assert backend(x) == "xla"
+    assert backend(jax.device_put(x, cpu)) == "cpu"
+    for default in ("cpu", cpu):
+        with jax.default_device(default):
+            assert backend(x) == "cpu"
+    traced = []
+    jax.eval_shape(lambda x: traced.append(backend(x)), x)
+    assert traced == ["xla"]
+
+
 def test_it_is_the_default():
     assert native.refusal() is None
     x1, x2 = pair(3, 2, 5)

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 
-from nt_core.backends.base import Backend, Request
+from nt_core.backends.base import Backend, Request, device_of
 from nt_core.backends.cpu import CpuBackend
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.backends.xla import XlaBackend
@@ -72,10 +72,11 @@ def choose(
     program: Program, sources: tuple[Source, ...], request: Request, implementation: Implementation = None
 ) -> tuple[Backend, dict[str, str]]:
     """Returns the backend for a program, and why each one before it in the order was passed over."""
+    device = device_of(sources)
     refusals: dict[str, str] = {}
     for name in _names(implementation):
         backend = _BACKENDS[name]
-        reason = backend.refusal(program, sources, request)
+        reason = backend.refusal(program, sources, request, device)
         if reason is None:
             return backend, refusals
         refusals[name] = reason

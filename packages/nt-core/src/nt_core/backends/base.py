@@ -1,11 +1,16 @@
 """The contract between covariance programs and what executes them."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
+
+import jax
+from jax.core import Tracer
 
 from nt_core.kernel import Kernel
 from nt_core.program import Program
 from nt_core.sources import Source
+
+Device = Any  # jax.Device, which is no type to a type checker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,17 @@ class Request:
     covariances: bool = True
 
 
+def device_of(sources: tuple[Source, ...]) -> Device:
+    """Returns where a program will run: where its arrays were put, or else the default device in force."""
+    for array in jax.tree.leaves(sources):
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.committed:
+            return next(iter(array.devices()))
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(default, jax.Device):
+        return default
+    return jax.local_devices(backend=default)[0]
+
+
 class Backend(Protocol):
     """Executes programs.
 
@@ -29,8 +45,8 @@ class Backend(Protocol):
 
     name: str
 
-    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
-        """Says why this program is not taken, or None if it is."""
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
+        """Says why this program is not taken on a device, or None if it is."""
         ...
 
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends import native
-from nt_core.backends.base import Request
+from nt_core.backends.base import Device, Request
 from nt_core.backends.cpu_encoding import Encoded, Refused, encode
 from nt_core.backends.xla import XlaBackend
 from nt_core.backends.xla.fusion import constant
@@ -27,9 +27,9 @@ class CpuBackend:
 
     name = "cpu"
 
-    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
-        if jax.default_backend() != "cpu":
-            return f"the default device is a {jax.default_backend()}, not a CPU"
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
+        if device.platform != "cpu":
+            return f"the device is a {device.platform}, not a CPU"
         dtypes = {_dtype(source).name for source in sources}
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             return f"it computes in float32 or float64, not in {', '.join(sorted(dtypes))}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nt_core.backends.base import Request
+from nt_core.backends.base import Device, Request
 from nt_core.backends.mosaic.plan import Hardware, Refused, Stage, fold, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
@@ -37,9 +37,9 @@ class MosaicBackend:
     def __init__(self, interpret: bool = False) -> None:
         self._interpret = interpret
 
-    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
         if not self._interpret:
-            reason = self.hardware_refusal() or _jax_refusal()
+            reason = self.hardware_refusal(device) or _jax_refusal()
             if reason is not None:
                 return reason
         return self.program_refusal(program, sources, request)
@@ -59,7 +59,7 @@ class MosaicBackend:
             return str(refused)
         return None
 
-    def hardware_refusal(self) -> str | None:
+    def hardware_refusal(self, device: Device) -> str | None:
         raise NotImplementedError
 
     def check_memory(self, stage: Stage) -> None:
@@ -82,11 +82,10 @@ class MosaicGpuBackend(MosaicBackend):
     hardware = Hardware(multiple=128, largest=128, numbers=2**29)  # a number for each thread of a warpgroup
     module = "nt_core.backends.mosaic.gpu"
 
-    def hardware_refusal(self) -> str | None:
-        if jax.default_backend() != "gpu":
-            return f"the default device is a {jax.default_backend()}, not a GPU"
-        device = jax.devices()[0]
-        if float(getattr(device, "compute_capability", 0)) < _OLDEST_COMPUTE_CAPABILITY:
+    def hardware_refusal(self, device: Device) -> str | None:
+        if device.platform != "gpu":
+            return f"the device is a {device.platform}, not a GPU"
+        if _compute_capability(device) < _OLDEST_COMPUTE_CAPABILITY:
             return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, this is {device.device_kind}"
         return None
 
@@ -104,9 +103,9 @@ class MosaicTpuBackend(MosaicBackend):
     hardware = Hardware(multiple=8, largest=None, numbers=2**27)
     module = "nt_core.backends.mosaic.tpu"
 
-    def hardware_refusal(self) -> str | None:
-        if jax.default_backend() != "tpu":
-            return f"the default device is a {jax.default_backend()}, not a TPU"
+    def hardware_refusal(self, device: Device) -> str | None:
+        if device.platform != "tpu":
+            return f"the device is a {device.platform}, not a TPU"
         return None
 
     def check_memory(self, stage: Stage) -> None:
@@ -172,6 +171,12 @@ def _differentiable(request: Request, run_stage: RunStage, hardware: Hardware) -
         return jax.jvp(reference, primals, tangents)
 
     return compute
+
+
+def _compute_capability(device: Device) -> float:
+    """Returns 0 for what is no NVIDIA GPU: AMD's say names such as 'gfx90a'."""
+    number = re.fullmatch(r"\d+(\.\d+)?", str(getattr(device, "compute_capability", "")))
+    return float(number[0]) if number else 0.0
 
 
 def _jax_refusal() -> str | None:

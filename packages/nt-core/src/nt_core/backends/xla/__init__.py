@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.base import Request
+from nt_core.backends.base import Device, Request
 from nt_core.backends.xla.block import Block, Pairs, needs_variance
 from nt_core.backends.xla.fusion import unfused
 from nt_core.backends.xla.repeats import fold_repeats
@@ -30,7 +30,7 @@ class XlaBackend:
 
     name = "xla"
 
-    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
+    def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
         return None
 
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
