@@ -54,7 +54,7 @@ $(FFI_HEADERS): $(CORE)/pyproject.toml | $(TOOLS)
 	$(PIP) install --upgrade --no-deps --target $@ "$$(grep -o 'jaxlib==[0-9.]*' $(CORE)/pyproject.toml)"
 	@touch $@
 
-$(NATIVE): $(CORE)/pyproject.toml $(shell find $(CORE)/csrc -type f) $(FFI_HEADERS)
+$(NATIVE): $(CORE)/pyproject.toml $(shell find csrc -type f) $(FFI_HEADERS)
 	@rm -f $(VENV)/.nt-core-[0-9]*
 	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
 		-C build-dir=$(abspath $(VENV))/nt-core-build \
@@ -125,7 +125,7 @@ package: $(READY)
 
 sanitize: $(READY)
 	for sanitizer in address,undefined thread; do \
-		$(BIN)/cmake -S $(CORE)/csrc -B build/sanitize-$$sanitizer -DNT_SANITIZE=$$sanitizer \
+		$(BIN)/cmake -S csrc -B build/sanitize-$$sanitizer -DNT_SANITIZE=$$sanitizer \
 			-DNT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include && \
 		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2 && \
 		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --no-tests=error --output-on-failure || exit 1; \

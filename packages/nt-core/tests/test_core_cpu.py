@@ -24,7 +24,7 @@ from conformance import (
     spec_of,
 )
 from nt_core import Builder, Request, Spec, activations, propagate, steps
-from nt_core.backends.cpu_encoding import encode
+from nt_core.backends.cpu.encode import encode
 from nt_core.sources import Inputs
 
 REFUSED = {

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nt_core.backends import native
 from nt_core.backends.base import Device, Request
-from nt_core.backends.cpu_encoding import Encoded, Refused, encode
+from nt_core.backends.cpu import native
+from nt_core.backends.cpu.encode import Encoded, Refused, encode
 from nt_core.backends.xla import XlaBackend
 from nt_core.backends.xla.fusion import constant
 from nt_core.kernel import Kernel

@@ -7,7 +7,7 @@
 namespace nt {
 namespace {
 
-constexpr int64_t kEncoding = 2;  // changes with the layout of the code, here and in backends/cpu
+constexpr int64_t kEncoding = 2;  // changes with the layout of the code, here and in nt_core/backends/cpu/encode.py
 
 [[noreturn]] void malformed(const std::string& what) {
   throw std::invalid_argument("Malformed covariance program: " + what + ".");
