@@ -1,5 +1,7 @@
 """serial, parallel, repeat: parameters, random keys, trees of inputs, and kernels that are folds of those of layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,6 +271,60 @@ def test_layers_of_users(x64):
         serial(Dense(4, channel_axis=1), Factory().Scale(3.0))[2](x)
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_functions_around_layers(wraps, x64):
+    """A triple need not come from a layer: its `kernel_fn` is a function of kernels, even with a layer's attributes."""
+    init_fn, apply_fn, kernel_fn = serial(Dense(4, b_std=0.3), Relu())
+
+    @functools.wraps(kernel_fn)
+    def wrapped(kernel, **kwargs):
+        return kernel_fn(kernel, **kwargs) * 2.0
+
+    def doubled(kernel):  # keywords that it does not name are not for it
+        return kernel_fn(kernel) * 2.0
+
+    doubled = wrapped if wraps else doubled
+    triple = (init_fn, lambda params, x: 2.0 * apply_fn(params, x), doubled)
+    x1, x2 = inputs(1, (2, 3)), inputs(2, (3, 3))
+
+    def scale(kernel):
+        return kernel * 2.0
+
+    known = serial(Dense(4, b_std=0.3), Relu(), layer(lambda: (init_identity, lambda p, x: 2.0 * x, scale))())
+    for combine in (
+        serial,
+        lambda one: repeat(one, 2),
+        lambda one: serial(FanOut(2), parallel(one, one), FanInConcat()),
+    ):
+        network, expected = serial(Dense(4), combine(triple), Dense(1)), serial(Dense(4), combine(known), Dense(1))
+        assert_kernels_close(network[2](x1, x2), expected[2](x1, x2))
+        params = network[0](random.key(0), (-1, 3))[1]
+        assert network[1](params, x1, rng=random.key(1)).shape == (2, 1)
+    assert "doubled" in explain(serial(Dense(4), triple)[2], (2, 3)) or wraps
+
+
+def init_identity(rng, input_shape):
+    return input_shape, ()
+
+
+def test_any_keyword_is_the_users(x64):
+    """Layers of the library do not read keywords by names that a user may choose."""
+    seen = []
+
+    @layer
+    def Listening():
+        def kernel_fn(k, run=None, **kwargs):
+            seen.append((run, kwargs))
+            return k
+
+        return init_identity, lambda params, x, **kwargs: x, kernel_fn
+
+    x = inputs(1, (2, 4, 3))
+    branches = serial(FanOut(2), parallel(Dense(3), serial(Dense(3), Listening())), FanInConcat())
+    serial(branches, Dense(2), GlobalAvgPool())[2](x, None, "nngp", run=5, kernels=6, mask_constant=0.5)
+    assert seen == [(5, {"kernels": 6, "pattern": None})]
+
+
 # Transformations
 
 
@@ -307,7 +363,7 @@ def test_get(get, x64):
     ("make", "error", "message"),
     [
         (lambda: serial(Dense(4), Relu), TypeError, r"`Relu\(\)`, not `Relu`"),
-        (lambda: serial((lambda rng, shape: 0, lambda params, x: x, lambda k: k)), TypeError, "Decorate"),
+        (lambda: serial((lambda rng, shape: 0, lambda params, x: x, "kernel_fn")), TypeError, "is no layer"),
         (lambda: parallel(Dense(4), Dense(4))[2](jnp.ones((2, 3))), ValueError, "list or tuple of 2 inputs"),
         (lambda: serial(FanOut(3), parallel(Dense(4), Dense(4)))[2](jnp.ones((2, 3))), ValueError, "2 inputs.*got 3"),
         (lambda: parallel(Dense(4), Dense(4))[0](random.key(0), [(2, 3)]), ValueError, "of 2 inputs.*got 1"),

@@ -51,6 +51,15 @@ def test_finite_function(order, names, masked, dtype):
     np.testing.assert_allclose(outputs, normalized(x, axes, 0.1, valid), rtol=1e-5, atol=1e-5)
 
 
+def test_an_axis_named_twice_counts_once(x64):
+    for layers in ((Dense(4),), (Dense(4), Relu(), Dense(3))):
+        twice, once = (serial(*layers, LayerNorm(axis, eps=0.1)) for axis in ((1, -1), -1))
+        x = random.normal(random.key(1), (2, 3))
+        np.testing.assert_array_equal(twice[2](x, None, "ntk"), once[2](x, None, "ntk"))
+        params = twice[0](random.key(0), (-1, 3))[1]
+        np.testing.assert_array_equal(twice[1](params, x), once[1](params, x))
+
+
 def expected_kernel(k, q1, q2, names, eps, valid1, valid2):
     """Divides `k[i, j, h, w, h', w']` by standard deviations, from the full covariances `q` of each batch."""
 
@@ -152,7 +161,7 @@ def test_zero_inputs_are_no_nan(dtype):
 
 def test_errors():
     x = jnp.ones((2, 3, 4))
-    for bad, message in (((1,), "does not include the channel axis"), ((2, 2), "different"), ((3, 2), "different")):
+    for bad, message in (((1,), "does not include the channel axis"), ((3, 2), "must name axes")):
         layer = LayerNorm(bad)
         with pytest.raises(ValueError, match=message):
             layer[0](random.key(0), x.shape)

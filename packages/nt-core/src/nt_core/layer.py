@@ -48,7 +48,7 @@ def layer(layer_fn: _F) -> _F:
         kernel_fn = make_kernel_fn(_as_rules(rule, name, init_fn))
         for fn in (init_fn, apply_fn, kernel_fn):
             fn.__name__ = name
-        return init_fn, _swallow_kwargs(apply_fn), kernel_fn
+        return init_fn, swallow_kwargs(apply_fn), kernel_fn
 
     return constructor  # type: ignore[return-value]
 
@@ -139,14 +139,19 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
 
 
 def rules_of(kernel_fn: Callable[..., Any]) -> tuple[Rule, ...]:
-    """Returns the rules behind a public `kernel_fn`."""
-    rules = getattr(kernel_fn, "rules", None)
-    if rules is None:
+    """Returns the rules behind the public `kernel_fn` of a layer. Raises `TypeError` for any other function."""
+    if not is_of_layer(kernel_fn):
         raise TypeError(
             f"{getattr(kernel_fn, '__name__', kernel_fn)} is not the kernel_fn of a layer. Decorate the constructor of "
             "your layer with `layer`."
         )
-    return rules
+    return kernel_fn.rules  # type: ignore[attr-defined]
+
+
+def is_of_layer(kernel_fn: Callable[..., Any]) -> bool:
+    """Whether a function is the public `kernel_fn` of a layer, not a function around one."""
+    # `functools.wraps` copies attributes to what does something else.
+    return hasattr(kernel_fn, "rules") and not hasattr(kernel_fn, "__wrapped__")
 
 
 def _as_rules(rule: Any, name: str, init_fn: Callable[..., Any]) -> tuple[Rule, ...]:
@@ -154,12 +159,18 @@ def _as_rules(rule: Any, name: str, init_fn: Callable[..., Any]) -> tuple[Rule, 
         return rule
     if isinstance(rule, Rule):
         return (dataclasses.replace(rule, name=name),)
-    function = rule
+    return (function_rule(rule, name, init_fn),)
 
-    def without_run(kernels, run, **kwargs):
-        return function(kernels, **kwargs)
 
-    return (Rule(name, getattr(function, "input_req", NO_REQUIREMENTS), function=without_run, init_fn=init_fn),)
+def function_rule(kernel_fn: Callable[..., Any], name: str, init_fn: Callable[..., Any]) -> Rule:
+    """Returns the rule of a layer whose `kernel_fn(kernels, **kwargs)` is any function of kernels."""
+    function = swallow_kwargs(kernel_fn)
+    return Rule(
+        name,
+        getattr(kernel_fn, "input_req", NO_REQUIREMENTS),
+        function=lambda kernels, run: function(kernels, **run.kwargs),
+        init_fn=init_fn,
+    )
 
 
 def _make_state(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float | None) -> Any:
@@ -237,14 +248,14 @@ def _shapes(values: Any) -> Any:
     return values.shape if hasattr(values, "shape") else type(values)(_shapes(v) for v in values)
 
 
-def _swallow_kwargs(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `apply_fn` that ignores keywords it does not name: networks hand all of them to every layer."""
-    parameters = inspect.signature(apply_fn).parameters
+def swallow_kwargs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn` that ignores keywords it does not name: networks hand all of them to every layer."""
+    parameters = inspect.signature(fn).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return apply_fn
+        return fn
 
-    @functools.wraps(apply_fn)
-    def apply(params: Any, inputs: Any, **kwargs: Any) -> Any:
-        return apply_fn(params, inputs, **{k: v for k, v in kwargs.items() if k in parameters})
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **{k: v for k, v in kwargs.items() if k in parameters})
 
-    return apply
+    return call

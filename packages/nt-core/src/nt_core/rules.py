@@ -35,8 +35,9 @@ class Rule:
       requirements: what it asks of incoming kernels.
       emit: appends the layer's steps to a program: `emit(builder, values) -> values`, with trees of `Value`. Raises
         `NoStep` where `function` has to be used.
-      function: `function(kernels, **kwargs) -> kernels`, on trees of materialised `Kernel`s. A rule has `emit`,
-        `function`, or both; then they agree, and `function` is the one that knows about masks.
+      function: `function(kernels, run) -> kernels`, on trees of materialised `Kernel`s; keywords of the user are in
+        `run.kwargs`. A rule has `emit`, `function`, or both; then they agree, and `function` is the one that knows
+        about masks.
       mask_fn: `mask_fn(mask, shape) -> mask` of the outputs; None leaves masks to `function`.
       remask: the kernel has to be zeroed at masked positions afterwards.
       init_fn: gives the output shape where `function` cannot know it.
@@ -65,7 +66,13 @@ def step_rule(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What holds for one call of a kernel function, whatever the layer."""
+    """What holds for one call of a kernel function, whatever the layer.
+
+    Attributes:
+      request: what is to be computed.
+      implementation: backend, or backends in order of preference.
+      kwargs: keywords of the user.
+    """
 
     request: Request
     implementation: Implementation
@@ -180,7 +187,7 @@ def _apply_one(rule: Rule, state: Any, run: Run) -> Any:
         assert collected.n_rules == 1, f"{rule.name} has neither a step nor a function"
         out = _execute(collected, run)
     else:
-        out = rule.function(kernels, run=run, **run.kwargs)
+        out = rule.function(kernels, run)
         out = _infer_shapes(rule, kernels, out)
     return _propagate_masks(rule, kernels, out)
 

@@ -190,7 +190,7 @@ def GlobalSelfAttention(
     def mask_fn(mask, input_shape):
         return _position_mask(mask, channel_axis)
 
-    def kernel_fn(kernel: Kernel, **kwargs) -> Kernel:
+    def kernel_fn(kernel: Kernel) -> Kernel:
         if not linear_scaling and mechanism is not AttentionMechanism.IDENTITY:
             raise NotImplementedError(
                 "With linear_scaling=False the infinite-width limit is known for attention_mechanism='IDENTITY' only, "
@@ -223,7 +223,7 @@ def GlobalSelfAttention(
             "channel_axis": channel_axis,
             "diagonal_spatial": Diagonal(input=Bool.NO, output=Bool.NO),
         },
-        function=kernel_fn,
+        function=lambda kernel, run: kernel_fn(kernel),
     )
     return init_fn, apply_fn, rule, mask_fn
 

@@ -35,7 +35,7 @@ def FanOut(num: int):
     def apply_fn(params, inputs, **kwargs):
         return [inputs] * num
 
-    rule = Rule("FanOut", emit=lambda _, values: [values] * num, function=lambda kernels, **kwargs: [kernels] * num)
+    rule = Rule("FanOut", emit=lambda _, values: [values] * num, function=lambda kernels, run: [kernels] * num)
     return init_fn, apply_fn, rule
 
 
@@ -145,7 +145,7 @@ def FanInConcat(axis: int = -1):
         widths = [spec.n_channels for spec in specs]
         return builder.add(steps.Combine(tuple(n / sum(widths) for n in widths), concat=True), *values)
 
-    def concatenate(kernels: Sequence[Kernel], *, run: Run, **kwargs) -> Kernel:
+    def concatenate(kernels: Sequence[Kernel], run: Run) -> Kernel:
         spec = _branches("FanInConcat", kernels)[0].spec
         if axis % spec.ndim == spec.channel_axis:
             unmasked = [kernel.replace(mask1=None, mask2=None) for kernel in kernels]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
-from nt_core.layer import layer, rules_of
+from nt_core.layer import function_rule, is_of_layer, layer, rules_of, swallow_kwargs
 from nt_core.requirements import in_parallel, in_series
 from nt_core.rules import Rule, Run, apply_rules, emit_all
 
@@ -18,7 +18,8 @@ def serial(*layers: Layer):
     """Composes layers: each takes what the one before it gives.
 
     Args:
-      *layers: triples `(init_fn, apply_fn, kernel_fn)`.
+      *layers: triples `(init_fn, apply_fn, kernel_fn)`. A `kernel_fn` that does not come from a layer is a function
+        `kernel_fn(kernel, **kwargs)` of materialised kernels.
 
     The parameters are a list of those of the layers.
 
@@ -86,7 +87,7 @@ def parallel(*layers: Layer):
             emit_all(branch_rules, builder, branch) for branch_rules, branch in zip(rules, branches, strict=True)
         )
 
-    def apply_branches(kernels, *, run: Run, **kwargs):
+    def apply_branches(kernels, run: Run):
         branches = _branches("parallel", kernels, len(rules))
         return type(kernels)(
             apply_rules(branch_rules, branch, run) for branch_rules, branch in zip(rules, branches, strict=True)
@@ -151,7 +152,7 @@ def repeat(layer: Layer, n: int):
 def _parts(name: str, layers: Sequence[Layer]) -> tuple[list, list, list[tuple[Rule, ...]]]:
     """Returns the `init_fn`s, the `apply_fn`s and the rules of layers."""
     for i, candidate in enumerate(layers):
-        if not isinstance(candidate, tuple | list) or len(candidate) != 3:
+        if not isinstance(candidate, tuple | list) or len(candidate) != 3 or not all(map(callable, candidate)):
             given = getattr(candidate, "__name__", repr(candidate))
             raise TypeError(
                 f"{name}: argument {i} is no layer (init_fn, apply_fn, kernel_fn), got {given}. Layers are the results "
@@ -159,9 +160,16 @@ def _parts(name: str, layers: Sequence[Layer]) -> tuple[list, list, list[tuple[R
             )
     return (
         [init_fn for init_fn, _, _ in layers],
-        [apply_fn for _, apply_fn, _ in layers],
-        [rules_of(kernel_fn) for _, _, kernel_fn in layers],
+        [swallow_kwargs(apply_fn) for _, apply_fn, _ in layers],
+        [_rules(init_fn, kernel_fn) for init_fn, _, kernel_fn in layers],
     )
+
+
+def _rules(init_fn: Callable[..., Any], kernel_fn: Callable[..., Any]) -> tuple[Rule, ...]:
+    """Returns the rules of a layer, of which a `kernel_fn` that is no layer's is any function of kernels."""
+    if is_of_layer(kernel_fn):
+        return rules_of(kernel_fn)
+    return (function_rule(kernel_fn, getattr(kernel_fn, "__name__", "kernel_fn"), init_fn),)
 
 
 def _branches(name: str, inputs: Any, n: int) -> Sequence[Any]:

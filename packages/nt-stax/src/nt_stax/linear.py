@@ -10,7 +10,7 @@ from nt_core import steps
 from nt_core.kernel import Kernel
 from nt_core.layer import layer, supports_masking
 from nt_core.requirements import Bool, Diagonal
-from nt_core.rules import Rule, step_rule
+from nt_core.rules import Rule, Run, step_rule
 
 from nt_stax.windows import Padding, Windows
 
@@ -246,7 +246,7 @@ def Identity():
     def apply_fn(params, inputs, **kwargs):
         return inputs
 
-    rule = Rule("Identity", emit=lambda builder, values: values, function=lambda kernels, **kwargs: kernels)
+    rule = Rule("Identity", emit=lambda builder, values: values, function=lambda kernels, run: kernels)
     return init_fn, apply_fn, rule
 
 
@@ -281,7 +281,7 @@ def Dropout(rate: float, mode: str = "train"):
         return input_shape, ()
 
     if mode == "test":
-        identity = Rule("Dropout", {"use_dropout": False}, lambda _, value: value, lambda kernel, **kwargs: kernel)
+        identity = Rule("Dropout", {"use_dropout": False}, lambda _, value: value, lambda kernel, run: kernel)
         return init_fn, lambda params, inputs, **kwargs: inputs, identity
 
     def apply_fn(params, inputs, *, rng=None, **kwargs):
@@ -293,7 +293,7 @@ def Dropout(rate: float, mode: str = "train"):
         keep = random.bernoulli(rng, rate, inputs.shape)
         return jnp.where(keep, inputs / rate, 0)
 
-    def kernel_fn(kernel: Kernel, **kwargs) -> Kernel:
+    def kernel_fn(kernel: Kernel, run: Run) -> Kernel:
         if kernel.is_input:
             raise ValueError(
                 "Dropout cannot be applied to the inputs: they have finitely many channels, and the covariance of what "

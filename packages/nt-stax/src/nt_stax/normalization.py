@@ -8,7 +8,7 @@ from nt_core import steps
 from nt_core.kernel import Kernel
 from nt_core.layer import layer, supports_masking
 from nt_core.layouts import interleave_ones, zipped_diagonal
-from nt_core.rules import NoStep, Rule
+from nt_core.rules import NoStep, Rule, Run
 from nt_core.spec import Spec
 
 
@@ -22,8 +22,9 @@ def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: in
     divided by `sqrt((eps + v1) (eps + v2))`. Masked entries count neither for the mean nor for the variance.
 
     Args:
-      axis: the axes to be normalised over. The channel axis must be among them. With the batch axis, the statistics are
-        those of all samples of a batch together.
+      axis: the axes to be normalised over, in any order; to name one twice, as `(1, -1)` does for inputs of rank 2,
+        is to name it once. The channel axis must be among them. With the batch axis, the statistics are those of all
+        samples of a batch together.
       eps: added to the variance.
       batch_axis: batch axis of the inputs.
       channel_axis: channel axis of the inputs.
@@ -60,9 +61,9 @@ def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: in
             raise NoStep
         return builder.add(step(value.spec), value)
 
-    def function(kernel: Kernel, **kwargs) -> Kernel:
+    def function(kernel: Kernel, run: Run) -> Kernel:
         if kernel.is_reversed:
-            return function(kernel.reverse()).reverse()
+            return function(kernel.reverse(), run).reverse()
         return _normalize(kernel, step(kernel.spec), is_over_batch(kernel.spec))
 
     requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
@@ -72,14 +73,14 @@ def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: in
 def _normalized_axes(axis: int | Sequence[int], ndim: int, channel_axis: int) -> tuple[int, ...]:
     """Returns the axes to be normalised over, non-negative and checked."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) < len(axes):
-        raise ValueError(f"LayerNorm: axis={axis} must name different axes of inputs of rank {ndim}.")
+    if any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(f"LayerNorm: axis={axis} must name axes of inputs of rank {ndim}.")
     if channel_axis % ndim not in (a % ndim for a in axes):
         raise ValueError(
             f"LayerNorm: axis={axis} does not include the channel axis {channel_axis} of inputs of rank {ndim}, and "
             "only averages over infinitely many channels have a limit. Add it to `axis`."
         )
-    return tuple(a % ndim for a in axes)
+    return tuple(sorted({a % ndim for a in axes}))
 
 
 def _mean(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:

@@ -205,7 +205,7 @@ def _global_pool(mean: bool, batch_axis: int, channel_axis: int):
     if not mean:
         return init_fn, apply_fn, sum_rule, mask_fn
 
-    def average(kernel: Kernel, *, run: Run, **kwargs) -> Kernel:
+    def average(kernel: Kernel, run: Run) -> Kernel:
         count1 = _unmasked_per_sample(kernel.mask1, kernel.shape1, kernel.spec)
         count2 = count1 if kernel.cov2 is None else _unmasked_per_sample(kernel.mask2, kernel.shape2, kernel.spec)
         return _divide(apply_rules((sum_rule,), kernel, run), count1, count2)
