@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from nt_core import Kernel, Spec
+from nt_core.kernel import combine
 
 N_CHANNELS = 4
 LAYOUTS = [
@@ -573,6 +574,123 @@ def test_dot_general_refuses_to_contract_samples_that_are_not_there():
         kernel.dot_general(np.ones(3), np.ones(3), True, (((0,), (0,)), ((), ())))
 
 
+# ---- functions of covariances, whatever the layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_map_with_numbers_of_each_sample(layout):
+    x1, x2 = activations(3), activations(2)
+    a, b = np.array([1.0, 2.0, -1.0], np.float32), np.array([3.0, 1.0], np.float32)
+    kernel = with_arrays(kernel_of(x1, x2, layout))
+
+    def scaled(k, first, second):
+        factors = first["a"] * second["a"]
+        return k * factors.reshape(factors.shape + (1,) * (k.ndim - factors.ndim))
+
+    mapped = kernel.map(scaled, {"a": a}, {"a": b})
+    assert_equal(mapped, kernel_of(x1 * a[:, None, None, None], x2 * b[:, None, None, None], layout))
+    assert_equal(kernel.map(lambda k: 4 * k), kernel_of(2 * x1, 2 * x2, layout))
+
+
+@pytest.mark.parametrize("diagonal_batch", [True, False])
+def test_map_keeps_equal_inputs_exactly_equal(diagonal_batch):
+    """Sums in another order give other roundings, so `cov1` is not computed a second time."""
+    layout = {**FULL, "diagonal_batch": diagonal_batch}
+    kernel = with_arrays(kernel_of(activations(3), None, layout)).matrices()
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 6)), jnp.float32)
+    mapped = kernel.map(lambda k, a, b: a @ k @ jnp.swapaxes(b, -1, -2), weights)
+    own = mapped.nngp[np.arange(3), np.arange(3)] if diagonal_batch else mapped.nngp
+    np.testing.assert_array_equal(mapped.cov1, own)
+    expected = np.einsum("npq,nmqr,msr->nmps", weights, kernel.nngp, weights)
+    np.testing.assert_allclose(mapped.nngp, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_per_sample(layout):
+    x1, x2 = activations(3), activations(2)
+    mask1 = activations(3, seed=1)[..., :1] > 0
+    kernel = with_arrays(kernel_of(x1, x2, layout, mask1=mask1))
+    own = {**layout, "diagonal_batch": True}
+    (cov1, masked1), (cov2, masked2) = kernel.per_sample(lambda cov, mask: (cov, mask))
+    np.testing.assert_array_equal(cov1, kernel_of(x1, None, own).cov1)
+    np.testing.assert_array_equal(cov2, kernel_of(x2, None, own).cov1)
+    np.testing.assert_array_equal(masked1, mask1[..., 0])
+    assert masked2 is None
+    first, second = kernel.replace(cov2=None).per_sample(lambda cov, mask: cov)
+    assert first is second
+
+
+def test_per_sample_needs_a_covariance():
+    kernel = kernel_of(activations(3), None, FULL, cov1=None)
+    with pytest.raises(ValueError, match="has no `cov1`: compute the kernel with get=None"):
+        kernel.per_sample(lambda cov, mask: cov)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rescale(layout):
+    x1, x2 = activations(3), activations(2)
+    scale1, scale2 = (activations(n, seed=2)[..., 0] for n in (3, 2))
+    kernel = with_arrays(kernel_of(x1, x2, layout)).rescale(jnp.asarray(scale1), jnp.asarray(scale2))
+    assert_equal(kernel, kernel_of(x1 * scale1[..., None], x2 * scale2[..., None], layout))
+    kernel = with_arrays(kernel_of(x1, None, layout)).rescale(jnp.asarray(scale1))
+    assert_equal(kernel, kernel_of(x1 * scale1[..., None], None, layout))
+
+
+@pytest.mark.parametrize(("batch_axis", "channel_axis"), AXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_matrices_and_back(layout, batch_axis, channel_axis):
+    axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+    x1, x2 = activations(3, **axes), activations(2, **axes)
+    mask1 = np.take(activations(3, **axes, seed=1), [0], channel_axis) > 0
+    kernel = with_arrays(kernel_of(x1, x2, layout, **axes, mask1=mask1))
+    in_a_row = [
+        np.moveaxis(x, (batch_axis, channel_axis), (0, -1)).reshape(len(k), 6, -1)
+        for x, k in ((x1, kernel.nngp), (x2, kernel.nngp[0]), (mask1, kernel.nngp))
+    ]
+    y1, y2, mask = in_a_row
+    matrices = kernel.matrices()
+    assert_equal(matrices, kernel_of(y1, y2, {**layout, "is_reversed": False}, mask1=mask))
+    assert_equal(kernel.from_matrices(matrices), kernel)
+
+
+@pytest.mark.parametrize("layout", [FULL, {**FULL, "is_reversed": True}])
+def test_matrices_with_other_positions(layout):
+    x1, x2 = activations(3), activations(2)
+    sums = np.kron(np.ones((1, 2)), np.eye(3, dtype=np.float32))  # over the first spatial axis
+    kernel = with_arrays(kernel_of(x1, x2, layout))
+    matrices = kernel.matrices().map(lambda k: sums @ k @ sums.T)
+    matrices = matrices.replace(shape1=(3, 3, N_CHANNELS), shape2=(2, 3, N_CHANNELS))
+    summed = [x.sum(1, keepdims=True) for x in (x1, x2)]
+    assert_equal(kernel.from_matrices(matrices, space=(1, 3)), kernel_of(*summed, layout))
+
+
+@pytest.mark.parametrize("space", [(2, 2), (6,), (1, 2, 3)])
+def test_matrices_refuse_other_numbers_of_positions(space):
+    kernel = with_arrays(kernel_of(activations(3), None, FULL))
+    with pytest.raises(ValueError, match="Expected 2 sizes of spatial axes with 6 positions in all"):
+        kernel.from_matrices(kernel.matrices(), space=space)
+
+
+def test_what_parameters_contribute_to_the_tangent_kernel():
+    kernel = with_arrays(kernel_of(activations(3), activations(2), FULL))
+    np.testing.assert_array_equal(kernel.add_to_ntk(kernel.nngp).ntk, 3 * kernel.nngp)
+    none_yet = kernel.replace(ntk=jnp.zeros(()))
+    np.testing.assert_array_equal(none_yet.add_to_ntk(2.0).ntk, np.full(kernel.nngp.shape, 2.0))
+    assert none_yet.fill_ntk().ntk.shape == kernel.nngp.shape and not none_yet.fill_ntk().ntk.any()
+    assert kernel.replace(ntk=None).add_to_ntk(2.0).ntk is None
+
+
+def test_combine():
+    x1, x2 = activations(3), activations(2)
+    kernel = with_arrays(kernel_of(x1, x2, FULL))
+    total = combine(lambda a, b: a + b, [kernel, kernel * 2.0])
+    assert_equal(total, kernel * 5**0.5)
+    assert combine(jnp.add, [kernel, kernel.replace(ntk=None)]).ntk is None
+    no_parameters = kernel.replace(ntk=jnp.zeros(()))
+    np.testing.assert_array_equal(combine(jnp.add, [no_parameters, kernel]).ntk, kernel.ntk)
+    assert combine(jnp.add, [no_parameters, no_parameters]).ntk.shape == ()
+
+
 # ---- what was not asked for is not there, and a network without parameters has a scalar NTK
 
 OPERATIONS = {
@@ -585,6 +703,9 @@ OPERATIONS = {
     "add": lambda k: k + 2.0,
     "index": lambda k: k[:, 1],
     "dot_general": lambda k: k.dot_general(np.arange(2.0), np.arange(2.0), True, (((0,), (1,)), ((), ()))),
+    "matrices": lambda k: k.matrices(),
+    "from_matrices": lambda k: k.from_matrices(k.matrices() * 2.0),
+    "map": lambda k: k.map(lambda cov: 2 * cov),
 }
 SUBSETS = [("nngp",), ("nngp", "ntk"), ("nngp", "cov1"), ("cov1", "cov2"), ("ntk",)]
 
@@ -592,7 +713,7 @@ SUBSETS = [("nngp",), ("nngp", "ntk"), ("nngp", "cov1"), ("cov1", "cov2"), ("ntk
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_absent_covariances_stay_absent(operation, names):
-    kernel = with_arrays(kernel_of(activations(3), activations(2), FULL))
+    kernel = with_arrays(kernel_of(activations(2), activations(2), FULL))
     expected = only(operation(kernel), *names)
     actual = operation(only(kernel, *names))
     if names == ("nngp", "cov1"):  # cov2 is None: the second batch is the first

@@ -1,17 +1,28 @@
 """Covariances of two batches of activations, with all that is needed to carry them through the next layer."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from nt_core.contractions import Contraction
-from nt_core.layouts import interleave_ones, reverse_zipped, transpose_zipped
+from nt_core.indexing import axis_after, check_index, expand_index, index_mask, indexed_shape
+from nt_core.layouts import (
+    interleave_ones,
+    make_2d,
+    reverse_zipped,
+    same_sample,
+    to_positions,
+    transpose_zipped,
+    zip_axes,
+)
 from nt_core.spec import Spec
+
+_T = TypeVar("_T")
 
 
 def _static() -> Any:
@@ -231,6 +242,236 @@ class Kernel:
             mask2=None,
         )
 
+    def map(self, fn: Callable[..., Array], first: Any = None, second: Any = None) -> "Kernel":
+        """Applies a function to all covariances that there are.
+
+        What was not asked for stays None, and a tangent kernel that is a scalar zero stays zero. Where the second batch
+        is the first (`cov2` is None), `cov1` is read off the new `nngp`, so that equal inputs stay exactly equal.
+
+        Args:
+          fn: `fn(k)` or, with `first`, `fn(k, a, b)`: takes a covariance in the layout of this kernel, and returns one.
+          first: what `fn` needs to know of each sample of the first batch: an array whose leading axis is that of the
+            samples, or a pytree of these. For the pairs of samples in `k`, `fn` gets that of the first ones as `a` and
+            that of the second ones as `b`, with axes of size 1 such that their leading axes broadcast against `k`.
+          second: the same of the second batch; None for `first`.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core.layer import layer
+        >>> @layer
+        ... def DivideByIndex():  # divides sample i by i + 1
+        ...     def init_fn(rng, input_shape):
+        ...         return input_shape, ()
+        ...     def apply_fn(params, inputs, **kwargs):
+        ...         return inputs / (1.0 + jnp.arange(len(inputs)))[:, None]
+        ...     def kernel_fn(kernel, **kwargs):
+        ...         number1, number2 = (1.0 + jnp.arange(n) for n in kernel.nngp.shape)
+        ...         return kernel.map(lambda k, a, b: k / (a * b), number1, number2)
+        ...     return init_fn, apply_fn, kernel_fn
+        >>> print(DivideByIndex()[2](jnp.ones((2, 1)), jnp.ones((3, 1)), "nngp"))
+        [[1.     0.5    0.3333]
+         [0.5    0.25   0.1667]]
+        """
+        second = first if second is None else second
+
+        def of_pairs(k: Array, a: Any, b: Any) -> Array:
+            return fn(k) if first is None else fn(k, _with_axis(a, 1), _with_axis(b, 0))
+
+        def within(k: Array, a: Any) -> Array:
+            if not self.diagonal_batch:
+                return of_pairs(k, a, a)
+            return fn(k) if first is None else fn(k, a, a)
+
+        is_one_batch = self.cov1 is not None and self.cov2 is None
+        mapped = (self.replace(cov1=None) if is_one_batch else self)._map(
+            lambda k: of_pairs(k, first, second), lambda k: within(k, first), lambda k: within(k, second)
+        )
+        if not is_one_batch:
+            return mapped
+        return mapped.replace(cov1=same_sample(mapped.nngp) if self.diagonal_batch else mapped.nngp)
+
+    def per_sample(self, fn: Callable[[Array, Array | None], _T]) -> tuple[_T, _T]:
+        """Computes something of each sample alone, for both batches: `map` takes the results.
+
+        Args:
+          fn: `fn(cov, mask)`, with the covariances of samples with themselves, `(n, H, H, W, W)` (as `cov1` with
+            `diagonal_batch`), and which positions are masked, `(n, H, W)`, or None if none is.
+
+        Returns:
+          That of the first batch and that of the second; the same object where the second batch is the first.
+
+        Raises:
+          ValueError: the kernel has no `cov1`.
+          NotImplementedError: a mask differs between channels.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core.layer import layer
+        >>> @layer
+        ... def UnitVariance():  # divides each sample by its norm
+        ...     def init_fn(rng, input_shape):
+        ...         return input_shape, ()
+        ...     def apply_fn(params, inputs, **kwargs):
+        ...         return inputs / jnp.sqrt(jnp.mean(inputs**2, axis=1, keepdims=True))
+        ...     def kernel_fn(kernel, **kwargs):
+        ...         variance1, variance2 = kernel.per_sample(lambda cov, mask: cov)
+        ...         return kernel.map(lambda k, a, b: k / jnp.sqrt(a * b), variance1, variance2)
+        ...     return init_fn, apply_fn, kernel_fn
+        >>> print(UnitVariance()[2](jnp.array([[3.0, 0.0], [3.0, 4.0]]), None, "nngp"))
+        [[1.  0.6]
+         [0.6 1. ]]
+        """
+        if self.cov1 is None:
+            raise ValueError(
+                "This needs the covariances of samples with themselves, and the kernel has no `cov1`: compute the "
+                "kernel with get=None."
+            )
+
+        def of_batch(cov: Array, mask: Array | None, shape: tuple[int, ...]) -> _T:
+            own = cov if self.diagonal_batch else same_sample(cov)
+            return fn(own, None if mask is None else _mask_of_positions(mask, shape, self.spec))
+
+        first = of_batch(self.cov1, self.mask1, self.shape1)
+        return first, first if self.cov2 is None else of_batch(self.cov2, self.mask2, self.shape2)
+
+    def rescale(self, scale1: Array, scale2: Array | None = None) -> "Kernel":
+        """Returns the kernel of the activations times numbers: `K'(p, p') = s1(p) s2(p') K(p, p')`.
+
+        Args:
+          scale1: `s1`, of each sample and position of the first batch, `(n1, H, W)`.
+          scale2: `s2`, of the second batch; None for `scale1`.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core import Inputs, Spec
+        >>> spec = Spec((1, 2, 1), (1, 2, 1), batch_axis=0, channel_axis=2)  # one sample, two positions, one channel
+        >>> kernel = Inputs(jnp.ones((1, 2, 1)), None, spec).kernel(ntk=False)
+        >>> print(kernel.rescale(jnp.array([[1.0, 3.0]])).nngp[0, 0])
+        [[1. 3.]
+         [3. 9.]]
+        """
+
+        def at_both(scale: Array) -> tuple[Array, Array]:
+            """Lays a scale out at the first positions, and at the second."""
+            if self.diagonal_spatial:
+                return scale, scale
+            sides = (interleave_ones(scale, 1, scale.ndim, second) for second in (False, True))
+            at_first, at_second = (reverse_zipped(side, 1) if self.is_reversed else side for side in sides)
+            return at_first, at_second
+
+        scale2 = scale1 if scale2 is None else scale2
+        return self.map(lambda k, a, b: k * a[0] * b[1], at_both(scale1), at_both(scale2))
+
+    def matrices(self) -> "Kernel":
+        """Returns the kernel with all positions along one spatial axis, so that covariances are matrices.
+
+        Whatever the layout was: activations are `(n, P, channels)`, with `P` the number of positions, `nngp` and `ntk`
+        are `(n1, n2, P, P)`, `cov1` is `(n1, P, P)` or, without `diagonal_batch`, `(n1, n1, P, P)`, and masks are
+        `(n, P, 1)`. With `diagonal_spatial` there is one `P` in the place of two. `from_matrices` goes back.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core import Inputs, Spec
+        >>> spec = Spec((5, 2, 3, 1), (5, 2, 3, 1), batch_axis=0, channel_axis=3)
+        >>> kernel = Inputs(jnp.ones((5, 2, 3, 1)), None, spec).kernel(ntk=False)
+        >>> kernel.nngp.shape, kernel.matrices().nngp.shape, kernel.matrices().shape1
+        ((5, 5, 2, 2, 3, 3), (5, 5, 6, 6), (5, 6, 1))
+        """
+        spec = self.spec
+        n_positions = math.prod(spec.space)
+
+        def as_matrices(k: Array, start: int) -> Array:
+            return jnp.reshape(k, k.shape[:start] + (n_positions,)) if self.diagonal_spatial else make_2d(k, start)
+
+        def as_positions(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
+            if mask is None:
+                return None
+            sizes = [mask.shape[a] if a == spec.channel_axis else n for a, n in enumerate(shape)]
+            return to_positions(jnp.broadcast_to(mask, sizes), spec.batch_axis, spec.channel_axis)
+
+        ordered = self.reverse() if self.is_reversed else self
+        return ordered._map_space(as_matrices).replace(
+            shape1=(spec.n1, n_positions, spec.n_channels),
+            shape2=(spec.n2, n_positions, spec.n_channels),
+            batch_axis=0,
+            channel_axis=2,
+            mask1=as_positions(self.mask1, self.shape1),
+            mask2=as_positions(self.mask2, self.shape2),
+        )
+
+    def from_matrices(self, matrices: "Kernel", space: tuple[int, ...] | None = None) -> "Kernel":
+        """Returns what was made of `self.matrices()`, with the axes and the layout of this kernel.
+
+        Args:
+          matrices: activations are `(n, P, channels)`, covariances as `matrices` lays them out.
+          space: sizes of the spatial axes, whose product is `P`; None for those of this kernel.
+
+        Raises:
+          ValueError: `space` has another number of axes than this kernel, or does not make `P` positions.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core import Inputs, Spec
+        >>> spec = Spec((1, 4, 1), (1, 4, 1), batch_axis=0, channel_axis=2)
+        >>> kernel = Inputs(jnp.ones((1, 4, 1)), None, spec).kernel(ntk=False)
+        >>> means = jnp.array([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])  # average positions in pairs
+        >>> halved = kernel.matrices().map(lambda k: means @ k @ means.T)
+        >>> halved = halved.replace(shape1=(1, 2, 1), shape2=(1, 2, 1))
+        >>> kernel.from_matrices(halved, space=(2,)).nngp.shape
+        (1, 1, 2, 2)
+        """
+        spec = self.spec
+        space = spec.space if space is None else space
+        n_positions = matrices.shape1[1]
+        if len(space) != len(spec.space) or math.prod(space) != n_positions:
+            raise ValueError(
+                f"Expected {len(spec.space)} sizes of spatial axes with {n_positions} positions in all, got {space}. "
+                "State the number of positions of `matrices` in its shape1 and shape2."
+            )
+
+        def from_positions(n: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+            sizes = iter(space)
+            named = {spec.batch_axis: n, spec.channel_axis: shape[2]}
+            return tuple(named[a] if a in named else next(sizes) for a in range(spec.ndim))
+
+        def as_zipped(k: Array, start: int) -> Array:
+            lead = k.shape[:start]
+            return k.reshape(lead + space) if self.diagonal_spatial else zip_axes(k.reshape(lead + space * 2), start)
+
+        def as_mask(mask: Array | None) -> Array | None:
+            if mask is None:
+                return None
+            mask = jnp.reshape(mask, (mask.shape[0], *space, mask.shape[2]))
+            return jnp.moveaxis(mask, (0, -1), (spec.batch_axis, spec.channel_axis))
+
+        zipped = matrices._map_space(as_zipped).replace(
+            shape1=from_positions(matrices.shape1[0], matrices.shape1),
+            shape2=from_positions(matrices.shape2[0], matrices.shape2),
+            batch_axis=spec.batch_axis,
+            channel_axis=spec.channel_axis,
+            mask1=as_mask(matrices.mask1),
+            mask2=as_mask(matrices.mask2),
+        )
+        return zipped.reverse() if self.is_reversed else zipped
+
+    def fill_ntk(self) -> "Kernel":
+        """Returns the kernel with a tangent kernel that is shaped as `nngp`: zeros, where it was a scalar zero.
+
+        A tangent kernel that was not asked for stays None.
+        """
+        return self if self.ntk is None else self.replace(ntk=jnp.broadcast_to(self.ntk, self.nngp.shape))
+
+    def add_to_ntk(self, contribution: Array | float) -> "Kernel":
+        """Adds what the parameters of a layer contribute to the tangent kernel, if that was asked for.
+
+        Args:
+          contribution: the covariance of the derivatives with respect to the layer's parameters; broadcasts to `nngp`.
+
+        >>> import jax.numpy as jnp
+        >>> from nt_core import Inputs, Spec
+        >>> spec = Spec((1, 1), (1, 1), batch_axis=0, channel_axis=1)
+        >>> kernel = Inputs(jnp.ones((1, 1)), None, spec).kernel(ntk=True)
+        >>> print(kernel.ntk, kernel.add_to_ntk(kernel.nngp).ntk)
+        0.0 [[1.]]
+        """
+        filled = self.fill_ntk()
+        return filled if filled.ntk is None else filled.replace(ntk=filled.ntk + contribution)
+
     def __getitem__(self, idx: Any) -> "Kernel":
         """Returns the kernel of the activations indexed with `idx`: slices, integers and an ellipsis.
 
@@ -238,8 +479,8 @@ class Kernel:
           NotImplementedError: `idx` removes the batch axis, or selects channels.
         """
         spec = self.spec
-        index = _expand_index(idx, self.shape1)
-        _check_index(index, spec)
+        index = expand_index(idx, self.shape1)
+        check_index(index, spec)
         batch = index[self.batch_axis]
         space = [index[a] for a in spec.spatial_axes]
         if self.is_reversed and not self.diagonal_spatial:
@@ -251,12 +492,12 @@ class Kernel:
             lambda k: k[(batch,) * self._batch_ndim + space],
         )
         return indexed.replace(
-            shape1=_indexed_shape(self.shape1, index),
-            shape2=_indexed_shape(self.shape2, index),
-            batch_axis=_axis_after(index, self.batch_axis),
-            channel_axis=_axis_after(index, self.channel_axis),
-            mask1=_index_mask(self.mask1, self.shape1, self.channel_axis, index),
-            mask2=_index_mask(self.mask2, self.shape2, self.channel_axis, index),
+            shape1=indexed_shape(self.shape1, index),
+            shape2=indexed_shape(self.shape2, index),
+            batch_axis=axis_after(index, self.batch_axis),
+            channel_axis=axis_after(index, self.channel_axis),
+            mask1=index_mask(self.mask1, self.shape1, self.channel_axis, index),
+            mask2=index_mask(self.mask2, self.shape2, self.channel_axis, index),
         )
 
     def __mul__(self, other: float) -> "Kernel":
@@ -357,6 +598,40 @@ jax.tree_util.register_dataclass(
 )
 
 
+def combine(fn: Callable[..., Array], kernels: Sequence[Kernel]) -> Kernel:
+    """Applies a function to each covariance of several kernels of the same layout.
+
+    Args:
+      fn: `fn(k1, k2, ...)`, takes the covariance of each kernel. It is called for `nngp`, `ntk`, `cov1` and `cov2`; not
+        where one of the kernels has none, nor for tangent kernels that are all a scalar zero.
+      kernels: one or more.
+
+    Returns:
+      A kernel whose other fields are those of the first of `kernels`.
+
+    >>> import jax.numpy as jnp
+    >>> from nt_core import Inputs, Spec
+    >>> spec = Spec((1, 1), (1, 1), batch_axis=0, channel_axis=1)
+    >>> kernel = Inputs(jnp.full((1, 1), 3.0), None, spec).kernel(ntk=True)
+    >>> print(combine(lambda a, b: a + b, [kernel, kernel]).nngp)
+    [[18.]]
+    """
+    if any(kernel.ntk is not None and kernel.ntk.ndim > 0 for kernel in kernels):
+        kernels = [kernel.fill_ntk() for kernel in kernels]
+
+    def combined(name: str) -> Array | None:
+        arrays = [getattr(kernel, name) for kernel in kernels]
+        if any(k is None for k in arrays):
+            return None
+        return arrays[0] if arrays[0].ndim == 0 else fn(*arrays)
+
+    return kernels[0].replace(**{name: combined(name) for name in ("nngp", "ntk", "cov1", "cov2")})
+
+
+def _with_axis(tree: Any, axis: int) -> Any:
+    return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tree)
+
+
 def _fields_of(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
@@ -389,55 +664,3 @@ def _mask_of_positions(mask: Array | None, shape: tuple[int, ...], spec: Spec) -
         )
     mask = jnp.squeeze(jnp.broadcast_to(mask, sizes), spec.channel_axis)
     return jnp.moveaxis(mask, spec.batch_axis - (spec.batch_axis > spec.channel_axis), 0)
-
-
-def _expand_index(idx: Any, shape: tuple[int, ...]) -> tuple[slice | int, ...]:
-    """Returns one slice or integer per axis."""
-    index = idx if isinstance(idx, tuple) else (idx,)
-    n_ellipses = sum(i is Ellipsis for i in index)
-    n_given = len(index) - n_ellipses
-    if n_ellipses > 1 or n_given > len(shape):
-        raise IndexError(f"Index {idx} has two ellipses, or too many entries for activations of shape {shape}.")
-    rest = (slice(None),) * (len(shape) - n_given)
-    if n_ellipses:
-        position = next(p for p, i in enumerate(index) if i is Ellipsis)
-        index = index[:position] + rest + index[position + 1 :]
-    else:
-        index = index + rest
-    for axis, (i, n) in enumerate(zip(index, shape, strict=True)):
-        if not isinstance(i, slice | int | np.integer) or isinstance(i, bool):
-            raise NotImplementedError(f"Index activations with integers, slices and an ellipsis, got {i!r} in {idx}.")
-        if not isinstance(i, slice) and not -n <= i < n:
-            raise IndexError(f"Index {i} is out of bounds for axis {axis} of activations of shape {shape}.")
-    return index
-
-
-def _check_index(index: tuple[slice | int, ...], spec: Spec) -> None:
-    if not isinstance(index[spec.batch_axis], slice):
-        raise NotImplementedError(
-            f"Index {index[spec.batch_axis]} would remove batch axis {spec.batch_axis}, and a kernel always has one. "
-            "Use a slice to keep the axis."
-        )
-    channels = index[spec.channel_axis]
-    if not isinstance(channels, slice) or range(spec.n_channels)[channels] != range(spec.n_channels):
-        raise NotImplementedError(
-            f"Index {channels} selects from channel axis {spec.channel_axis}, which is infinite. Use `:` there."
-        )
-
-
-def _indexed_shape(shape: tuple[int, ...], index: tuple[slice | int, ...]) -> tuple[int, ...]:
-    return tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True) if isinstance(i, slice))
-
-
-def _axis_after(index: tuple[slice | int, ...], axis: int) -> int:
-    """Returns the position of `axis` when the axes indexed by integers are gone."""
-    return sum(isinstance(i, slice) for i in index[:axis])
-
-
-def _index_mask(
-    mask: Array | None, shape: tuple[int, ...], channel_axis: int, index: tuple[slice | int, ...]
-) -> Array | None:
-    if mask is None:
-        return None
-    # Axes of size 1 are written out, so that any index applies; all channels are taken.
-    return jnp.broadcast_to(mask, _with_size(shape, channel_axis, mask.shape[channel_axis]))[index]

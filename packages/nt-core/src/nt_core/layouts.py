@@ -58,6 +58,31 @@ def make_2d(x: Array, start: int = 0) -> Array:
     return jnp.reshape(unzip_axes(x, start), x.shape[:start] + (rows, columns))
 
 
+def same_sample(x: Array) -> Array:
+    """Keeps the entries of equal samples: `(n, n, ...) -> (n, ...)`."""
+    return jnp.moveaxis(jnp.diagonal(x, axis1=0, axis2=1), -1, 0)
+
+
+def to_positions(x: Array, batch_axis: int, channel_axis: int) -> Array:
+    """Returns activations as `(n, positions, channels)`.
+
+    >>> to_positions(jnp.zeros((2, 3, 4, 5)), batch_axis=0, channel_axis=1).shape
+    (2, 20, 3)
+    """
+    x = jnp.moveaxis(x, (batch_axis, channel_axis), (0, -1))
+    return jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]))
+
+
+def from_positions(x: Array, space: Sequence[int], batch_axis: int, channel_axis: int) -> Array:
+    """Undoes `to_positions`, for spatial axes of the sizes `space`.
+
+    >>> from_positions(jnp.zeros((2, 20, 3)), (4, 5), batch_axis=0, channel_axis=1).shape
+    (2, 3, 4, 5)
+    """
+    x = jnp.reshape(x, (x.shape[0], *space, x.shape[-1]))
+    return jnp.moveaxis(x, (0, -1), (batch_axis, channel_axis))
+
+
 def _lead(start: int) -> list[int]:
     return list(range(start))
 

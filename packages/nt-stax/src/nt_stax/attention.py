@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 from jax.core import Tracer
-from nt_core.kernel import Kernel
-from nt_core.layer import layer, supports_masking
-from nt_core.layouts import make_2d, zip_axes
-from nt_core.requirements import Bool, Diagonal
-from nt_core.rules import Rule
+from nt_core import Bool, Diagonal, Kernel, Rule, layer, supports_masking
+from nt_core.authoring import combine, from_positions, to_positions
 
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
 
@@ -168,11 +165,11 @@ def GlobalSelfAttention(
 
     def apply_fn(params, inputs, *, mask=None, **kwargs):
         W_query, W_key, W_value, W_out, b, W_embedding = params
-        x_value = x_key = _to_positions(inputs, batch_axis, channel_axis)
+        x_value = x_key = to_positions(inputs, batch_axis, channel_axis)
+        space = jnp.moveaxis(inputs, (batch_axis, channel_axis), (0, -1)).shape[1:-1]
         masked = None if mask is None else _masked_positions(mask, inputs.shape, batch_axis, channel_axis)
         if embedding is not None:
-            space = _space(inputs.shape, batch_axis, channel_axis)
-            x_key = embedding.join(x_key, _to_positions(W_embedding, batch_axis, channel_axis), space)
+            x_key = embedding.join(x_key, to_positions(W_embedding, batch_axis, channel_axis), space)
             x_key = x_key if masked is None else jnp.where(masked[..., None], 0, x_key)
             x_value = x_key if val_pos_emb else x_value
         key = jnp.einsum("npc,hck->nhpk", x_key, W_key)
@@ -184,7 +181,7 @@ def GlobalSelfAttention(
         # The rows of W_out are ordered by channels of the values first, then by heads.
         heads = jnp.einsum("nhpq,nhqv->npvh", gates, value).reshape(*x_value.shape[:2], -1)
         outputs = ov_std / (heads.shape[-1] * x_value.shape[-1]) ** 0.5 * (heads @ W_out)
-        outputs = _from_positions(outputs, inputs.shape, batch_axis, channel_axis)
+        outputs = from_positions(outputs, space, batch_axis, channel_axis)
         return outputs if b is None else outputs + b_std * b
 
     def mask_fn(mask, input_shape):
@@ -196,10 +193,8 @@ def GlobalSelfAttention(
                 "With linear_scaling=False the infinite-width limit is known for attention_mechanism='IDENTITY' only, "
                 f"got '{mechanism.name}'. Use linear_scaling=True for other mechanisms."
             )
-        if kernel.is_reversed:
-            return kernel_fn(kernel.reverse()).reverse()
         plain = _prepared(kernel)
-        joint = plain if embedding is None else embedding.join_kernel(plain)
+        joint = plain if embedding is None else embedding.join_kernel(plain, kernel.spec.space)
         values = joint if val_pos_emb else plain
         if linear_scaling:
             attended = _attend_with_fixed_gates(joint, values, mechanism, qk_std)
@@ -207,14 +202,14 @@ def GlobalSelfAttention(
             attended = _attend_with_random_gates(joint, values) * qk_std
         outputs = attended * ov_std
         if b_std is not None:
-            outputs = outputs + b_std
-            outputs = outputs.replace(ntk=None if outputs.ntk is None else outputs.ntk + b_std**2)
-        return outputs.replace(
+            outputs = (outputs + b_std).add_to_ntk(b_std**2)
+        outputs = outputs.replace(
             is_gaussian=True,
             is_input=False,
-            shape1=_resized(kernel.shape1, {channel_axis: n_chan_out}),
-            shape2=_resized(kernel.shape2, {channel_axis: n_chan_out}),
+            shape1=_resized(plain.shape1, {2: n_chan_out}),
+            shape2=_resized(plain.shape2, {2: n_chan_out}),
         )
+        return kernel.from_matrices(outputs)
 
     rule = Rule(
         "GlobalSelfAttention",
@@ -256,30 +251,25 @@ class _Embedding:
         embedding = jnp.broadcast_to(self.std * embedding, (*x.shape[:2], embedding.shape[-1]))
         return jnp.concatenate([x, embedding], axis=-1) if self.concat else x + embedding
 
-    def join_kernel(self, kernel: Kernel) -> Kernel:
-        """Returns the kernel of the joined inputs: covariances are sums, or averages over the channels of both."""
-        n_in = kernel.shape1[kernel.channel_axis]
+    def join_kernel(self, kernel: Kernel, space: tuple[int, ...]) -> Kernel:
+        """Returns the kernel of the joined inputs: covariances are sums, or averages over the channels of both.
+
+        Args:
+          kernel: that of `Kernel.matrices`.
+          space: sizes of the spatial axes.
+        """
+        n_in = kernel.spec.n_channels
         n_embedding = self.n_channels_for(n_in)
         n = n_in + n_embedding
         share, embedding_share = (n_in / n, n_embedding / n) if self.concat else (1.0, 1.0)
-        space = kernel.spec.space
         correlation = self.correlation(space)
         _cholesky(correlation)  # is it one?
-        correlation = zip_axes(correlation.reshape(space + space))
 
-        def join(k: Array | None, n_batch_axes: int) -> Array | None:
-            if k is None:
-                return None
-            shape = (1,) * n_batch_axes + correlation.shape
-            return share * k + embedding_share * self.std**2 * correlation.reshape(shape)
+        def join(k: Array) -> Array:
+            added = embedding_share * self.std**2 * correlation
+            return share * k + added.reshape((1,) * (k.ndim - 2) + added.shape)
 
-        within = 1 if kernel.diagonal_batch else 2
-        return kernel.replace(
-            nngp=join(kernel.nngp, 2),
-            ntk=join(kernel.ntk, 2),
-            cov1=join(kernel.cov1, within),
-            cov2=join(kernel.cov2, within),
-        ).mask(kernel.mask1, kernel.mask2)
+        return kernel.map(join).mask(kernel.mask1, kernel.mask2)
 
     def correlation(self, space: tuple[int, ...]) -> Array:
         """Returns the correlation of the embeddings of all pairs of positions, `(positions, positions)`."""
@@ -323,87 +313,41 @@ def _gates(logits: Array, masked_keys: Array | None, mechanism: AttentionMechani
 
 
 def _prepared(kernel: Kernel) -> Kernel:
-    """Returns a kernel with masks of whole positions, and an array for `ntk` if it was asked for."""
-    no_ntk_yet = kernel.ntk is not None and kernel.ntk.ndim == 0
-    return kernel.replace(
-        ntk=jnp.zeros_like(kernel.nngp) if no_ntk_yet else kernel.ntk,
-        mask1=None if kernel.mask1 is None else _position_mask(kernel.mask1, kernel.channel_axis),
-        mask2=None if kernel.mask2 is None else _position_mask(kernel.mask2, kernel.channel_axis),
+    """Returns a kernel as matrices, with masks of whole positions, and an array for `ntk` if it was asked for."""
+    mask1, mask2 = (
+        None if mask is None else _position_mask(mask, kernel.channel_axis) for mask in (kernel.mask1, kernel.mask2)
     )
+    return kernel.replace(mask1=mask1, mask2=mask2).matrices().fill_ntk()
 
 
 def _attend_with_fixed_gates(joint: Kernel, values: Kernel, mechanism: AttentionMechanism, qk_std: Any) -> Kernel:
     """Returns `G1 K G2^T`, with gates that are functions of the covariance of each sample with itself."""
 
-    def gates_of(cov: Array | None, mask: Array | None, shape: tuple[int, ...]) -> Array:
-        if cov is None:
-            raise ValueError("GlobalSelfAttention needs `cov1` of the incoming kernel: compute that with get=None.")
-        own = make_2d(cov if joint.diagonal_batch else _same_sample(cov), 1)
-        masked_keys = None
-        if mask is not None:
-            masked_keys = _masked_positions(mask, shape, joint.batch_axis, joint.channel_axis)[:, None]
-        return _gates(qk_std * own, masked_keys, mechanism)
+    def gates_of(cov: Array, masked: Array | None) -> Array:
+        return _gates(qk_std * cov, None if masked is None else masked[:, None], mechanism)
 
-    gates1 = gates2 = gates_of(joint.cov1, joint.mask1, joint.shape1)
-    if joint.cov2 is not None:
-        gates2 = gates_of(joint.cov2, joint.mask2, joint.shape2)
+    def attend(k: Array, first: Array, second: Array) -> Array:
+        attended = jnp.matmul(first, k, precision=lax.Precision.HIGHEST)
+        return jnp.matmul(attended, jnp.swapaxes(second, -1, -2), precision=lax.Precision.HIGHEST)
 
-    def between(k: Array) -> Array:
-        return _sandwich(gates1[:, None], k, gates2[None])
-
-    def within(cov: Array | None, gates: Array) -> Array | None:
-        if cov is None:
-            return None
-        return _sandwich(gates, cov, gates) if joint.diagonal_batch else _sandwich(gates[:, None], cov, gates[None])
-
-    nngp = between(values.nngp)
-    ntk = None if values.ntk is None else between(values.ntk) + 2 * nngp  # of the values' and the output weights
-    if values.cov2 is None:
-        # Read off, so that the deficit of equal inputs is an exact zero.
-        return values.replace(nngp=nngp, ntk=ntk, cov1=_same_sample(nngp) if joint.diagonal_batch else nngp)
-    return values.replace(nngp=nngp, ntk=ntk, cov1=within(values.cov1, gates1), cov2=within(values.cov2, gates2))
+    attended = values.map(attend, *joint.per_sample(gates_of))
+    return attended.add_to_ntk(2 * attended.nngp)  # of the values' and the output weights
 
 
 def _attend_with_random_gates(joint: Kernel, values: Kernel) -> Kernel:
     """Returns the kernel for gates that are products of independent Gaussian queries and keys."""
 
-    def inner(a: Array, b: Array, n_batch_axes: int = 2) -> Array:
+    def inner(a: Array, b: Array) -> Array:
         """Sum over all pairs of positions."""
-        return jnp.sum(a * b, axis=tuple(range(n_batch_axes, a.ndim)), keepdims=True)
+        return jnp.sum(a * b, axis=(-2, -1), keepdims=True)
 
-    def within(cov_joint: Array | None, cov_values: Array | None) -> Array | None:
-        if cov_joint is None or cov_values is None:
-            return None
-        return inner(cov_joint, cov_values, 1 if joint.diagonal_batch else 2) * cov_joint
-
-    attended = inner(joint.nngp, values.nngp)
-    ntk = None
-    if joint.ntk is not None and values.ntk is not None:
-        through_gates = inner(joint.nngp, values.ntk) + inner(joint.ntk, values.nngp)
-        # Four times the covariance, for the weights of queries, keys, values and outputs.
-        ntk = through_gates * joint.nngp + attended * (joint.ntk + 4 * joint.nngp)
-    return joint.replace(
-        nngp=attended * joint.nngp,
-        ntk=ntk,
-        cov1=within(joint.cov1, values.cov1),
-        cov2=within(joint.cov2, values.cov2),
-    )
-
-
-def _sandwich(first: Array, k: Array, second: Array) -> Array:
-    """Returns `first K second^T`, with the zipped `k` as matrices over positions."""
-    start = first.ndim - 2
-    matrices = jnp.matmul(
-        jnp.matmul(first, make_2d(k, start), precision=lax.Precision.HIGHEST),
-        jnp.swapaxes(second, -1, -2),
-        precision=lax.Precision.HIGHEST,
-    )
-    space = k.shape[start::2]
-    return zip_axes(matrices.reshape(matrices.shape[:start] + space + space), start)
-
-
-def _same_sample(k: Array) -> Array:
-    return jnp.moveaxis(jnp.diagonal(k, axis1=0, axis2=1), -1, 0)
+    attended = combine(lambda a, b: inner(a, b) * a, [joint, values])
+    if joint.ntk is None or values.ntk is None:
+        return attended
+    through_gates = inner(joint.nngp, values.ntk) + inner(joint.ntk, values.nngp)
+    through_inputs = inner(joint.nngp, values.nngp) * joint.ntk
+    # Four times the covariance, for the weights of queries, keys, values and outputs.
+    return attended.replace(ntk=through_gates * joint.nngp + through_inputs + 4 * attended.nngp)
 
 
 def _position_mask(mask: Array, channel_axis: int) -> Array:
@@ -414,24 +358,7 @@ def _position_mask(mask: Array, channel_axis: int) -> Array:
 def _masked_positions(mask: Array, shape: tuple[int, ...], batch_axis: int, channel_axis: int) -> Array:
     """Returns a mask of activations of `shape` as `(n, positions)`."""
     masked = _position_mask(jnp.broadcast_to(mask, shape), channel_axis)
-    return _to_positions(masked, batch_axis, channel_axis)[..., 0]
-
-
-def _space(shape: tuple[int, ...], batch_axis: int, channel_axis: int) -> tuple[int, ...]:
-    ndim = len(shape)
-    return tuple(n for a, n in enumerate(shape) if a not in (batch_axis % ndim, channel_axis % ndim))
-
-
-def _to_positions(x: Array, batch_axis: int, channel_axis: int) -> Array:
-    """Returns activations as `(n, positions, channels)`."""
-    x = jnp.moveaxis(x, (batch_axis, channel_axis), (0, -1))
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-
-
-def _from_positions(x: Array, shape: tuple[int, ...], batch_axis: int, channel_axis: int) -> Array:
-    """Returns `(n, positions, channels)` with the axes of activations of `shape`."""
-    x = x.reshape(x.shape[0], *_space(shape, batch_axis, channel_axis), x.shape[-1])
-    return jnp.moveaxis(x, (0, -1), (batch_axis, channel_axis))
+    return to_positions(masked, batch_axis, channel_axis)[..., 0]
 
 
 def _resized(shape: tuple[int, ...], sizes: dict[int, int]) -> tuple[int, ...]:

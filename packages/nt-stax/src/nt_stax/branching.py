@@ -9,12 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from nt_core import steps
-from nt_core.kernel import Kernel
-from nt_core.layer import layer, supports_masking
-from nt_core.program import Builder, Value
-from nt_core.rules import NoStep, Rule, Run, apply_rules
-from nt_core.spec import Spec
+from nt_core import Builder, Kernel, Rule, Run, Spec, Value, apply_rules, layer, steps, supports_masking
+from nt_core.authoring import NoStep, combine
 
 
 @layer
@@ -197,19 +193,11 @@ def _concatenate_apart(kernels: Sequence[Kernel], axis: int) -> Kernel:
             stacklevel=2,
         )
 
-    def concatenate(covariances: list[Array | None], same_sample: bool) -> Array | None:
-        arrays = [k for k in covariances if k is not None]
-        if len(arrays) < len(covariances) or all(k.ndim == 0 for k in arrays):
-            return covariances[0]
-        stored, is_pair = _stored_axis(first.spec, axis, same_sample)
-        return _block_diagonal(arrays, stored) if is_pair else jnp.concatenate(arrays, stored)
+    def concatenate(*covariances: Array) -> Array:
+        stored, is_pair = _stored_axis(first.spec, axis, covariances[0].ndim)
+        return _block_diagonal(covariances, stored) if is_pair else jnp.concatenate(covariances, stored)
 
-    ntks = [_full_ntk(kernel, kernels) for kernel in kernels]
-    return first.replace(
-        nngp=concatenate([kernel.nngp for kernel in kernels], False),
-        ntk=concatenate(ntks, False),
-        cov1=concatenate([kernel.cov1 for kernel in kernels], first.diagonal_batch),
-        cov2=concatenate([kernel.cov2 for kernel in kernels], first.diagonal_batch),
+    return combine(concatenate, kernels).replace(
         shape1=_concatenated_shape([kernel.shape1 for kernel in kernels], axis),
         shape2=_concatenated_shape([kernel.shape2 for kernel in kernels], axis),
         is_gaussian=all(kernel.is_gaussian for kernel in kernels),
@@ -218,18 +206,11 @@ def _concatenate_apart(kernels: Sequence[Kernel], axis: int) -> Kernel:
     )
 
 
-def _full_ntk(kernel: Kernel, kernels: Sequence[Kernel]) -> Array | None:
-    """Returns the tangent kernel, spelt out where it is a scalar zero but that of another branch is not."""
-    if kernel.ntk is None or all(k.ntk is not None and k.ntk.ndim == 0 for k in kernels):
-        return kernel.ntk
-    return jnp.broadcast_to(kernel.ntk, kernel.nngp.shape)
-
-
-def _stored_axis(spec: Spec, axis: int, same_sample: bool) -> tuple[int, bool]:
-    """Returns where a covariance stores an axis of the activations, and whether it stores it twice."""
+def _stored_axis(spec: Spec, axis: int, ndim: int) -> tuple[int, bool]:
+    """Returns where a covariance of rank `ndim` stores an axis of the activations, and whether it stores it twice."""
+    n_batch = ndim - len(spec.space) * (1 if spec.diagonal_spatial else 2)
     if axis == spec.batch_axis:
-        return 0, not same_sample
-    n_batch = 1 if same_sample else 2
+        return 0, n_batch == 2
     i = spec.spatial_axes.index(axis)
     if spec.diagonal_spatial:
         return n_batch + i, False

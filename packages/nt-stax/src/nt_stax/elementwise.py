@@ -12,10 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from nt_core import activations, steps
-from nt_core.layer import layer, supports_masking
-from nt_core.requirements import Bool, Diagonal
-from nt_core.rules import Rule, step_rule
+from nt_core import Bool, Diagonal, Rule, activations, layer, step_rule, steps, supports_masking
 
 _REQUIREMENTS = {"diagonal_spatial": Diagonal(input=Bool.YES, output=Bool.NO)}
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it

@@ -6,11 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax, random
-from nt_core import steps
-from nt_core.kernel import Kernel
-from nt_core.layer import layer, supports_masking
-from nt_core.requirements import Bool, Diagonal
-from nt_core.rules import Rule, Run, step_rule
+from nt_core import Bool, Diagonal, Kernel, Rule, Run, layer, step_rule, steps, supports_masking
 
 from nt_stax.windows import Padding, Windows
 
@@ -383,21 +379,14 @@ def _spatial(spec: str) -> str:
 
 
 def _with_dropout(kernel: Kernel, rate: float) -> Kernel:
-    def divided(k: Array | None, same_sample: bool, applies: Any) -> Array | None:
-        if k is None or k.ndim == 0:  # not asked for; or the zero before any layer with parameters
-            return k
-        batch_pairs, first = ([], 1) if same_sample else ([0], 2)
-        space_pairs = [] if kernel.diagonal_spatial else range(first, k.ndim, 2)
-        same = jnp.ones((1,) * k.ndim, bool)
-        for axis in (*batch_pairs, *space_pairs):
-            sizes = [n if a in (axis, axis + 1) else 1 for a, n in enumerate(k.shape)]
-            same &= lax.broadcasted_iota(int, sizes, axis) == lax.broadcasted_iota(int, sizes, axis + 1)
-        return jnp.where(same & applies, k / rate, k)
+    n1, n2 = kernel.nngp.shape[:2]
+    index1, index2 = jnp.arange(n1), jnp.arange(n2)
+    index2 = jnp.where(kernel.x1_is_x2, index2, n1 + index2)  # no sample of the first batch has these
 
-    return kernel.replace(
-        nngp=divided(kernel.nngp, False, kernel.x1_is_x2),
-        ntk=divided(kernel.ntk, False, kernel.x1_is_x2),
-        cov1=divided(kernel.cov1, kernel.diagonal_batch, True),
-        cov2=divided(kernel.cov2, kernel.diagonal_batch, True),
-        is_gaussian=False,
-    )
+    def divided(k: Array, i: Array, j: Array) -> Array:
+        same = jnp.expand_dims(i == j, range(jnp.ndim(i), k.ndim))
+        if not kernel.diagonal_spatial:
+            same &= jnp.expand_dims(jnp.eye(k.shape[-1], dtype=bool), range(k.ndim - 2))
+        return jnp.where(same, k / rate, k)
+
+    return kernel.from_matrices(kernel.matrices().map(divided, index1, index2).replace(is_gaussian=False))

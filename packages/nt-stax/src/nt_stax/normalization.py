@@ -4,12 +4,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
-from nt_core import steps
-from nt_core.kernel import Kernel
-from nt_core.layer import layer, supports_masking
-from nt_core.layouts import interleave_ones, zipped_diagonal
-from nt_core.rules import NoStep, Rule, Run
-from nt_core.spec import Spec
+from nt_core import Kernel, Rule, Run, Spec, layer, steps, supports_masking
+from nt_core.authoring import NoStep, same_sample, zipped_diagonal
 
 
 @layer
@@ -107,28 +103,13 @@ def _normalize(kernel: Kernel, step: steps.Normalize, over_batch: bool) -> Kerne
     if kernel.cov2 is not None:
         scale2 = scale(kernel.cov2, kernel.mask2, kernel.shape2)
 
-    def rescale(k, first, second, same_sample=False):
-        if k is None or k.ndim == 0:  # not asked for; or the zero before any layer with parameters
-            return k
-        start, stop = int(same_sample), 1 if spec.diagonal_spatial else first.ndim
-        return k * interleave_ones(first, start, stop, second=False) * interleave_ones(second, start, stop, second=True)
-
-    return Kernel.from_spec(
-        spec,
-        nngp=rescale(kernel.nngp, scale1, scale2),
-        ntk=rescale(kernel.ntk, scale1, scale2),
-        cov1=rescale(kernel.cov1, scale1, scale1, spec.diagonal_batch),
-        cov2=rescale(kernel.cov2, scale2, scale2, spec.diagonal_batch),
-        x1_is_x2=kernel.x1_is_x2,
-        mask1=kernel.mask1,
-        mask2=kernel.mask2,
-    )
+    return kernel.rescale(scale1, scale2).replace(is_input=False)
 
 
 def _variance(cov: Array, spec: Spec) -> Array:
     """Returns the same-sample, same-position entries of a covariance as `(n, *space)`."""
     if not spec.diagonal_batch:
-        cov = jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0)
+        cov = same_sample(cov)
     return cov if spec.diagonal_spatial else zipped_diagonal(cov, 1)
 
 

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from nt_core import steps
-from nt_core.kernel import Kernel
-from nt_core.layer import layer, supports_masking
-from nt_core.requirements import Bool, Diagonal
-from nt_core.rules import Run, apply_rules, step_rule
-from nt_core.spec import Spec
+from nt_core import Bool, Diagonal, Kernel, Run, Spec, apply_rules, layer, step_rule, steps, supports_masking
 
 from nt_stax.windows import Padding, Windows
 
@@ -208,7 +203,8 @@ def _global_pool(mean: bool, batch_axis: int, channel_axis: int):
     def average(kernel: Kernel, run: Run) -> Kernel:
         count1 = _unmasked_per_sample(kernel.mask1, kernel.shape1, kernel.spec)
         count2 = count1 if kernel.cov2 is None else _unmasked_per_sample(kernel.mask2, kernel.shape2, kernel.spec)
-        return _divide(apply_rules((sum_rule,), kernel, run), count1, count2)
+        sums = apply_rules((sum_rule,), kernel, run)
+        return sums.map(lambda k, a, b: k / (a * b).astype(k.dtype), count1, count2)
 
     return init_fn, apply_fn, step_rule(steps.GlobalPool(mean=True), requirements, average), mask_fn
 
@@ -230,23 +226,6 @@ def _unmasked_per_sample(mask: Array | None, shape: tuple[int, ...], spec: Spec)
     shape = tuple(1 if a == spec.channel_axis else n for a, n in enumerate(shape))
     count = _unmasked(mask, shape, tuple(a for a in range(len(shape)) if a != spec.batch_axis))
     return jnp.broadcast_to(jnp.asarray(count, float), (shape[spec.batch_axis],))
-
-
-def _divide(kernel: Kernel, count1: Array, count2: Array) -> Kernel:
-    """Divides sums over the positions of both samples by the numbers of these."""
-
-    def divided(k: Array | None, first: Array, second: Array, same_sample: bool) -> Array | None:
-        if k is None or k.ndim == 0:  # not asked for; or the zero before any layer with parameters
-            return k
-        counts = first * second if same_sample else first[:, None] * second[None]
-        return k / counts.astype(k.dtype)
-
-    return kernel.replace(
-        nngp=divided(kernel.nngp, count1, count2, False),
-        ntk=divided(kernel.ntk, count1, count2, False),
-        cov1=divided(kernel.cov1, count1, count1, kernel.diagonal_batch),
-        cov2=divided(kernel.cov2, count2, count2, kernel.diagonal_batch),
-    )
 
 
 def _spatial_axes(name: str, shape: Sequence[int], batch_axis: int, channel_axis: int) -> tuple[int, ...]:
