@@ -6,6 +6,7 @@ The pieces: `Kernel`, the covariances themselves; `steps` and `Program`, what a 
 
 from nt_core import activations, steps
 from nt_core.backends import Request, propagate
+from nt_core.compare import Comparison, Difference, compare
 from nt_core.explain import explain
 from nt_core.kernel import Kernel
 from nt_core.layer import layer, make_kernel_fn, rules_of, supports_masking
@@ -21,7 +22,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Bool",
     "Builder",
+    "Comparison",
     "Diagonal",
+    "Difference",
     "Inputs",
     "Kernel",
     "MaskedArray",
@@ -34,6 +37,7 @@ __all__ = [
     "Value",
     "activations",
     "apply_rules",
+    "compare",
     "explain",
     "layer",
     "make_kernel_fn",
