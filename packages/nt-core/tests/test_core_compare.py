@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nt_core import activations, backends, compare, make_kernel_fn, step_rule, steps
+from nt_core import Rule, activations, backends, compare, make_kernel_fn, step_rule, steps
 from nt_core.backends.xla import XlaBackend
 
 RELU = steps.Dual(activations.ABRelu(0.0, 1.0))
@@ -82,15 +82,8 @@ def test_a_backend_that_refuses(monkeypatch):
 
 
 def test_functions_of_kernels_part_the_programs(monkeypatch):
-    (double,) = make_kernel_fn_of_function().rules
-    rules = [step_rule(step) for step in NETWORK]
     monkeypatch.setitem(backends._BACKENDS, "wrong", Wrong(1.01))
-    kernel_fn = make_kernel_fn((*rules[:2], double, *rules[2:]))
-    difference = compare(kernel_fn, X1, None, ("wrong", "xla")).difference
+    rules = [step_rule(step) for step in NETWORK]
+    double = Rule("double", function=lambda kernel, run: kernel * 2.0)
+    difference = compare(make_kernel_fn((*rules[:2], double, *rules[2:])), X1, None, ("wrong", "xla")).difference
     assert (difference.program, difference.value) == (3, 1)
-
-
-def make_kernel_fn_of_function():
-    from nt_core import Rule
-
-    return make_kernel_fn((Rule("double", function=lambda kernel, **kwargs: kernel * 2.0),))

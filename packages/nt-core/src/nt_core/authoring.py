@@ -18,7 +18,7 @@ A layer that emits steps where it can, and is a function of kernels otherwise:
 ...         if not by_steps:
 ...             raise NoStep
 ...         return builder.add(steps.Combine((factor**2,)), value)
-...     def function(kernel, **kwargs):
+...     def function(kernel, run):
 ...         return kernel * factor
 ...     return init_fn, apply_fn, Rule("Scale", emit=emit, function=function)
 >>> for by_steps in (True, False):
@@ -28,6 +28,7 @@ A layer that emits steps where it can, and is a function of kernels otherwise:
 """
 
 from nt_core.kernel import combine
+from nt_core.layer import function_rule, is_of_layer, swallow_kwargs
 from nt_core.layouts import (
     from_positions,
     interleave_ones,
@@ -48,12 +49,15 @@ __all__ = [
     "combine",
     "emit_all",
     "from_positions",
+    "function_rule",
     "in_parallel",
     "in_series",
     "interleave_ones",
+    "is_of_layer",
     "make_2d",
     "reverse_zipped",
     "same_sample",
+    "swallow_kwargs",
     "to_positions",
     "transpose_zipped",
     "unzip_axes",

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
-from nt_core.layer import function_rule, is_of_layer, layer, rules_of, swallow_kwargs
-from nt_core.requirements import in_parallel, in_series
-from nt_core.rules import Rule, Run, apply_rules, emit_all
+from nt_core import Rule, Run, apply_rules, layer, rules_of
+from nt_core.authoring import emit_all, function_rule, in_parallel, in_series, is_of_layer, swallow_kwargs
 
 Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
