@@ -235,7 +235,7 @@ class Conformance:
         np.testing.assert_array_equal(own.ntk, own.ntk.T)
 
     def test_small_inputs_are_told_apart(self):
-        """No tolerance decides which samples are equal: the kernel of inputs scaled by `c` is `c^2` times the kernel."""
+        """No tolerance decides which samples are equal: inputs scaled by `c` have `c^2` times the kernel."""
         layers = [conv(b_var=None), RELU, pool(), conv(b_var=None), RELU, steps.GlobalPool(MEAN)]
         x1, x2 = inputs((4, 4), 2, 2, "float32")
         scale = np.float32(2.0**-43)

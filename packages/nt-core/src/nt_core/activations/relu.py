@@ -37,16 +37,16 @@ class ABRelu(Activation):
         return self._mean_square_slope(var) * var
 
     def dual(self, var1, var2, deficit):
-        # With kink k = (a - b)^2/2 and g the mean square slope: E f(u) f(v) = g K + k (E max(-u, 0) max(v, 0)).
+        # With kink k = (a - b)^2/2 and g the mean square slope: E f(u) f(v) = g K + k (s kappa_1(-|c|) - min(K, 0)).
         slope = self._mean_square_slope(deficit)
         kink = cast(self.a, deficit) - cast(self.b, deficit)
         kink = 0.5 * kink * kink
         covariance = 0.5 * (var1 + var2) - deficit
         is_negative = covariance < 0
-        opposed, angle = opposed_moment(var1, var2, deficit)
-        opposed = opposed - jnp.where(is_negative, covariance, 0)
-        angle = jnp.where(is_negative, 1 - angle, angle)
-        return slope * deficit - kink * opposed, slope - kink * angle
+        kappa1, kappa0 = arc_cosine_kernels(var1, var2, deficit)
+        kappa1 = kappa1 - jnp.where(is_negative, covariance, 0)
+        kappa0 = jnp.where(is_negative, 1 - kappa0, kappa0)
+        return slope * deficit - kink * kappa1, slope - kink * kappa0
 
     def _mean_square_slope(self, like):
         a, b = cast(self.a, like), cast(self.b, like)
@@ -54,12 +54,13 @@ class ABRelu(Activation):
 
 
 @jax.custom_jvp
-def opposed_moment(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `2 E max(u, 0) max(-v, 0)` and `2 P(u > 0, v < 0)` for a correlation `|c|` in place of `c`.
+def arc_cosine_kernels(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns `s kappa_1(-|c|)` and `kappa_0(-|c|)`, the arc-cosine kernels of degree 1 and 0 (Cho & Saul 2009).
 
-    These are `s (sqrt(1 - c^2) - |c| arccos |c|) / pi` and `arccos |c| / pi`, with `s` the product of the standard
-    deviations. Both vanish at c = 1 and c = -1, and keep their relative accuracy there. Their derivatives are defined
-    as 0 where they are infinite.
+    With `c` the correlation and `s` the product of the standard deviations, these are `s (sqrt(1 - c^2) - |c| arccos
+    |c|) / pi` and `arccos |c| / pi`: `2 E max(u, 0) max(-v, 0)` and `2 P(u > 0, v < 0)`, where `c > 0`. Both vanish at
+    c = 1 and c = -1, and keep their relative accuracy there; and `kappa_0(c) = 1 - kappa_0(-c)`, `kappa_1(c) = c +
+    kappa_1(-c)`. Their derivatives are defined as 0 where they are infinite.
     """
     std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
     scale = std1 * std2
@@ -73,11 +74,11 @@ def opposed_moment(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tupl
     return scale * (w * root * horner(q, w)), root * horner(p, w)
 
 
-@opposed_moment.defjvp
-def _opposed_moment_jvp(primals, tangents):
+@arc_cosine_kernels.defjvp
+def _arc_cosine_kernels_jvp(primals, tangents):
     var1, var2, deficit = primals
     dvar1, dvar2, ddeficit = tangents
-    opposed, angle = opposed_moment(var1, var2, deficit)
+    kappa1, kappa0 = arc_cosine_kernels(var1, var2, deficit)
     covariance = 0.5 * (var1 + var2) - deficit
     half_difference = 0.5 * (var1 - var2)
     sign = jnp.where(covariance < 0, -1, 1).astype(deficit.dtype)
@@ -86,9 +87,9 @@ def _opposed_moment_jvp(primals, tangents):
     relative2 = 0.5 * dvar2 * reciprocal(var2)
     dangular = ddeficit - (deficit + half_difference) * relative1 - (deficit - half_difference) * relative2
     # scale sqrt(1 - c^2)/pi. Nearer to c = 1 or -1 than the threshold, second derivatives would overflow.
-    sine = opposed + angle * jnp.abs(covariance)
+    sine = kappa1 + kappa0 * jnp.abs(covariance)
     scale = jnp.sqrt(var1) * jnp.sqrt(var2)
     is_regular = sine > scale * float(jnp.finfo(deficit.dtype).tiny) ** (1 / 3)
-    dangle = jnp.where(is_regular, sign * dangular / (math.pi**2 * jnp.where(is_regular, sine, 1)), 0)
-    dopposed = sign * angle * dangular + opposed * (relative1 + relative2)
-    return (opposed, angle), (dopposed, dangle)
+    dkappa0 = jnp.where(is_regular, sign * dangular / (math.pi**2 * jnp.where(is_regular, sine, 1)), 0)
+    dkappa1 = sign * kappa0 * dangular + kappa1 * (relative1 + relative2)
+    return (kappa1, kappa0), (dkappa1, dkappa0)
