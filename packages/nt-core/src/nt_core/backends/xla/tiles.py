@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.xla.block import Pairs, pools_planes
 from nt_core.backends.xla.fusion import rematerialized
 from nt_core.backends.xla.repeats import Repeated
+from nt_core.grid import Grid, evenly
 from nt_core.program import Program
 from nt_core.steps import Conv, Flatten, GlobalPool, Pool
 
@@ -33,12 +33,7 @@ def block_size(program: Program, n1: int, n2: int) -> tuple[int, int]:
     if any(isinstance(node.step, Conv | Pool | GlobalPool | Repeated) for node in program.nodes):
         pairs = min(pairs, max(_LANES, _IN_CACHE // numbers))
     columns = min(n2, pairs, max(_COLUMNS, pairs // n1))
-    return _evenly(n1, pairs // columns), _evenly(n2, columns)
-
-
-def _evenly(n: int, block: int) -> int:
-    """Returns the size of blocks that are alike, of which `n` samples need as many as of blocks of the given size."""
-    return -(-n // -(-n // block))
+    return evenly(n1, pairs // columns), evenly(n2, columns)
 
 
 def _numbers_per_pair(program: Program) -> int:
@@ -87,27 +82,23 @@ def map_pairs(
       block: sizes of the blocks.
       symmetric: both batches are the same, and the outputs symmetric: blocks below the diagonal are not computed.
     """
-    (n1, n2), (b1, b2) = shape, block
-    if (b1, b2) == shape:
+    if block == shape:
         return fn(data1, data2, pairs)
-    rows, columns = -(-n1 // b1), -(-n2 // b2)
-    data1, data2 = _pad_last(data1, rows * b1), _pad_last(data2, columns * b2)
-    pairs = jax.tree.map(lambda a: _pad_axis(_pad_axis(a, -2, rows * b1), -1, columns * b2), pairs)
-    grid = [(i, j) for i in range(rows) for j in range(columns) if not symmetric or i * b1 < (j + 1) * b2]
+    grid = Grid(*shape, *block, symmetric)
+    (b1, b2), (padded1, padded2) = block, grid.padded
+    data1, data2 = _pad_last(data1, padded1), _pad_last(data2, padded2)
+    pairs = jax.tree.map(lambda a: _pad_axis(_pad_axis(a, -2, padded1), -1, padded2), pairs)
 
-    def compute(at: Array) -> list[Pairs]:
-        i, j = at[0], at[1]
+    def compute(cell: Array) -> list[Pairs]:
+        i, j = cell[0], cell[1]
 
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(a, i * b1, b1, -2), j * b2, b2, -1)
 
         return fn(_take_last(data1, i, b1), _take_last(data2, j, b2), jax.tree.map(cut, pairs))
 
-    blocks = lax.map(rematerialized(compute), jnp.asarray(np.array(grid)))
-    where = np.zeros((rows, columns), int)
-    for number, (i, j) in enumerate(grid):  # below the diagonal of a symmetric grid, any block does
-        where[i, j] = number
-    return jax.tree.map(lambda a: _join_grid(a[where])[..., :n1, :n2], blocks)
+    blocks = lax.map(rematerialized(compute), jnp.array(grid.cells()))
+    return jax.tree.map(lambda a: grid.join(a, axis=-2), blocks)
 
 
 def _pad_last(data: Any, n: int) -> Any:
@@ -128,9 +119,3 @@ def _join_last(a: Array) -> Array:
     """`(count, *positions, block) -> (*positions, count * block)`."""
     a = jnp.moveaxis(a, 0, -2)
     return a.reshape(a.shape[:-2] + (-1,))
-
-
-def _join_grid(a: Array) -> Array:
-    """`(rows, columns, *positions, b1, b2) -> (*positions, rows * b1, columns * b2)`."""
-    a = jnp.moveaxis(a, (0, 1), (-4, -2))
-    return a.reshape(a.shape[:-4] + (a.shape[-4] * a.shape[-3], a.shape[-2] * a.shape[-1]))
