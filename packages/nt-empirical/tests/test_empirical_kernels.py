@@ -226,7 +226,11 @@ def test_get():
 
 @pytest.mark.parametrize(
     ("get", "error", "message"),
-    [((), ValueError, "non-empty"), (("ntk", "NTK"), ValueError, "unique"), ("cov1", KeyError, "got get=.*cov1")],
+    [
+        ((), ValueError, "non-empty"),
+        (("ntk", "NTK"), ValueError, "unique"),
+        ("cov1", KeyError, "asks for cov1, and there are nngp, ntk only"),
+    ],
 )
 def test_get_is_checked(get, error, message):
     with pytest.raises(error, match=message):

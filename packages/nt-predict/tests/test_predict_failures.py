@@ -258,7 +258,7 @@ def test_times(time, learning_rate):
 
 @pytest.mark.parametrize(
     "get, message",
-    [((), "non-empty"), (("ntk", "NTK"), "must be unique"), ("cov1", "must be one of"), (("nngp", "x"), "'x'")],
+    [((), "non-empty"), (("ntk", "NTK"), "must be unique"), ("cov1", "asks for cov1"), (("nngp", "x"), "asks for x")],
 )
 def test_get(get, message):
     with pytest.raises(ValueError, match=message):

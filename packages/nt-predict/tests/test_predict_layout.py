@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from nt_core import Kernel
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -126,3 +127,22 @@ def test_low_precision_is_promoted(dtype):
     mean = gp_inference(kernel, y)("nngp", np.ones((1, 2)))
     np.testing.assert_allclose(mean, [[4]], rtol=1e-6)
     assert mean.dtype == ("float64" if dtype == "int32" else "float32")
+
+
+def test_kernels_in_reversed_order_are_put_in_order():
+    """A `Kernel` may hold its pairs of spatial axes last to first, as after a convolution."""
+    train_train, test_train, test_test, y = problem(())
+
+    def reversed_kernel(k):
+        kernel = Kernel(
+            nngp=k, ntk=None, cov1=None, cov2=None, x1_is_x2=False, is_gaussian=True, is_reversed=False, is_input=False,
+            diagonal_batch=True, diagonal_spatial=False, shape1=(*k.shape[::2], 1), shape2=(*k.shape[1::2], 1),
+            batch_axis=0, channel_axis=3,
+        )  # fmt: skip
+        return kernel.reverse()
+
+    expected = gp_inference(train_train, y, trace_axes=())("nngp", test_train, test_test)
+    kernels = map(reversed_kernel, (train_train, test_train, test_test))
+    predict_fn = gp_inference(next(kernels), y, trace_axes=())
+    for actual, value in zip(predict_fn("nngp", *kernels), expected, strict=True):
+        np.testing.assert_allclose(actual, value)

@@ -5,9 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from nt_empirical._kwargs import is_absent, split_kwargs
+from nt_core.keywords import is_absent, is_array, split_kwargs
 
 
 @jax.tree_util.register_pytree_node_class
@@ -44,11 +42,6 @@ class Batch:
 @dataclasses.dataclass(frozen=True)
 class _Array:
     """Stands where an array was."""
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether this is an array of JAX (traced ones included) or NumPy."""
-    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def make_batches(x1: Any, x2: Any, kwargs: dict[str, Any]) -> tuple[Batch, Batch]:

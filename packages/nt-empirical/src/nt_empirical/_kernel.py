@@ -1,11 +1,10 @@
 """NNGP and NTK of a finite network, by name."""
 
-import collections
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from nt_core.get import Get, as_named, parse_get
 
 from nt_empirical._axes import Axes
 from nt_empirical._batches import Batch, make_batches
@@ -13,7 +12,7 @@ from nt_empirical._nngp import nngp
 from nt_empirical._ntk import NtkImplementation, check_implementation, ntk
 from nt_empirical._vmap import BatchAxes, VMapAxes
 
-Get = str | Sequence[str] | None
+KERNELS = ("nngp", "ntk")
 
 
 def empirical_kernel_fn(
@@ -55,7 +54,7 @@ def empirical_kernel_fn(
     kernels_fn = make_kernels_fn(f, trace_axes, diagonal_axes, vmap_axes, implementation)
 
     def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:
-        names = parse_get(get)
+        names = parse_get(get, KERNELS)
         return select(get, names, kernels_fn(names, params, *make_batches(x1, x2, kwargs)))
 
     return kernel_fn
@@ -84,25 +83,6 @@ def make_kernels_fn(
 
 def select(get: Get, names: tuple[str, ...], kernels: list[Any]) -> Any:
     """Returns the bare kernel if `get` is a string, else named tuples of all."""
-    if isinstance(get, str):
-        return kernels[0]
-    return jax.tree.map(lambda *values: _empirical_kernel(names)(*values), *kernels)
-
-
-def parse_get(get: Get) -> tuple[str, ...]:
-    """Returns the names of the kernels asked for, in lower case."""
-    given = ("nngp", "ntk") if get is None else (get,) if isinstance(get, str) else tuple(get)
-    names = tuple(name.lower() for name in given)
-    if not names:
-        raise ValueError('`get` must be non-empty. Give "nngp", "ntk", a tuple of them, or None for both.')
-    if len(set(names)) < len(names):
-        raise ValueError(f"All entries of `get` must be unique, got {given}.")
-    for name in names:
-        if name not in ("nngp", "ntk"):
-            raise KeyError(f'Finite networks have the kernels "nngp" and "ntk", got get={name!r}.')
-    return names
-
-
-@functools.cache  # two results of the same fields have the same type, and so the same pytree structure
-def _empirical_kernel(names: tuple[str, ...]) -> Any:
-    return collections.namedtuple("EmpiricalKernel", names)
+    return jax.tree.map(
+        lambda *values: as_named(get, "EmpiricalKernel", dict(zip(names, values, strict=True))), *kernels
+    )

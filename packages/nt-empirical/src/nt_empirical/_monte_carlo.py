@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.get import Get, parse_get
+from nt_core.keywords import split_kwargs
 
 from nt_empirical._axes import Axes, OutputAxes
 from nt_empirical._batches import Batch, make_batches
-from nt_empirical._kernel import Get, make_kernels_fn, parse_get, select
-from nt_empirical._kwargs import split_kwargs
+from nt_empirical._kernel import KERNELS, make_kernels_fn, select
 from nt_empirical._ntk import NtkImplementation
 from nt_empirical._tiles import check_tileable, tiled_kernels
 from nt_empirical._vmap import VMapAxes
@@ -133,7 +134,7 @@ def monte_carlo_kernel_fn(
     def kernel_fn(x1: Any, x2: Any = None, get: Get = None, **kwargs: Any) -> Any:
         if "rng" in kwargs:
             raise TypeError("`rng` is drawn for each network from the `key` given to `monte_carlo_kernel_fn`.")
-        names = parse_get(get)
+        names = parse_get(get, KERNELS)
         batch1, batch2 = make_batches(x1, x2, kwargs)
         output_axes = None
         if batch_size > 0:

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.keywords import is_array
 
-from nt_empirical._batches import Batch, is_array
+from nt_empirical._batches import Batch
 
 
 def tiled_kernels(

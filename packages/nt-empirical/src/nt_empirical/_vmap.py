@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from nt_core.keywords import is_array
 
 from nt_empirical._axes import non_negative_axis
-from nt_empirical._batches import Batch, is_array
+from nt_empirical._batches import Batch
 
 VMapAxes = Any
 

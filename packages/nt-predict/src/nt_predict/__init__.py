@@ -6,6 +6,8 @@ from nt_predict._gradient_descent_mse import gradient_descent_mse
 from nt_predict._gradient_descent_mse_ensemble import gradient_descent_mse_ensemble
 from nt_predict._max_learning_rate import max_learning_rate
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Gaussian",
     "gp_inference",

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.tracing import evaluate_now, is_traced
 
 from nt_predict._gram import Gram
 from nt_predict._layout import symmetric
 from nt_predict._spectral import einsum
-from nt_predict._tracing import evaluate_now, is_traced
 
 
 def flow_times(t: Any, learning_rate: Any, output_size: int, dtype: Any) -> tuple[jax.Array | None, tuple[int, ...]]:

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core import Kernel
+from nt_core.get import Get, as_named
 
 from nt_predict._flow import bayesian_covariance, ensemble_covariance, test_change
-from nt_predict._gaussian import Gaussian, Get, package, parse_get
+from nt_predict._gaussian import Gaussian, parse_get
 from nt_predict._gram import Gram
 from nt_predict._layout import Axes, OutputLayout, matrix_to_kernel
 
@@ -88,7 +90,7 @@ def gp_inference(
                 predictions[name] = predict_train(name, compute_covariance)
             else:
                 predictions[name] = predict_test(name, k_test_train, k_test_test, compute_covariance)
-        return package(get, predictions)
+        return as_named(get, "Gaussians", predictions)
 
     def predict_train(name: str, compute_covariance: bool) -> jax.Array | Gaussian:
         matrix = grams[_KERNEL_OF[name]].matrix
@@ -134,6 +136,8 @@ def _has_kinds(given: Any) -> bool:
 
 
 def _kernel_or_none(given: Any, kind: str) -> Any:
+    if isinstance(given, Kernel) and given.is_reversed:
+        given = given.reverse()  # outputs have their axes in order, whatever order the kernel is stored in
     return getattr(given, kind, None) if _has_kinds(given) else given
 
 

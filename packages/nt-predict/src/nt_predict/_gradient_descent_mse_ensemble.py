@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from nt_core.get import Get, as_named
+from nt_core.tracing import evaluate_now
 
 from nt_predict._flow import (
     bayesian_covariance,
@@ -13,11 +15,10 @@ from nt_predict._flow import (
     train_change,
     train_covariance,
 )
-from nt_predict._gaussian import Gaussian, Get, package, parse_get
+from nt_predict._gaussian import Gaussian, parse_get
 from nt_predict._gram import Gram
 from nt_predict._keywords import test_test_keywords, test_train_keywords
 from nt_predict._layout import Axes, OutputLayout, matrix_to_kernel
-from nt_predict._tracing import evaluate_now
 
 
 def gradient_descent_mse_ensemble(
@@ -139,9 +140,9 @@ def gradient_descent_mse_ensemble(
 
         means = {name: layout.matrix_to_outputs(points.mean(name), points.positions, leading) for name in names}
         if not compute_cov:
-            return package(get, means)
+            return as_named(get, "Gaussians", means)
         covariances = {name: matrix_to_kernel(points.covariance(name), points.positions, leading) for name in names}
-        return package(get, {name: Gaussian(means[name], covariances[name]) for name in names})
+        return as_named(get, "Gaussians", {name: Gaussian(means[name], covariances[name]) for name in names})
 
     return predict_fn
 

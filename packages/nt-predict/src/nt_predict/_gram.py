@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.linalg import cho_solve
+from nt_core.tracing import evaluate_now, is_traced
 
 from nt_predict._spectral import (
     DECAY,
@@ -20,7 +21,6 @@ from nt_predict._spectral import (
     apply_spectrum,
     decompose_known,
 )
-from nt_predict._tracing import evaluate_now, is_traced
 
 # A pivot of the Cholesky factor this far below its diagonal entry holds nothing but rounding errors; for a training
 # point that occurs twice it is 0 to 2.5 ulp (sizes 4 to 1500, both precisions).

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from nt_predict._tracing import is_traced
+from nt_core.keywords import is_array
+from nt_core.tracing import is_traced
 
 
 def test_test_keywords(train: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,13 +40,9 @@ def _test_train(key: str, test: Any, train: Any, is_given_for_training: bool) ->
     )
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, jax.Array))
-
-
 def _is_array_or_pair(value: Any) -> bool:
-    is_pair = isinstance(value, tuple) and len(value) == 2 and any(map(_is_array, value))
-    return _is_array(value) or (is_pair and all(part is None or _is_array(part) for part in value))
+    is_pair = isinstance(value, tuple) and len(value) == 2 and any(map(is_array, value))
+    return is_array(value) or (is_pair and all(part is None or is_array(part) for part in value))
 
 
 def _first(value: Any) -> Any:
@@ -65,9 +61,9 @@ def _same_leaf(first: Any, second: Any) -> bool:
         return True
     if is_traced(first) or is_traced(second):
         return False
-    if _is_array(first) and _is_array(second):
+    if is_array(first) and is_array(second):
         return first.dtype == second.dtype and np.array_equal(_numbers(first), _numbers(second))
-    return not _is_array(first) and not _is_array(second) and bool(first == second)
+    return not is_array(first) and not is_array(second) and bool(first == second)
 
 
 def _numbers(array: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from nt_predict._tracing import evaluate_now
+from nt_core.layouts import make_2d, zip_axes
+from nt_core.tracing import evaluate_now
 
 Axes = int | Sequence[int]
 
@@ -89,7 +89,7 @@ class OutputLayout:
             expected = _zip(self.train_positions, self.train_positions)
             if kernel.shape != expected:
                 raise ValueError(self._misfit(name, kernel, f"the train-train kernel must have shape {expected}"))
-            return symmetric(kernel_to_matrix(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))))
+            return symmetric(make_2d(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))))
 
     def test_train(self, kernel: Any, dtype: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Returns a test-train kernel as a matrix, and the sizes of its test axes."""
@@ -99,7 +99,7 @@ class OutputLayout:
             template = _zip(["any"] * len(self.train_positions), self.train_positions)
             expected = f"({', '.join(map(str, template))})"
             raise ValueError(self._misfit(name, kernel, f"the test-train kernel must have shape {expected}"))
-        return kernel_to_matrix(kernel), positions
+        return make_2d(kernel), positions
 
     def test_test(self, kernel: Any, positions: tuple[int, ...], dtype: Any, name: str) -> jax.Array:
         """Returns a test-test kernel as a matrix."""
@@ -107,7 +107,7 @@ class OutputLayout:
         if kernel.shape != _zip(positions, positions):
             expected = f"the test-test kernel must have shape {_zip(positions, positions)} to fit the test-train kernel"
             raise ValueError(self._misfit(name, kernel, expected))
-        return kernel_to_matrix(kernel)
+        return make_2d(kernel)
 
     def _misfit(self, name: str, kernel: jax.Array, expected: str) -> str:
         return (
@@ -132,19 +132,9 @@ def symmetric(matrix: jax.Array) -> jax.Array:
     return (matrix + matrix.swapaxes(-1, -2)) / 2
 
 
-def kernel_to_matrix(kernel: jax.Array) -> jax.Array:
-    """Returns a kernel in zipped layout, (a1, a2, b1, b2, ...), as a matrix (a1 b1 ..., a2 b2 ...)."""
-    first, second = range(0, kernel.ndim, 2), range(1, kernel.ndim, 2)
-    rows = math.prod(kernel.shape[::2])
-    return kernel.transpose([*first, *second]).reshape(rows, -1)
-
-
 def matrix_to_kernel(matrix: jax.Array, positions: tuple[int, ...], leading: tuple[int, ...]) -> jax.Array:
     """Returns square matrices of shape (*, position, position) as kernels, with the axes `leading` in front."""
-    kernel = matrix.reshape(leading + positions + positions)
-    count, start = len(positions), len(leading)
-    order = [start + axis + offset for axis in range(count) for offset in (0, count)]
-    return kernel.transpose([*range(start), *order])
+    return zip_axes(matrix.reshape(leading + positions + positions), start=len(leading))
 
 
 def _zip(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.layouts import make_2d
+from nt_core.tracing import is_traced
 
-from nt_predict._layout import as_array, kernel_to_matrix, symmetric
-from nt_predict._tracing import is_traced
+from nt_predict._layout import as_array, symmetric
 
 
 def max_learning_rate(
@@ -40,6 +41,6 @@ def max_learning_rate(
         raise ValueError(f"`ntk_train_train` must have pairs of axes of the same size, but has shape {kernel.shape}.")
     if not is_traced(kernel) and not jnp.isfinite(kernel).all():
         raise ValueError("`ntk_train_train` has entries that are infinite or not a number.")
-    matrix = kernel_to_matrix(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+    matrix = make_2d(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
     size = len(matrix) if y_train_size is None else y_train_size
     return 2 * (1 + momentum) * size / (jnp.linalg.eigvalsh(symmetric(matrix))[-1] + eps)

@@ -37,6 +37,11 @@ def split_kwargs(kwargs: dict[str, Any], x1: Any, x2: Any) -> tuple[dict[str, An
     return kwargs1, kwargs2
 
 
+def is_array(value: Any) -> bool:
+    """Whether this is an array of JAX (traced ones included) or NumPy."""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
 def is_absent(x2: Any) -> bool:
     """Whether `x2` is None, or nested containers of None: it then stands for `x1`."""
     return not jax.tree.leaves(x2)
