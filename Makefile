@@ -9,6 +9,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CORE := packages/nt-core
+CPP := $(wildcard csrc/*.h csrc/*.cc csrc/*.def csrc/tests/*.cc)
 OTHERS := nt-stax nt-predict nt-empirical neural-tangents
 
 # Stamps: what they say was installed is older than they are.
@@ -30,7 +31,7 @@ help:
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make gpu-assembly, make tpu-compile"
 	@echo "                 the Pallas kernels compiled for an H100 or a TPU v5e, which need not be there"
-	@echo "make lint        ruff (make format mends what it can); make typecheck: pyright"
+	@echo "make lint        ruff, clang-format (make format mends what it can); make typecheck: pyright"
 	@echo "make docs        the documentation, into docs/_build/html"
 	@echo "make package     wheels and sdists of all packages, each tested alone in an empty environment"
 	@echo "make wheels      binary wheels of nt-core for this platform, by cibuildwheel"
@@ -58,7 +59,8 @@ $(NATIVE): $(CORE)/pyproject.toml $(shell find csrc -type f) $(FFI_HEADERS)
 	@rm -f $(VENV)/.nt-core-[0-9]*
 	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
 		-C build-dir=$(abspath $(VENV))/nt-core-build \
-		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include
+		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include \
+		-C cmake.define.NT_WARNINGS_ARE_ERRORS=ON
 	@$(BIN)/python -c "import nt_core._native" 2>/dev/null || \
 		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(VENV)/nt-core-build"
 	@touch $@
@@ -112,10 +114,12 @@ gpu-assembly tpu-compile:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 typecheck: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -125,7 +129,7 @@ package: $(READY)
 
 sanitize: $(READY)
 	for sanitizer in address,undefined thread; do \
-		$(BIN)/cmake -S csrc -B build/sanitize-$$sanitizer -DNT_SANITIZE=$$sanitizer \
+		$(BIN)/cmake -S csrc -B build/sanitize-$$sanitizer -DNT_SANITIZE=$$sanitizer -DNT_WARNINGS_ARE_ERRORS=ON \
 			-DNT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include && \
 		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2 && \
 		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --no-tests=error --output-on-failure || exit 1; \

@@ -80,7 +80,13 @@ NT_INLINE V deficit_or_covariance(V deficit, const V* first, const V* second) {
 template <class T>
 struct Arcs {
   using V = Vec<T>;
-  enum Plane { kVariance = 1, kRoot, kLeg, kNormRoot, kPlanes };  // of each sample; before them, half the variance after
+  enum Plane {
+    kVariance = 1,
+    kRoot,
+    kLeg,
+    kNormRoot,
+    kPlanes
+  };  // of each sample; before them, half the variance after
 
   V leg, mean_leg, leg_excess, gap, sin, cos, skew, mean, difference;
 
@@ -111,8 +117,7 @@ struct Arcs {
     const V scale = one / ((one + mean) * norm_root);
     sin = fma(mean, leg_excess, mean_leg * deficit) * scale;
     cos = fma(mean_leg, leg, mean * (mean - deficit)) * scale;
-    const V tan_half =
-        half_slope * (one + leg_product) / (fma(norm_root, norm_root, leg_product) + var1 * var2);
+    const V tan_half = half_slope * (one + leg_product) / (fma(norm_root, norm_root, leg_product) + var1 * var2);
     skew = angle<T>(half * difference * tan_half / (one + mean), one + zero);
   }
 
@@ -170,7 +175,8 @@ class Gelu {
     const V var = half + half, one = broadcast(T(1));
     Arcs<T>::prepare(var, planes);
     planes[kInverse] = one / (one + var);
-    const V angular = fma(broadcast(T(0.5)), Arcs<T>::own_arcsine(planes), var * planes[kInverse] / planes[Arcs<T>::kLeg]);
+    const V angular =
+        fma(broadcast(T(0.5)), Arcs<T>::own_arcsine(planes), var * planes[kInverse] / planes[Arcs<T>::kLeg]);
     planes[0] = half * fma(angular, broadcast(1 / kPi<T>), broadcast(T(0.25)));
     return planes[0];
   }
@@ -190,7 +196,8 @@ class Gelu {
     const V own_arcsine_difference = angle<T>(half * difference * (one + leg_product) / arcs.mean_leg * inverses,
                                               fma(var1, var2, leg_product) * inverses);
     const V of_inverse = fma(arcs.mean_leg, arcs.leg_excess, arcs.gap) / (arcs.leg * leg_product);
-    const V of_leg = fma(half * difference * difference, inverses / arcs.mean_leg, arcs.leg_excess * (inverse1 + inverse2));
+    const V of_leg =
+        fma(half * difference * difference, inverses / arcs.mean_leg, arcs.leg_excess * (inverse1 + inverse2));
     const V of_arcsine =
         fma(deficit, arcsine, fma(quarter * difference, own_arcsine_difference, -arcs.mean * arcs.skew));
     // mean * turn - leg_excess
@@ -220,7 +227,10 @@ class Sin {
   static constexpr int kPlanes = 2;  // half the variance after, b^2 var
 
   explicit Sin(const T* c)
-      : amplitude_(broadcast(c[0])), square_(broadcast(c[1])), cos2_(broadcast(c[2])), one_plus_cos2_(broadcast(c[3])),
+      : amplitude_(broadcast(c[0])),
+        square_(broadcast(c[1])),
+        cos2_(broadcast(c[2])),
+        one_plus_cos2_(broadcast(c[3])),
         sin_square_(broadcast(c[4])) {}
 
   NT_INLINE V prepare(V half, V* planes) const {

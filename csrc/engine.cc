@@ -17,7 +17,8 @@ namespace {
 
 // First samples that one tile of a program without images takes: they are then what positions are to an image.
 constexpr int kRowsPerTile = 64;
-// Statistics of more samples than fit into this many bytes are computed block by block.
+// Statistics of more samples than fit into this many bytes are computed block by block. A block is one group of lanes
+// (or of kRowsPerTile samples without images) at least.
 constexpr int64_t kRecordBytes = int64_t{96} << 20;
 // With fewer planes than this, packing ragged pairs together costs more than the empty lanes.
 constexpr int64_t kPlanesWorthPacking = 16;
@@ -43,6 +44,8 @@ Index3 times(const Index3& a, const Index3& b) { return {a[0] * b[0], a[1] * b[1
 int64_t position(const Index3& space, int z, int y, int x) { return (int64_t{z} * space[1] + y) * space[2] + x; }
 
 int64_t position(const Index3& space, const Index3& p) { return position(space, p[0], p[1], p[2]); }
+
+int modulo(int i, int size) { return (i % size + size) % size; }
 
 bool is_inside(int i, int size) { return i >= 0 && i < size; }
 
@@ -80,10 +83,10 @@ struct Tile {
   std::vector<const T*> inputs1, inputs2;  // for every source
   int64_t i[kLanes<T>] = {}, j[kLanes<T>] = {};
   int n_lanes = 0;
-  int rows = 1;     // first samples i[.], i[.] + 1, ...
+  int rows = 1;               // first samples i[.], i[.] + 1, ...
   bool side_by_side = false;  // lanes are consecutive second samples, with one first sample
-  bool own = false;  // each sample with itself
-  int which = 1;     // own: of this batch
+  bool own = false;           // each sample with itself
+  int which = 1;              // own: of this batch
 };
 
 template <class T>
@@ -92,17 +95,18 @@ class Engine {
   static constexpr int kL = kLanes<T>;
 
  public:
-  Engine(const Job<T>& job, const Parallel& parallel) : job_(job), program_(job.program), parallel_(parallel) {
+  Engine(const Job<T>& job, const Parallel& parallel)
+      : job_(job), prepared_(job.prepared), program_(prepared_.program), parallel_(parallel) {
     one_position_ = std::all_of(program_.values.begin(), program_.values.end(),
-                                [](const Value& v) { return n_positions(v.space) == 1; });
+                                [](const Value& v) { return n_positions(v.space) == 1 && !has_windows(v); });
     rows_ = one_position_ ? kRowsPerTile : 1;
     for (int s = 0; s < program_.n_sources; ++s) {
       const Value& value = program_.values[s];
-      input_start_.push_back(job.record.size() + n_inputs_);
+      input_start_.push_back(prepared_.record.size() + n_inputs_);
       if (value.op == Op::kInputs) n_inputs_ += n_positions(value.space) * value.channels;
     }
-    wide_size_ = (job.record.size() + n_inputs_) * kL;
-    for (const Plan* plan : {&job.pairs, &job.own}) {
+    wide_size_ = (prepared_.record.size() + n_inputs_) * kL;
+    for (const Plan* plan : {&prepared_.pairs, &prepared_.own}) {
       for (const Stage& stage : plan->stages) {
         for (const Instance& i : stage.instances) {
           widest_ = std::max<int64_t>(widest_, i.space[2] + stage.pad_low + stage.pad_high);
@@ -114,15 +118,15 @@ class Engine {
 
   void run() {
     if (program_.n1 == 0 || program_.n2 == 0) return;
-    const int64_t per_sample = (wide_size_ / kL + job_.record.size()) * static_cast<int64_t>(sizeof(T));
-    int64_t block = std::max<int64_t>(kRecordBytes / std::max<int64_t>(per_sample, 1), kRowsPerTile);
-    block = ceil_div(block, kRowsPerTile) * kRowsPerTile;
+    const int64_t per_sample = (wide_size_ / kL + prepared_.record.size()) * static_cast<int64_t>(sizeof(T));
+    const int64_t least = one_position_ ? kRowsPerTile : kL;
+    const int64_t block = std::max(kRecordBytes / std::max<int64_t>(per_sample, 1) / least, int64_t{1}) * least;
     for (int64_t begin1 = 0; begin1 < program_.n1; begin1 += block) {
       Batch<T> first;
       first.begin = begin1;
       first.end = std::min(program_.n1, begin1 + block);
       const int64_t n1 = first.end - first.begin;
-      Buffer<T> scalar(ceil_div(n1, rows_) * rows_ * job_.record.size());
+      Buffer<T> scalar(ceil_div(n1, rows_) * rows_ * prepared_.record.size());
       Buffer<T> wide(program_.symmetric ? ceil_div(n1, kL) * wide_size_ : 0);
       first.scalar = scalar.data();
       first.wide = program_.symmetric ? wide.data() : nullptr;
@@ -154,24 +158,23 @@ class Engine {
 
   // Everything that one thread needs.
   struct Scratch {
-    Buffer<V> planes;      // buffers, ring and tensors: of covariances, then of tangent kernels
-    Buffer<V> rows;        // ghost row, two sums and a row of zeros
+    Buffer<V> planes;  // buffers, ring and tensors: of covariances, then of tangent kernels
+    Buffer<V> rows;    // ghost row, two sums and a row of zeros
     std::unique_ptr<Buffer<V>> link_sums;
     size_t n_link_sums = 0;
-    Buffer<T> packed1, packed2;  // records of pairs that share no first sample
+    std::unique_ptr<Buffer<T>> packed1, packed2;  // records of pairs that share no first sample
     Ring ring;
     std::vector<const V*> d, t;  // rows to be added up
     std::vector<const V*> branches_d, branches_t;
 
-    Scratch(int64_t planes, int64_t rows, int64_t packed)
-        : planes(planes), rows(rows), packed1(packed), packed2(packed), d(3), t(3) {
+    Scratch(int64_t planes, int64_t rows) : planes(planes), rows(rows), d(3), t(3) {
       std::fill(this->rows.data(), this->rows.data() + rows, V{});
     }
   };
 
   std::unique_ptr<Scratch> make_scratch() const {
-    const int64_t planes = std::max(job_.pairs.scratch, job_.own.scratch) * rows_ * 2;
-    return std::make_unique<Scratch>(planes, 8 * widest_, wide_size_);
+    const int64_t planes = std::max(prepared_.pairs.scratch, prepared_.own.scratch) * rows_ * 2;
+    return std::make_unique<Scratch>(planes, 8 * widest_);
   }
 
   // ---- statistics of single samples
@@ -191,7 +194,7 @@ class Engine {
         fill_record(tile, wide, *scratch);
         if (batch.scalar) scatter(wide, batch.scalar, begin - batch.begin, lanes);
         if (cov) {
-          const Plan& plan = job_.own;
+          const Plan& plan = prepared_.own;
           execute_stage<true>(plan, plan.stages.back(), tile, *scratch);
         }
       }
@@ -226,7 +229,7 @@ class Engine {
 
   void scatter(const T* wide, T* scalar, int64_t sample, int lanes) const {
     constexpr int64_t kInCache = 256;  // numbers of each lane at a time: every cache line of `wide` is read once
-    const int64_t size = job_.record.size();
+    const int64_t size = prepared_.record.size();
     for (int64_t begin = 0; begin < size; begin += kInCache) {
       const int64_t end = std::min(size, begin + kInCache);
       for (int l = 0; l < lanes; ++l) {
@@ -237,7 +240,7 @@ class Engine {
   }
 
   T* plane(T* wide, Statistic statistic, int value) const {
-    const int64_t start = job_.record.find(statistic, value);
+    const int64_t start = prepared_.record.find(statistic, value);
     return start < 0 ? nullptr : wide + start * kL;
   }
 
@@ -280,9 +283,8 @@ class Engine {
           }
           break;
         case Op::kDual:
-          with_dual(value.activation, coefficient, [&](const auto& dual) {
-            prepare_dual(dual, half_in, n, plane(wide, Statistic::kDual, i), half);
-          });
+          with_dual(value.activation, coefficient,
+                    [&](const auto& dual) { prepare_dual(dual, half_in, n, plane(wide, Statistic::kDual, i), half); });
           break;
         case Op::kNormalize:
           normalize(value, half_in, coefficient[0], plane(wide, Statistic::kNormalizer, i),
@@ -319,13 +321,13 @@ class Engine {
             for (int64_t p = 0; p < n_in; ++p) sum += load(half_in + p * kL);
             store(half, sum * broadcast(T(1) / n_in));
           }
-          execute_stage<true>(job_.own, own_stage(i), tile, scratch);
+          execute_stage<true>(prepared_.own, own_stage(i), tile, scratch);
           break;
         case Op::kPool:
           if (half) {
             pooled_variance(i, tile, wide, scratch);
           } else {
-            execute_stage<true>(job_.own, own_stage(i), tile, scratch);
+            execute_stage<true>(prepared_.own, own_stage(i), tile, scratch);
           }
           break;
       }
@@ -333,14 +335,14 @@ class Engine {
   }
 
   const Stage& own_stage(int readout) const {
-    return *std::find_if(job_.own.stages.begin(), job_.own.stages.end(),
+    return *std::find_if(prepared_.own.stages.begin(), prepared_.own.stages.end(),
                          [&](const Stage& stage) { return stage.readout == readout; });
   }
 
   // A pool mixes positions: the variance after it is the pooled covariance of the sample with itself.
   void pooled_variance(int number, const Tile<T>& tile, T* wide, Scratch& scratch) {
     const Value& value = program_.values[number];
-    const Plan& plan = job_.own;
+    const Plan& plan = prepared_.own;
     const int t = plan.tensor_of[number];
     const Tensor& tensor = plan.tensors[t];
     execute_stage<true>(plan, own_stage(number), tile, scratch);
@@ -376,7 +378,7 @@ class Engine {
     const auto& w = value.window;
     const auto at = [&](int a, int window, int tap) {
       const int q = window * w[a].stride + tap * w[a].dilation - w[a].low;
-      return w[a].circular ? ((q % space[a]) + space[a]) % space[a] : q;
+      return w[a].circular ? modulo(q, space[a]) : q;
     };
     std::vector<const T*> rows;  // those under a window
     for (int z = 0; z < value.space[0]; ++z) {
@@ -386,7 +388,8 @@ class Engine {
           const int qz = at(0, z, kz);
           for (int ky = 0; ky < w[1].taps; ++ky) {
             const int qy = at(1, y, ky);
-            if (is_inside(qz, space[0]) && is_inside(qy, space[1])) rows.push_back(in + position(space, qz, qy, 0) * kL);
+            if (is_inside(qz, space[0]) && is_inside(qy, space[1]))
+              rows.push_back(in + position(space, qz, qy, 0) * kL);
           }
         }
         for (int x = 0; x < value.space[2]; ++x, out += kL) {
@@ -474,7 +477,7 @@ class Engine {
   void pairs(const Batch<T>& first, const Batch<T>& second) {
     const bool diagonal = program_.symmetric && first.begin == second.begin;
     const int64_t n1 = first.end - first.begin, n2 = second.end - second.begin;
-    const bool pack = !one_position_ && job_.pairs.n_planes >= kPlanesWorthPacking;
+    const bool pack = !one_position_ && prepared_.pairs.n_planes >= kPlanesWorthPacking;
     const int64_t blocks = ceil_div(n1, rows_), groups = ceil_div(n2, kL);
     std::vector<std::pair<int32_t, int32_t>> tiles;   // of a block of first samples with a group of second ones
     std::vector<std::pair<int32_t, int32_t>> ragged;  // single pairs
@@ -509,7 +512,7 @@ class Engine {
 
   Tile<T> row_tile(const Batch<T>& first, const Batch<T>& second, int64_t block, int64_t group) const {
     Tile<T> tile;
-    tile.record1 = first.scalar + block * job_.record.size() * rows_;
+    tile.record1 = first.scalar + block * prepared_.record.size() * rows_;
     tile.record2 = second.wide + group * wide_size_;
     const int64_t i = first.begin + block * rows_, j = second.begin + group * kL;
     tile.n_lanes = static_cast<int>(std::min<int64_t>(kL, second.end - j));
@@ -531,9 +534,12 @@ class Engine {
   Tile<T> packed_tile(const Batch<T>& first, const Batch<T>& second, const std::pair<int32_t, int32_t>* pairs,
                       int lanes, Scratch& scratch) const {
     Tile<T> tile;
-    const int64_t size = job_.record.size();
-    T* wide1 = scratch.packed1.data();
-    T* wide2 = scratch.packed2.data();
+    const int64_t size = prepared_.record.size();
+    for (auto* packed : {&scratch.packed1, &scratch.packed2}) {
+      if (!*packed) *packed = std::make_unique<Buffer<T>>(wide_size_);
+    }
+    T* wide1 = scratch.packed1->data();
+    T* wide2 = scratch.packed2->data();
     tile.record1 = wide1;
     tile.record2 = wide2;
     tile.n_lanes = lanes;
@@ -563,7 +569,7 @@ class Engine {
 
   template <bool kWide>
   void execute(const Tile<T>& tile, Scratch& scratch) {
-    const Plan& plan = job_.pairs;
+    const Plan& plan = prepared_.pairs;
     for (const Stage& stage : plan.stages) {
       execute_stage<kWide>(plan, stage, tile, scratch);
       if (stage.readout < 0) continue;
@@ -576,10 +582,8 @@ class Engine {
 
   // ---- one stage
 
-  V* tangent(const Plan& plan, V* covariance) const {
-    return plan.ntk ? covariance + scratch_size() : nullptr;
-  }
-  int64_t scratch_size() const { return std::max(job_.pairs.scratch, job_.own.scratch) * rows_; }
+  V* tangent(const Plan& plan, V* covariance) const { return plan.ntk ? covariance + scratch_size() : nullptr; }
+  int64_t scratch_size() const { return std::max(prepared_.pairs.scratch, prepared_.own.scratch) * rows_; }
 
   V* tensor_data(const Plan& plan, Scratch& scratch, int number) const {
     V* at = scratch.planes.data();
@@ -610,8 +614,8 @@ class Engine {
     // sinks
     V* sum_d = nullptr;
     V* sum_t = nullptr;
-    std::array<std::vector<Link>, kAxes> links;
-    std::vector<Plane> planes;  // of every instance
+    std::array<std::vector<Link>, kAxes> links{};
+    std::vector<Plane> planes{};  // of every instance
   };
 
   template <bool kWide>
@@ -697,8 +701,8 @@ class Engine {
   void finish_deficit(const Plan& plan, int t, const Tile<T>& tile, Scratch& scratch) const {
     const Tensor& tensor = plan.tensors[t];
     const Value& value = program_.values[tensor.value];
-    const int64_t own = job_.record.find(Statistic::kOwnDeficit, tensor.value);
-    const int64_t sums = job_.record.find(Statistic::kPooledVariance, tensor.value);
+    const int64_t own = prepared_.record.find(Statistic::kOwnDeficit, tensor.value);
+    const int64_t sums = prepared_.record.find(Statistic::kPooledVariance, tensor.value);
     const PoolSizes sizes(value, program_.values[value.inputs[0]].space);
     const double norm = value.mean ? 2.0 * window_size(value) * window_size(value) : 2.0;
     const V distinct = distinct_samples(tile);
@@ -767,10 +771,10 @@ class Engine {
   // The statistics of a row that starts at position (z, y, x) of the first image.
   template <bool kWide>
   Row1<T> first(const Work& work, Statistic statistic, int value, const Index3& space, int z, int y, int x) const {
-    return {at1<kWide>(work.tile, job_.record.find(statistic, value) + position(space, z, y, x))};
+    return {at1<kWide>(work.tile, prepared_.record.find(statistic, value) + position(space, z, y, x))};
   }
   Row2<T> second(const Work& work, Statistic statistic, int value, const Index3& space, int z, int y, int x) const {
-    return {work.tile.record2 + (job_.record.find(statistic, value) + position(space, z, y, x)) * kL,
+    return {work.tile.record2 + (prepared_.record.find(statistic, value) + position(space, z, y, x)) * kL,
             one_position_ ? 0 : kL};
   }
 
@@ -1005,8 +1009,8 @@ class Engine {
       for (int ky = 0; ky < w[1].taps; ++ky) {
         const int row0 = first0 + kz * w[0].dilation, row1 = first1 + ky * w[1].dilation;
         const int s0 = slot0 + kz * w[0].dilation, s1 = slot1 + ky * w[1].dilation;
-        const int64_t slot = int64_t{s0 < ring.rows0 ? s0 : s0 - ring.rows0} * ring.rows1 +
-                             (s1 < ring.rows1 ? s1 : s1 - ring.rows1);
+        const int64_t slot =
+            int64_t{s0 < ring.rows0 ? s0 : s0 - ring.rows0} * ring.rows1 + (s1 < ring.rows1 ? s1 : s1 - ring.rows1);
         V* sum_d = work.ring + slot * value.space[2];
         V* sum_t = input.has_ntk ? tangent(work.plan, sum_d) : nullptr;
         auto& [known, state] = ring.rows[slot];
@@ -1053,8 +1057,8 @@ class Engine {
     const auto& w = program_.values[linear.value].window;
     const Index3& space = input.space;
     const int n = out.size[2];
-    if (w[0].circular) qz = ((qz % space[0]) + space[0]) % space[0];
-    if (w[1].circular) qy = ((qy % space[1]) + space[1]) % space[1];
+    if (w[0].circular) qz = modulo(qz, space[0]);
+    if (w[1].circular) qy = modulo(qy, space[1]);
     const int z = qz - in.r.low[0], y = qy - in.r.low[1];
     const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
     const bool inside2 = is_inside(in.r.partner(0, qz), space[0]) && is_inside(in.r.partner(1, qy), space[1]);
@@ -1075,16 +1079,16 @@ class Engine {
     const auto fill = [&](int from, int to) {
       if (from >= to) return;
       if (row_t) std::fill(row_t + from, row_t + to, V{});
-      if (w[2].circular) {
+      if (w[2].circular && both) {
         for (int q = from; q < to; ++q) {
-          const int wrapped = ((q % space[2]) + space[2]) % space[2];
+          const int wrapped = modulo(q, space[2]);
           row_d[q] = row_d[wrapped];
           if (row_t) row_t[q] = row_t[wrapped];
         }
       } else if (!linear.deficit) {
         std::fill(row_d + from, row_d + to, V{});
       } else {
-        ghost_fill<kWide>(work, input, in, qz, qy, inside1, inside2, from, to, row_d);
+        ghost_fill<kWide>(work, input, in, qz, qy, inside1, inside2, from, to, w[2].circular, row_d);
       }
     };
     fill(begin, std::min(filled_begin, end));
@@ -1098,10 +1102,11 @@ class Engine {
   // Deficits of positions that are inside one image only: half the variance there. Elsewhere 0.
   template <bool kWide>
   void ghost_fill(const Work& work, const Instance& input, const Plane& in, int qz, int qy, bool inside1, bool inside2,
-                  int from, int to, V* row) const {
+                  int from, int to, bool circular, V* row) const {
     const Index3& space = input.space;
     const int pz = in.r.partner(0, qz), py = in.r.partner(1, qy);
-    for (int q = from; q < to; ++q) {
+    for (int at = from; at < to; ++at) {
+      const int q = circular ? modulo(at, space[2]) : at;
       const int px = in.r.partner(2, q);
       V value{};
       if (inside1 && is_inside(q, space[2])) {
@@ -1110,7 +1115,7 @@ class Engine {
       if (inside2 && is_inside(px, space[2])) {
         value += get(second(work, Statistic::kHalfVariance, input.value, space, pz, py, px), 0);
       }
-      row[q] = value;
+      row[at] = value;
     }
   }
 
@@ -1268,8 +1273,7 @@ class Engine {
     }
   }
 
-  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out,
-               V* t_out) const {
+  void combine(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out, V* t_out) const {
     const T* weights = job_.coefficients + value.coefficient;
     gather_branches(work, instance, at);
     const auto& rows = work.scratch.branches_d;
@@ -1287,8 +1291,7 @@ class Engine {
 
   // Branch by branch, as `_multiply` in nt_core/backends/xla/block.py.
   template <bool kWide>
-  void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out,
-                V* t_out) const {
+  void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out, V* t_out) const {
     gather_branches(work, instance, at);
     const auto& rows = work.scratch.branches_d;
     const auto& rows_t = work.scratch.branches_t;
@@ -1438,6 +1441,7 @@ class Engine {
   }
 
   const Job<T>& job_;
+  const Prepared& prepared_;
   const Program& program_;
   const Parallel& parallel_;
   bool one_position_ = false;  // no images: rows of planes run over first samples instead

@@ -42,8 +42,8 @@ struct ExpConstants<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2High = 6.93147180369123816490e-01, kLog2Low = 1.90821492927058770002e-10;
   static constexpr double kLowest = -708.0, kHighest = 709.4;
-  static constexpr double c[] = {1. / 2,        1. / 6,          1. / 24,          1. / 120,       1. / 720,
-                                 1. / 5040,     1. / 40320,      1. / 362880,      1. / 3628800,   1. / 39916800,
+  static constexpr double c[] = {1. / 2,         1. / 6,           1. / 24,          1. / 120,     1. / 720,
+                                 1. / 5040,      1. / 40320,       1. / 362880,      1. / 3628800, 1. / 39916800,
                                  1. / 479001600, 1. / 6227020800., 1. / 87178291200.};
 };
 

@@ -1,6 +1,7 @@
 // One call of the engine: a program, its plans, and where its numbers are.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "parallel.h"
@@ -27,17 +28,56 @@ struct Source {
 
 template <class T>
 struct Job {
-  Program program;
-  Plan pairs;
-  Plan own;
-  Record record;
+  const Prepared& prepared;
   const T* coefficients = nullptr;  // the first one says whether both batches are the same samples
-  std::vector<Source<T>> sources;
+  std::vector<Source<T>> sources{};
   T* nngp = nullptr;  // (n1, n2[, positions[, positions]])
   T* ntk = nullptr;   // or null
   T* cov1 = nullptr;  // (n1[, positions[, positions]]), or null
   T* cov2 = nullptr;  // or null
 };
+
+template <class T, class Argument>
+Source<T> source_of(const Program& program, const Value& value, const Argument& argument) {
+  Source<T> source;
+  const int64_t n1 = program.n1, n2 = program.n2, positions = n_positions(value.space);
+  if (value.op == Op::kInputs) {
+    source.x1 = argument(n1 * positions * value.channels, "x1");
+    source.x2 = program.symmetric ? source.x1 : argument(n2 * positions * value.channels, "x2");
+    return source;
+  }
+  const int64_t per_pair = n_position_pairs(value.space, value.same_position);
+  source.nngp = argument(n1 * n2 * per_pair, "nngp");
+  if (value.has_ntk) source.ntk = argument(n1 * n2 * per_pair, "ntk");
+  if (value.needs) {
+    source.variance1 = argument(n1 * positions, "variance1");
+    source.variance2 = program.symmetric ? source.variance1 : argument(n2 * positions, "variance2");
+  }
+  if (value.has_own) {
+    source.own1 = argument(n1 * per_pair, "cov1");
+    source.own2 = program.symmetric ? source.own1 : argument(n2 * per_pair, "cov2");
+  }
+  return source;
+}
+
+// A job whose arrays come, one after another, from `argument(size, name)` and `result(size, name)`.
+template <class T, class Argument, class Result>
+Job<T> make_job(const Prepared& prepared, const Argument& argument, const Result& result) {
+  const Program& program = prepared.program;
+  Job<T> job{prepared};
+  job.coefficients = argument(program.n_coefficients, "coefficients");
+  for (int s = 0; s < program.n_sources; ++s) {
+    job.sources.push_back(source_of<T>(program, program.values[s], argument));
+  }
+  const int64_t per_pair = n_position_pairs(program.values[program.output].space, !program.all_pairs);
+  job.nngp = result(program.n1 * program.n2 * per_pair, "nngp");
+  if (program.ntk) job.ntk = result(program.n1 * program.n2 * per_pair, "ntk");
+  if (program.covariances) {
+    job.cov1 = result(program.n1 * per_pair, "cov1");
+    if (!program.symmetric) job.cov2 = result(program.n2 * per_pair, "cov2");
+  }
+  return job;
+}
 
 // One nonlinearity on `n` numbers, for tests of its accuracy.
 template <class T>
@@ -62,8 +102,11 @@ struct Level {
   void (*dual_double)(const DualJob<double>&);
 };
 
-// The best level that this machine has. The environment variable NT_CPU_LEVEL (baseline, avx2 or avx512) lowers it.
-// Throws std::invalid_argument for other names.
-const Level& choose_level();
+// The level in use: at first the best one that this machine has.
+const Level& level();
+
+// Chooses the best level that this machine has and that is not above `name` (baseline, avx2 or avx512; "" for the
+// best). Throws std::invalid_argument for other names.
+void choose_level(const std::string& name);
 
 }  // namespace nt

@@ -1,7 +1,7 @@
 // Choice of the instruction set.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -24,6 +24,11 @@ namespace {
 
 // From the lowest to the highest.
 constexpr std::array<const char*, 3> kNames = {"baseline", "avx2", "avx512"};
+#if defined(__x86_64__)
+constexpr const Level* kLevels[] = {&baseline::kLevel, &avx2::kLevel, &avx512::kLevel};
+#else
+constexpr const Level* kLevels[] = {&baseline::kLevel};
+#endif
 
 size_t best_level() {
 #if defined(__x86_64__)
@@ -36,24 +41,25 @@ size_t best_level() {
   return 0;
 }
 
+std::atomic<const Level*>& chosen() {
+  static std::atomic<const Level*> chosen{kLevels[best_level()]};
+  return chosen;
+}
+
 }  // namespace
 
-const Level& choose_level() {
+const Level& level() { return *chosen().load(std::memory_order_relaxed); }
+
+void choose_level(const std::string& name) {
   size_t level = best_level();
-  const char* wanted = std::getenv("NT_CPU_LEVEL");
-  if (wanted != nullptr && *wanted != '\0') {
-    const auto found = std::find(kNames.begin(), kNames.end(), std::string(wanted));
+  if (!name.empty()) {
+    const auto found = std::find(kNames.begin(), kNames.end(), name);
     if (found == kNames.end()) {
-      throw std::invalid_argument(std::string("NT_CPU_LEVEL should be baseline, avx2 or avx512, not ") + wanted);
+      throw std::invalid_argument("NT_CPU_LEVEL should be baseline, avx2 or avx512, not " + name);
     }
     level = std::min<size_t>(level, found - kNames.begin());
   }
-#if defined(__x86_64__)
-  const Level* const levels[] = {&baseline::kLevel, &avx2::kLevel, &avx512::kLevel};
-#else
-  const Level* const levels[] = {&baseline::kLevel};
-#endif
-  return *levels[level];
+  chosen().store(kLevels[level], std::memory_order_relaxed);
 }
 
 }  // namespace nt

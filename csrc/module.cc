@@ -42,11 +42,10 @@ py::tuple dual(int activation, Numbers<T> coefficients, Numbers<T> variance1, Nu
                            variance_out.mutable_data(),
                            deficit_out.mutable_data(),
                            factor.mutable_data()};
-  const nt::Level& level = nt::choose_level();
   if constexpr (sizeof(T) == 4) {
-    level.dual_float(job);
+    nt::level().dual_float(job);
   } else {
-    level.dual_double(job);
+    nt::level().dual_double(job);
   }
   return py::make_tuple(variance_out, deficit_out, factor);
 }
@@ -54,9 +53,12 @@ py::tuple dual(int activation, Numbers<T> coefficients, Numbers<T> variance1, Nu
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-        "The (major, minor) version of the XLA FFI that the handlers were compiled for.");
+  m.def(
+      "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "The (major, minor) version of the XLA FFI that the handlers were compiled for.");
   m.def("registrations", &registrations, "The handlers: FFI target name -> capsule.");
+  m.def("choose_level", &nt::choose_level,
+        "Lowers the instruction set to the named one (baseline, avx2 or avx512; '' for the best that there is).");
   const char* about_dual =
       "A nonlinearity by itself, for tests: (activation, coefficients, variance1, variance2, deficit) -> (variance1 "
       "after it, deficit after it, factor of the tangent kernel).";

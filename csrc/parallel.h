@@ -23,21 +23,21 @@ class Parallel {
   // Calls `work(next)` on several threads. Each call takes tasks 0 <= i < n_tasks from `next()` until that returns -1.
   //
   // The caller works too, and afterwards waits only for helpers that have begun: one that is never started is never
-  // waited for, so that calls which share a busy pool cannot block each other. Rethrows an exception of `work`.
+  // waited for, so that calls which share a busy pool cannot block each other. Rethrows an exception of `work`, and one
+  // of the schedule, when no helper is at work any more.
   template <typename Work>
   void run(int64_t n_tasks, const Work& work) const {
     if (n_tasks <= 0) return;
     auto state = std::make_shared<State>();
     state->n_tasks = n_tasks;
     state->work = [&work](const Next& next) { work(next); };
+    const Closing closing{*state};
     const int64_t n_helpers = schedule_ ? std::min<int64_t>(n_threads_, n_tasks) - 1 : 0;
     for (int64_t h = 0; h < n_helpers; ++h) {
       schedule_([state] { state->help(); });
     }
     std::exception_ptr error = state->participate();
-    std::unique_lock<std::mutex> lock(state->mutex);
-    state->closed = true;
-    state->idle.wait(lock, [&] { return state->active == 0; });
+    state->close();
     if (!error) error = state->error;
     if (error) std::rethrow_exception(error);
   }
@@ -54,6 +54,14 @@ class Parallel {
     int active = 0;  // helpers at work
     bool closed = false;
     std::exception_ptr error;
+
+    // From here on no helper begins, and none is at work.
+    void close() {
+      counter.store(n_tasks);
+      std::unique_lock<std::mutex> lock(mutex);
+      closed = true;
+      idle.wait(lock, [this] { return active == 0; });
+    }
 
     std::exception_ptr participate() {
       try {
@@ -80,6 +88,12 @@ class Parallel {
       --active;
       idle.notify_all();
     }
+  };
+
+  // Closes at the end of the caller's frame, by an exception of the schedule too.
+  struct Closing {
+    State& state;
+    ~Closing() { state.close(); }
   };
 
   Schedule schedule_;

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <new>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 namespace nt {
 
@@ -43,9 +45,7 @@ std::vector<int> window_counts(const Window& w, int size, int count) {
 
 namespace {
 
-bool has_windows(const Value& value) {
-  return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });
-}
+constexpr int64_t kMaxScratch = int64_t{1} << 40;  // positions: no memory holds more
 
 bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten; }
 bool is_source(Op op) { return op == Op::kInputs || op == Op::kMaterialised; }
@@ -102,7 +102,10 @@ class StageBuilder {
     switch (value.op) {
       case Op::kLinear:
         made.kind = Kind::kLinear;
-        for (int a = 0; a < kAxes; ++a) before[a] *= value.window[a].stride;
+        for (int a = 0; a < kAxes; ++a) {
+          // One position has the offset 0 alone, whatever the scale: so products of strides stay below sizes of images.
+          before[a] = value.space[a] == 1 ? 1 : before[a] * value.window[a].stride;
+        }
         break;
       case Op::kDual:
         made.kind = Kind::kDual;
@@ -166,8 +169,7 @@ void schedule(const Program& program, Stage& stage) {
   for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
     const Instance& instance = stage.instances[i];
     const bool head = is_head(program, instance);
-    if (!head && !stage.passes.empty() &&
-        same_geometry(stage.instances[stage.passes.back().geometry], instance)) {
+    if (!head && !stage.passes.empty() && same_geometry(stage.instances[stage.passes.back().geometry], instance)) {
       Pass& pass = stage.passes.back();
       if (pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0 && can_fuse(program, stage, pass.head, i)) {
         pass.fused_dual = i;
@@ -361,7 +363,12 @@ void add_unwrapped(const Stage& stage, const Index3& d, Offsets& offsets, int ax
 
 Index3 scaled(const Index3& d, const Index3& scale) { return {d[0] * scale[0], d[1] * scale[1], d[2] * scale[2]}; }
 
-}  // namespace
+// What a plan is for.
+enum class Purpose {
+  kPairs,      // the output, for pairs of samples
+  kOwn,        // for each sample with itself: what the statistics need of the pools
+  kOwnOutput,  // and the output
+};
 
 Plan make_plan(const Program& program, Purpose purpose) {
   Plan plan;
@@ -429,12 +436,15 @@ Plan make_plan(const Program& program, Purpose purpose) {
   }
   int64_t largest = 0;
   for (const Stage& stage : plan.stages) {
+    if (stage.buffer_size > kMaxScratch / std::max(stage.n_buffers, 1)) throw std::bad_alloc();
     largest = std::max(largest, stage.n_buffers * stage.buffer_size + stage.ring_size);
   }
+  if (plan.scratch > kMaxScratch) throw std::bad_alloc();
   plan.scratch += largest;
   return plan;
 }
 
+// Statistics that the plans for pairs and for samples with themselves read.
 Record make_record(const Program& program) {
   Record record(program.values.size());
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
@@ -453,6 +463,34 @@ Record make_record(const Program& program) {
     }
   }
   return record;
+}
+
+// Covariances of samples with themselves are read only where they were given, and only stored pairs of positions are.
+void check_loads(const Program& program, const Plan& plan, bool own) {
+  for (const Stage& stage : plan.stages) {
+    for (const Instance& instance : stage.instances) {
+      const Value& value = program.values[instance.value];
+      if (instance.kind != Kind::kLoad || value.op != Op::kMaterialised || stage.offsets.empty()) continue;
+      if (own && !value.has_own) throw std::invalid_argument("Covariances of samples with themselves are missing.");
+      const bool only_equal = stage.offsets.size() == 1 && stage.offsets[0] == Index3{0, 0, 0};
+      if (value.same_position && !only_equal) {
+        throw std::invalid_argument("Covariances between different positions are missing.");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Prepared prepare(Program program) {
+  Prepared prepared;
+  prepared.pairs = make_plan(program, Purpose::kPairs);
+  prepared.own = make_plan(program, program.covariances ? Purpose::kOwnOutput : Purpose::kOwn);
+  check_loads(program, prepared.pairs, false);
+  check_loads(program, prepared.own, true);
+  prepared.record = make_record(program);
+  prepared.program = std::move(program);
+  return prepared;
 }
 
 }  // namespace nt

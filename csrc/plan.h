@@ -16,13 +16,13 @@ namespace nt {
 
 // What one sample contributes to pairs: `kHalfVariance` etc. are planes over the positions of a value.
 enum class Statistic {
-  kHalfVariance,         // var / 2
-  kHalfAverage,          // of a linear step: half the average of its input's variances over each window
-  kDual,                 // of a dual: what it wants to know, several planes
-  kNormalizer,           // of a normalization: 1 / sqrt(mean(var + eps))
-  kNormalizedHalf,       // of a normalization: var / 2 times the normalizer
-  kOwnDeficit,           // of a pool: the pooled deficit of each window with itself
-  kPooledVariance,       // of a pool: sum of the variances over each window
+  kHalfVariance,    // var / 2
+  kHalfAverage,     // of a linear step: half the average of its input's variances over each window
+  kDual,            // of a dual: what it wants to know, several planes
+  kNormalizer,      // of a normalization: 1 / sqrt(mean(var + eps))
+  kNormalizedHalf,  // of a normalization: var / 2 times the normalizer
+  kOwnDeficit,      // of a pool: the pooled deficit of each window with itself
+  kPooledVariance,  // of a pool: sum of the variances over each window
 };
 
 // Where a sample's statistics are, in positions from the start of its record.
@@ -124,38 +124,37 @@ struct Tensor {
 };
 
 struct Stage {
-  int readout = -1;                   // value number of a pool or Flatten; -1 for the output
-  int root = -1;                      // instance that is read out
-  std::vector<Instance> instances;    // in an order of evaluation
+  int readout = -1;                 // value number of a pool or Flatten; -1 for the output
+  int root = -1;                    // instance that is read out
+  std::vector<Instance> instances;  // in an order of evaluation
   std::vector<Pass> passes;
   std::vector<Index3> offsets;
-  Flags3 wrapped{};                   // axes along which convolutions are circular
+  Flags3 wrapped{};  // axes along which convolutions are circular
   int n_buffers = 0;
-  int64_t buffer_size = 0;            // in positions
-  int pad_low = 0, pad_high = 0;      // room beside each row for what is read beyond its ends
-  int64_t ring_size = 0;              // in positions: rows summed horizontally, that later rows will need again
+  int64_t buffer_size = 0;        // in positions
+  int pad_low = 0, pad_high = 0;  // room beside each row for what is read beyond its ends
+  int64_t ring_size = 0;          // in positions: rows summed horizontally, that later rows will need again
 };
 
 struct Plan {
   bool ntk = false;
   std::vector<Stage> stages;
-  std::vector<int> tensor_of;   // for every value, the number of its tensor, or -1
+  std::vector<int> tensor_of;  // for every value, the number of its tensor, or -1
   std::vector<Tensor> tensors;
-  int64_t scratch = 0;          // positions that one thread needs, of one kernel
-  int64_t n_planes = 0;         // planes carried through all stages
+  int64_t scratch = 0;   // positions that one thread needs, of one kernel
+  int64_t n_planes = 0;  // planes carried through all stages
 };
 
-// What a plan is for.
-enum class Purpose {
-  kPairs,      // the output, for pairs of samples
-  kOwn,        // for each sample with itself: what the statistics need of the pools
-  kOwnOutput,  // and the output
+// All of a program that does not depend on numbers.
+struct Prepared {
+  Program program;
+  Plan pairs;     // for pairs of samples
+  Plan own;       // for each sample with itself
+  Record record;  // what both read of each sample
 };
 
-Plan make_plan(const Program& program, Purpose purpose);
-
-// Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program);
+// Throws std::invalid_argument where the program reads what its sources do not hold.
+Prepared prepare(Program program);
 
 // Number of positions inside each window of an axis of the given size.
 std::vector<int> window_counts(const Window& window, int size, int count);

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -41,15 +43,29 @@ class Reader {
   int64_t at_ = 0;
 };
 
+// Bounds under which no product of sizes, strides and offsets is more than 64 bits, and none along one axis more
+// than 32.
 constexpr int kMaxSize = 1 << 20;
+constexpr int64_t kMaxPositions = 1 << 24;
+
+// The product of what are not negative, which must stay a size of something in memory.
+int64_t product(std::initializer_list<int64_t> factors, const char* what) {
+  int64_t product = 1;
+  for (int64_t factor : factors) {
+    if (__builtin_mul_overflow(product, factor, &product)) malformed(std::string("too many ") + what);
+  }
+  return product;
+}
 
 Index3 read_space(Reader& reader) {
   Index3 space;
   for (int& size : space) size = reader.next(1, kMaxSize, "the size of an axis");
+  if (n_positions(space) > kMaxPositions) malformed("an image has more than 2^24 positions");
   return space;
 }
 
 void read_windows(Reader& reader, Value& value) {
+  int64_t taps = 1;
   for (Window& window : value.window) {
     window.taps = reader.next(1, kMaxSize, "a window");
     window.stride = reader.next(1, kMaxSize, "a stride");
@@ -57,7 +73,10 @@ void read_windows(Reader& reader, Value& value) {
     window.low = reader.next(-kMaxSize, kMaxSize, "a padding");
     window.high = reader.next(-kMaxSize, kMaxSize, "a padding");
     window.circular = reader.flag("circular");
+    if (int64_t{window.taps - 1} * window.dilation >= 2 * kMaxSize) malformed("a window extends too far");
+    taps *= window.taps;
   }
+  if (taps > kMaxPositions) malformed("a window has more than 2^24 positions");
 }
 
 int coefficients_of(const Value& value) {
@@ -86,7 +105,24 @@ void check_windows(const Value& value, const Index3& space) {
   }
 }
 
+// Checks that all arrays can be counted.
+void check_sizes(const Program& program) {
+  for (int i = 0; i < program.n_sources; ++i) {
+    const Value& value = program.values[i];
+    const int64_t n = std::max(program.n1, program.n2);
+    if (value.op == Op::kInputs) {
+      product({n, n_positions(value.space), value.channels, int64_t{sizeof(double)}}, "inputs");
+    } else {
+      const int64_t per_pair = n_position_pairs(value.space, value.same_position);
+      product({program.n1, program.n2, per_pair, int64_t{sizeof(double)}}, "covariances");
+    }
+  }
+  const int64_t per_pair = n_position_pairs(program.values[program.output].space, !program.all_pairs);
+  product({program.n1, program.n2, per_pair, int64_t{sizeof(double)}}, "covariances");
+}
+
 void check(const Program& program) {
+  check_sizes(program);
   for (size_t i = 0; i < program.values.size(); ++i) {
     const Value& value = program.values[i];
     if (static_cast<int64_t>(value.coefficient) + coefficients_of(value) > program.n_coefficients) {

@@ -1,6 +1,7 @@
 // A covariance program, as the Python side encodes it: structure only, no numbers that could be traced.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -16,7 +17,7 @@ struct Window {
   bool circular = false;
 
   bool trivial() const { return taps == 1 && stride == 1 && low == 0 && high == 0; }
-  int extent() const { return (taps - 1) * dilation + 1; }
+  int extent() const { return (taps - 1) * dilation + 1; }  // the decoder bounds it
 };
 
 enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine, kMultiply };
@@ -40,10 +41,10 @@ struct Value {
   std::vector<int> inputs;  // numbers of earlier values
   int coefficient = 0;      // where its coefficients start
   Index3 space{1, 1, 1};
-  std::array<Window, kAxes> window;    // kLinear, kPool
-  bool bias_follows_weights = false;   // kLinear: its own tangent kernel is its covariance
-  bool mean = false;                   // kPool
-  bool normalize_edges = false;        // kPool
+  std::array<Window, kAxes> window;   // kLinear, kPool
+  bool bias_follows_weights = false;  // kLinear: its own tangent kernel is its covariance
+  bool mean = false;                  // kPool
+  bool normalize_edges = false;       // kPool
   Activation activation = Activation::kAbRelu;
   std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
   int channels = 1;                      // kInputs
@@ -52,15 +53,19 @@ struct Value {
   bool same_position = false;            // kMaterialised: only pairs of equal positions are stored
 };
 
+inline bool has_windows(const Value& value) {
+  return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });
+}
+
 struct Program {
   int64_t n1 = 0, n2 = 0;
-  bool symmetric = false;      // the second batch is the first
-  bool ntk = false;            // the tangent kernel is wanted
-  bool covariances = false;    // so are the covariances of each sample with itself
-  bool all_pairs = false;      // the output holds all pairs of positions, not just equal ones
+  bool symmetric = false;    // the second batch is the first
+  bool ntk = false;          // the tangent kernel is wanted
+  bool covariances = false;  // so are the covariances of each sample with itself
+  bool all_pairs = false;    // the output holds all pairs of positions, not just equal ones
   int n_sources = 0;
   int n_coefficients = 0;
-  std::vector<Value> values;   // sources first; each reads only values before it
+  std::vector<Value> values;  // sources first; each reads only values before it
   int output = 0;
 };
 
@@ -68,6 +73,11 @@ inline int64_t n_positions(const Index3& space) {
   int64_t n = 1;
   for (int size : space) n *= size;
   return n;
+}
+
+// Number of covariances of a pair of samples: those of equal positions, or all.
+inline int64_t n_position_pairs(const Index3& space, bool only_equal) {
+  return only_equal ? n_positions(space) : n_positions(space) * n_positions(space);
 }
 
 // Decodes and checks a program. Throws std::invalid_argument.

@@ -1,6 +1,8 @@
 // The polynomials of nt_core/activations/polynomials.py (a test compares them).
 #pragma once
 
+// clang-format off: one number a line, as the tool prints them
+
 namespace nt {
 
 template <typename T>

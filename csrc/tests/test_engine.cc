@@ -1,10 +1,15 @@
 // Runs the engine under sanitizers. What it computes is tested from Python; here it is enough that memory is in order,
 // that all numbers of threads give the same bits, that all instruction sets agree, and that malformed programs throw.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <list>
 #include <mutex>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -36,56 +41,79 @@ std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
 }
 
 // Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-9 of every dual, 7-8 weights of a sum.
+std::vector<int64_t> value(nt::Op op, bool needs, int coefficient, nt::Index3 s, std::vector<int64_t> inputs) {
+  std::vector<int64_t> code = {static_cast<int64_t>(op), needs, coefficient, s[0], s[1], s[2]};
+  if (!inputs.empty()) code.push_back(static_cast<int64_t>(inputs.size()));
+  code.insert(code.end(), inputs.begin(), inputs.end());
+  return code;
+}
 std::vector<int64_t> inputs(bool needs, nt::Index3 s, int channels) {
-  return {0, needs, 0, s[0], s[1], s[2], channels};
+  return join({value(nt::Op::kInputs, needs, 0, s, {}), {channels}});
 }
 std::vector<int64_t> linear(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
-  return join({{2, needs, 1, s[0], s[1], s[2], 1, input, 1}, kNoWindow, y, x});
+  return join({value(nt::Op::kLinear, needs, 1, s, {input}), {1}, kNoWindow, y, x});
 }
 std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, int input) {
-  return {3, needs, 5, s[0], s[1], s[2], 1, input, static_cast<int64_t>(activation)};
+  return join({value(nt::Op::kDual, needs, 5, s, {input}), {static_cast<int64_t>(activation)}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);
 }
 std::vector<int64_t> pool(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
-  return join({{4, needs, 0, s[0], s[1], s[2], 1, input, 1, 0}, kNoWindow, y, x});
+  return join({value(nt::Op::kPool, needs, 0, s, {input}), {1, 0}, kNoWindow, y, x});
 }
-std::vector<int64_t> sum(bool needs, nt::Index3 s, int a, int b) { return {7, needs, 7, s[0], s[1], s[2], 2, a, b}; }
+std::vector<int64_t> sum(bool needs, nt::Index3 s, int a, int b) {
+  return value(nt::Op::kCombine, needs, 7, s, {a, b});
+}
 std::vector<int64_t> product(bool needs, nt::Index3 s, int a, int b) {
-  return {8, needs, 0, s[0], s[1], s[2], 2, a, b};
+  return value(nt::Op::kMultiply, needs, 0, s, {a, b});
 }
 
 const std::vector<int64_t> kThree = {3, 1, 1, 1, 1, 0}, kStrided = {3, 2, 1, 1, 1, 0}, kDilated = {2, 1, 2, 1, 1, 0};
 const std::vector<int64_t> kRound = {3, 1, 1, 1, 1, 1}, kRoundStrided = {3, 2, 1, 1, 1, 1};
 
 std::vector<Network> networks() {
-  const nt::Index3 one{1, 1, 1}, image{1, 6, 5}, half{1, 3, 3}, small{1, 3, 2}, strided{1, 3, 3}, even{1, 4, 6}, quarter{1, 2, 3};
+  const nt::Index3 one{1, 1, 1}, image{1, 6, 5}, half{1, 3, 3}, small{1, 3, 2}, strided{1, 3, 3}, even{1, 4, 6},
+      quarter{1, 2, 3};
   return {
       {"fully connected",
        {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), relu(false, one, 1)},
-       kCoefficients, one, 7, false},
+       kCoefficients,
+       one,
+       7,
+       false},
       {"two pools",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kDilated), relu(true, image, 1),
         pool(true, small, 2, {2, 2, 1, 0, 0, 0}, {2, 2, 1, 0, 0, 0}), linear(true, small, 3, kThree, kThree),
         relu(false, small, 4), pool(false, one, 5, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
-       kCoefficients, image, 3, false},
+       kCoefficients,
+       image,
+       3,
+       false},
       {"overlapping pool, full output",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         pool(true, half, 2, {3, 2, 1, 1, 1, 0}, {3, 2, 1, 1, 1, 0}), linear(true, half, 3, kThree, kThree),
         relu(false, half, 4)},
-       kCoefficients, image, 3, true},
+       kCoefficients,
+       image,
+       3,
+       true},
       {"residual",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         linear(true, strided, 2, kStrided, kStrided), linear(true, strided, 1, kStrided, kStrided),
-        sum(true, strided, 3, 4), relu(false, strided, 5),
-        pool(false, one, 6, {3, 1, 1, 0, 0, 0}, {3, 1, 1, 0, 0, 0})},
-       kCoefficients, image, 3, false},
+        sum(true, strided, 3, 4), relu(false, strided, 5), pool(false, one, 6, {3, 1, 1, 0, 0, 0}, {3, 1, 1, 0, 0, 0})},
+       kCoefficients,
+       image,
+       3,
+       false},
       {"circular, a product",
        {inputs(true, even, 2), linear(true, even, 0, kRound, kRound), relu(true, even, 1),
-        linear(true, quarter, 2, kRoundStrided, kRoundStrided), relu(true, quarter, 3),
-        product(true, quarter, 3, 4), pool(true, quarter, 5, kThree, kThree), linear(false, quarter, 6, kRound, kRound)},
-       kCoefficients, even, 2, true},
+        linear(true, quarter, 2, kRoundStrided, kRoundStrided), relu(true, quarter, 3), product(true, quarter, 3, 4),
+        pool(true, quarter, 5, kThree, kThree), linear(false, quarter, 6, kRound, kRound)},
+       kCoefficients,
+       even,
+       2,
+       true},
       {"smooth nonlinearities",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), dual(nt::Activation::kErf, true, image, 1),
         linear(true, image, 2, kThree, kThree), dual(nt::Activation::kGelu, true, image, 3),
@@ -93,12 +121,23 @@ std::vector<Network> networks() {
         linear(true, image, 6, kThree, kThree), dual(nt::Activation::kRbf, true, image, 7),
         linear(true, image, 8, kThree, kThree), dual(nt::Activation::kExp, false, image, 9),
         pool(false, one, 10, {6, 1, 1, 0, 0, 0}, {5, 1, 1, 0, 0, 0})},
-       kCoefficients, image, 3, false},
+       kCoefficients,
+       image,
+       3,
+       false},
   };
 }
 
 std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric) {
-  std::vector<int64_t> code = {2, n1, n2, symmetric, 1, 1, network.all_pairs, network.n_coefficients, 1,
+  std::vector<int64_t> code = {2,
+                               n1,
+                               n2,
+                               symmetric,
+                               1,
+                               1,
+                               network.all_pairs,
+                               network.n_coefficients,
+                               1,
                                static_cast<int64_t>(network.values.size()),
                                static_cast<int64_t>(network.values.size()) - 1};
   for (const auto& value : network.values) code.insert(code.end(), value.begin(), value.end());
@@ -123,52 +162,66 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
+// Arrays of exactly the sizes that a program asks for, so that a sanitizer sees what is read or written beyond them.
+template <class T>
+class Arrays {
+ public:
+  explicit Arrays(bool symmetric) : symmetric_(symmetric) {}
+
+  const T* argument(int64_t size, const std::string& what) {
+    arguments_.emplace_back(size);
+    for (T& x : arguments_.back()) x = what == "coefficients" ? T(0.7) : normal_(random_);
+    if (what == "coefficients" && !symmetric_) arguments_.back()[0] = 0;
+    return arguments_.back().data();
+  }
+  T* result(int64_t size) {
+    results_.emplace_back(size);
+    return results_.back().data();
+  }
+  std::vector<T> results() const { return join(results_); }
+
+ private:
+  static std::vector<T> join(const std::list<std::vector<T>>& parts) {
+    std::vector<T> all;
+    for (const auto& part : parts) all.insert(all.end(), part.begin(), part.end());
+    return all;
+  }
+  bool symmetric_;
+  std::mt19937 random_{0};
+  std::normal_distribution<T> normal_;
+  std::list<std::vector<T>> arguments_, results_;
+};
+
+template <class T>
+std::vector<T> run(const nt::Prepared& prepared, const nt::Parallel& parallel) {
+  Arrays<T> arrays(prepared.program.symmetric);
+  const nt::Job<T> job = nt::make_job<T>(
+      prepared, [&](int64_t size, const char* what) { return arrays.argument(size, what); },
+      [&](int64_t size, const char*) { return arrays.result(size); });
+  if constexpr (sizeof(T) == 4) {
+    nt::level().run_float(job, parallel);
+  } else {
+    nt::level().run_double(job, parallel);
+  }
+  return arrays.results();
+}
+
+nt::Prepared prepare(const std::vector<int64_t>& code) {
+  return nt::prepare(nt::decode_program(code.data(), static_cast<int64_t>(code.size())));
+}
+
 template <class T>
 std::vector<T> run(const Network& network, int n1, int n2, bool symmetric, int n_threads) {
-  const auto code = encode(network, n1, n2, symmetric);
-  nt::Job<T> job;
-  job.program = nt::decode_program(code.data(), static_cast<int64_t>(code.size()));
-  job.pairs = nt::make_plan(job.program, nt::Purpose::kPairs);
-  job.own = nt::make_plan(job.program, nt::Purpose::kOwnOutput);
-  job.record = nt::make_record(job.program);
-  const std::vector<T> coefficients = {0, T(1.7), T(0.1), T(1.7), T(0.1), T(0.5), T(0.5), T(1), T(0.5), T(0.25)};
-  job.coefficients = coefficients.data();
-  std::mt19937 random(0);
-  std::normal_distribution<T> normal;
-  const int64_t size = nt::n_positions(network.space) * network.channels;
-  std::vector<T> x1(n1 * size), x2(n2 * size);
-  for (T& x : x1) x = normal(random);
-  for (T& x : x2) x = normal(random);
-  nt::Source<T> source;
-  source.x1 = x1.data();
-  source.x2 = symmetric ? x1.data() : x2.data();
-  job.sources.push_back(source);
-  const int64_t positions = nt::n_positions(job.program.values.back().space);
-  const int64_t per_pair = network.all_pairs ? positions * positions : positions;
-  std::vector<T> nngp(n1 * n2 * per_pair), ntk(nngp.size()), cov1(n1 * per_pair), cov2(n2 * per_pair);
-  job.nngp = nngp.data();
-  job.ntk = ntk.data();
-  job.cov1 = cov1.data();
-  if (!symmetric) job.cov2 = cov2.data();
-  {
-    Pool pool;
-    const nt::Parallel parallel(n_threads > 1 ? pool.schedule() : nt::Schedule(), n_threads);
-    const nt::Level& level = nt::choose_level();
-    if constexpr (sizeof(T) == 4) {
-      level.run_float(job, parallel);
-    } else {
-      level.run_double(job, parallel);
-    }
-  }
-  for (const auto* part : {&ntk, &cov1, &cov2}) nngp.insert(nngp.end(), part->begin(), part->end());
-  return nngp;
+  Pool pool;
+  return run<T>(prepare(encode(network, n1, n2, symmetric)),
+                nt::Parallel(n_threads > 1 ? pool.schedule() : nt::Schedule(), n_threads));
 }
 
 template <class T>
 bool check(const Network& network, int n1, int n2, bool symmetric, T tolerance) {
   std::vector<T> reference;
   for (const char* level : {"baseline", "avx2", "avx512"}) {
-    setenv("NT_CPU_LEVEL", level, 1);
+    nt::choose_level(level);
     const auto expected = run<T>(network, n1, n2, symmetric, 1);
     if (reference.empty()) reference = expected;
     for (size_t i = 0; i < expected.size(); ++i) {
@@ -186,7 +239,30 @@ bool check(const Network& network, int n1, int n2, bool symmetric, T tolerance) 
   return true;
 }
 
-// Every program that differs in one number from a good one is refused or runs.
+bool is_small(const nt::Program& program) {
+  int64_t size = program.n1 * program.n2 + program.n_coefficients;
+  for (const nt::Value& value : program.values) {
+    const int64_t positions = nt::n_positions(value.space);
+    int64_t taps = value.channels;
+    for (const nt::Window& w : value.window) taps += w.extent();
+    size += positions * positions * taps;
+  }
+  return size < 200000;
+}
+
+// Runs a program if it is accepted, and small enough.
+void try_to_run(const std::vector<int64_t>& code, int& n_run) {
+  try {
+    const nt::Program program = nt::decode_program(code.data(), static_cast<int64_t>(code.size()));
+    if (!is_small(program)) return;
+    run<float>(nt::prepare(program), nt::Parallel(nt::Schedule(), 1));
+    ++n_run;
+  } catch (const std::invalid_argument&) {
+  } catch (const std::bad_alloc&) {
+  }
+}
+
+// Every program that differs in some numbers from a good one is refused or runs.
 bool fuzz(const Network& network) {
   const auto good = encode(network, 2, 2, false);
   for (size_t length = 0; length < good.size(); ++length) {
@@ -197,21 +273,76 @@ bool fuzz(const Network& network) {
     } catch (const std::invalid_argument&) {
     }
   }
+  const std::vector<int64_t> values = {-1, 0, 1, 2, 3, 5, 65536, 65537, int64_t{1} << 20, int64_t{1} << 40};
+  int n_run = 0;
   for (size_t at = 0; at < good.size(); ++at) {
-    for (const int64_t value : {int64_t{-1}, int64_t{0}, int64_t{2}, int64_t{5}, int64_t{1} << 40}) {
+    for (const int64_t value : values) {
       auto code = good;
       code[at] = value;
-      try {
-        const nt::Program program = nt::decode_program(code.data(), static_cast<int64_t>(code.size()));
-        if (nt::n_positions(program.values[0].space) > 100) continue;
-        nt::make_plan(program, nt::Purpose::kPairs);
-        nt::make_plan(program, nt::Purpose::kOwn);
-        nt::make_record(program);
-      } catch (const std::invalid_argument&) {
-      }
+      try_to_run(code, n_run);
     }
   }
-  return true;
+  std::mt19937 random(1);
+  for (int i = 0; i < 4000; ++i) {
+    auto code = good;
+    for (unsigned n = 2 + random() % 4; n > 0; --n) code[random() % code.size()] = values[random() % values.size()];
+    try_to_run(code, n_run);
+  }
+  std::printf("%s: %d changed programs ran\n", network.name, n_run);
+  return n_run > 0;
+}
+
+// What once crashed, or gave numbers from memory that was never written.
+bool known_faults() {
+  Network wide{"a window whose extent overflows 32 bits",
+               {inputs(false, {1, 1, 3}, 2), linear(false, {1, 1, 3}, 0, kNoWindow, {65537, 1, 65536, 0, 0, 0})},
+               kCoefficients,
+               {1, 1, 3},
+               2,
+               false};
+  try {
+    prepare(encode(wide, 1, 1, false));
+    std::printf("%s was taken\n", wide.name);
+    return false;
+  } catch (const std::invalid_argument&) {
+  }
+  // A circular axis beside a padded one.
+  const nt::Index3 image{1, 4, 5};
+  const Network mixed{
+      "circular beside padded",
+      {inputs(true, image, 2), linear(true, image, 0, {3, 1, 1, 1, 1, 0}, {3, 1, 1, 1, 1, 1}), relu(false, image, 1)},
+      kCoefficients,
+      image,
+      2,
+      true};
+  return check<double>(mixed, 2, 2, false, 1e-12);
+}
+
+// A schedule that fails after the first helper: run() throws when no helper is at work any more.
+bool throwing_schedule() {
+  std::atomic<bool> gone{false}, late{false};
+  bool thrown = false;
+  std::vector<std::thread> threads;
+  const nt::Parallel parallel(
+      [&](std::function<void()> f) {
+        if (!threads.empty()) throw std::runtime_error("no more threads");
+        threads.emplace_back(std::move(f));
+      },
+      4);
+  try {
+    parallel.run(1000, [&](const auto& next) {
+      while (next() >= 0) {
+        if (gone) late = true;
+        std::this_thread::sleep_for(std::chrono::microseconds(10));
+      }
+    });
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  gone = true;
+  for (std::thread& thread : threads) thread.join();
+  if (!thrown || late) std::printf("a schedule that throws: %s\n", late ? "a helper outlives the call" : "not thrown");
+  return thrown && !late;
 }
 
 }  // namespace
@@ -225,6 +356,8 @@ int main() {
     }
     ok = fuzz(network) && ok;
   }
+  ok = known_faults() && ok;
+  ok = throwing_schedule() && ok;
   std::printf(ok ? "ok\n" : "failed\n");
   return ok ? 0 : 1;
 }

@@ -23,7 +23,7 @@ from conformance import (
     run,
     spec_of,
 )
-from nt_core import Builder, Request, Spec, activations, propagate, steps
+from nt_core import Builder, Request, Spec, _native, activations, propagate, steps
 from nt_core.backends.cpu.encode import encode
 from nt_core.sources import Inputs
 
@@ -60,20 +60,16 @@ def agree(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_instruction_sets(level, dtype, monkeypatch):
+def test_instruction_sets(level, dtype):
     """Those that the machine does not have fall back to the best one that it has."""
     x1, x2 = inputs((7, 5), 9, 21, dtype)
     program = chain(spec_of(x1, x2), POOLED)
     expected = run(program, x1, x2, Request(), "cpu")
-    monkeypatch.setenv("NT_CPU_LEVEL", level)
-    agree(run(program, x1, x2, Request(), "cpu"), expected, 1e-13 if dtype == "float64" else 1e-6)
-
-
-def test_an_unknown_instruction_set_is_an_error(monkeypatch):
-    monkeypatch.setenv("NT_CPU_LEVEL", "mmx")
-    x1, x2 = inputs((3, 3), 2, 2, "float32")
-    with pytest.raises(Exception, match="NT_CPU_LEVEL should be baseline, avx2 or avx512, not mmx"):
-        jax.block_until_ready(run(chain(spec_of(x1, x2), [dense()]), x1, x2, Request(), "cpu").ntk)
+    _native.choose_level(level)
+    try:
+        agree(run(program, x1, x2, Request(), "cpu"), expected, 1e-13 if dtype == "float64" else 1e-6)
+    finally:
+        _native.choose_level("")
 
 
 @pytest.mark.parametrize("n1, n2", [(1, 1), (3, 40), (33, 17)])

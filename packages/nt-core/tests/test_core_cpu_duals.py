@@ -11,8 +11,10 @@ LEVELS = ["baseline", "avx2", "avx512"]  # those that the machine does not have 
 
 
 @pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("NT_CPU_LEVEL", request.param)
+def level(request):
+    _native.choose_level(request.param)
+    yield
+    _native.choose_level("")
 
 
 def native_dual(name, arguments, dtype):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import ABS, RELU, chain, dense, run, spec_of
-from nt_core import Request
+from nt_core import Builder, Request, _native, propagate, steps
 from nt_core.activations import polynomials
 from nt_core.backends import choose
 from nt_core.backends.cpu import native
@@ -22,6 +22,13 @@ LAYERS = [dense(), RELU, dense(None), ABS, dense(parameterization="standard", s=
 def pair(n1, n2, features, dtype="float32"):
     random = np.random.default_rng(0)
     return random.normal(size=(n1, features)).astype(dtype), random.normal(size=(n2, features)).astype(dtype)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def level(request):
+    _native.choose_level(request.param)
+    yield
+    _native.choose_level("")
 
 
 @pytest.fixture
@@ -62,9 +69,7 @@ def test_it_is_the_default():
 
 
 @pytest.mark.parametrize("n1, n2, features", [(1, 1, 1), (3, 2, 7), (65, 130, 128), (64, 64, 129), (200, 3, 300)])
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_agrees_with_xla(n1, n2, features, level, dtype, monkeypatch):
-    monkeypatch.setenv("NT_CPU_LEVEL", level)
+def test_agrees_with_xla(n1, n2, features, level, dtype):
     x1, x2 = pair(n1, n2, features, dtype)
     tolerance = 1e-13 if dtype == "float64" else 2e-6
     for second in (x2, None):
@@ -163,3 +168,50 @@ def test_polynomials_are_those_of_the_activation():
     numbers = [float(x) for x in re.findall(r"^ +(-?[0-9.e-]+)f?,$", header.read_text(), re.MULTILINE)]
     tables = (polynomials.P_FLOAT32, polynomials.Q_FLOAT32, polynomials.P_FLOAT64, polynomials.Q_FLOAT64)
     assert numbers == [x for table in tables for x in table]
+
+
+def test_warnings_as_errors_do_not_keep_it_from_falling_back(fresh, monkeypatch):
+    monkeypatch.setattr(native, "_MODULE", "nt_core._there_is_no_such_module")
+    x1, x2 = pair(3, 2, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel = run(chain(spec_of(x1, x2), LAYERS), x1, x2)
+    assert np.isfinite(kernel.ntk).all()
+
+
+def test_a_jaxlib_without_headers(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    with pytest.warns(UserWarning, match="the installed jaxlib has 0.0"):
+        assert native.refusal() is not None
+
+
+def test_an_unknown_instruction_set_is_an_error(fresh, monkeypatch):
+    monkeypatch.setenv("NT_CPU_LEVEL", "mmx")
+    with pytest.raises(ValueError, match="NT_CPU_LEVEL should be baseline, avx2 or avx512, not mmx"):
+        native.refusal()
+
+
+def kernel_of(x1, x2):
+    """The kernel after one layer."""
+    return run(chain(spec_of(x1, x1 if x2 is None else x2), [dense()]), x1, x2)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 3)])
+def test_from_a_kernel_without_variances_where_none_are_read(shape):
+    x1, x2 = pair(*shape, 5)
+    kernel = kernel_of(x1, x2).replace(cov1=None, cov2=None)
+    program = chain(kernel.spec, [dense()])
+    (after,) = propagate(program, [kernel], Request(ntk=True, covariances=False), "cpu")
+    np.testing.assert_allclose(after.nngp, 1.4 * kernel.nngp + 0.2, rtol=1e-6)
+    np.testing.assert_allclose(after.ntk, after.nngp + 1.4 * kernel.ntk, rtol=1e-6)
+
+
+def test_one_kernel_of_a_batch_with_itself_and_one_of_two_batches():
+    x, _ = pair(3, 2, 5)
+    sources = [kernel_of(x, None), kernel_of(x, x.copy())]
+    builder = Builder()
+    total = builder.add(steps.Combine((1.0, 1.0)), *(builder.source(kernel.spec) for kernel in sources))
+    program = builder.build(builder.add(dense(), builder.add(RELU, total)))
+    after, expected = (propagate(program, sources, Request(), name)[0] for name in ("cpu", "xla"))
+    for name in ("nngp", "ntk", "cov1"):
+        np.testing.assert_allclose(getattr(after, name), getattr(expected, name), rtol=1e-5)

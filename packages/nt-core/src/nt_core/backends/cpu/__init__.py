@@ -9,7 +9,7 @@ from jax import Array
 
 from nt_core.backends.base import Device, Request
 from nt_core.backends.cpu import native
-from nt_core.backends.cpu.encode import Encoded, Refused, encode
+from nt_core.backends.cpu.encode import Encoded, Refused, encode, is_symmetric
 from nt_core.backends.xla import XlaBackend
 from nt_core.backends.xla.fusion import constant
 from nt_core.kernel import Kernel
@@ -71,7 +71,7 @@ def _differentiable(request: Request) -> Any:
 def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _Arrays:
     encoded = encode(program, sources, request, identical_batches(sources))
     spec, dtype = program.spec(program.outputs[0]), _dtype(sources[0])
-    symmetric = all(_is_symmetric(source) for source in sources)
+    symmetric = all(is_symmetric(source) for source in sources)
     operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
     for source, needs in zip(sources, encoded.needs, strict=True):
         operands.extend(_operands(source, needs, encoded, symmetric))
@@ -98,16 +98,19 @@ def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _A
 
 
 def _operands(source: Source, needs: bool, encoded: Encoded, symmetric: bool) -> list[Array]:
-    """The arrays of a source, in the order of `source_of` in csrc/handler.cc."""
+    """The arrays of a source, in the order of `source_of` in csrc/job.h."""
     if isinstance(source, Inputs):
         return [source.first()] if symmetric else [source.first(), source.second()]
     spec = source.spec
     arrays = [_positions_last(source.nngp, spec, 2)]
     if encoded.has_ntk and source.ntk is not None and source.ntk.ndim > 0:
         arrays.append(_positions_last(source.ntk, spec, 2))
-    covariances = [_own(source.cov1, spec)] if symmetric else [_own(source.cov1, spec), _own(source.cov2, spec)]
-    if symmetric is False and source.cov2 is None:
-        covariances[1] = covariances[0]
+    if not needs and not encoded.owns:
+        return arrays
+    assert source.cov1 is not None, "refused by the encoder"
+    covariances = [_own(source.cov1, spec)]
+    if not symmetric:
+        covariances.append(covariances[0] if source.cov2 is None else _own(source.cov2, spec))
     if needs:
         arrays.extend(_variances(c, spec) for c in covariances)
     if encoded.owns:
@@ -115,9 +118,8 @@ def _operands(source: Source, needs: bool, encoded: Encoded, symmetric: bool) ->
     return arrays
 
 
-def _own(cov: Array | None, spec: Spec) -> Array:
+def _own(cov: Array, spec: Spec) -> Array:
     """Covariances of each sample with itself."""
-    assert cov is not None
     return cov if spec.diagonal_batch else jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0)
 
 
@@ -150,7 +152,3 @@ def _as_stored(x: Array, spec: Spec, sizes: tuple[int, ...], encoded: Encoded, n
 
 def _dtype(source: Source) -> Any:
     return source.x1.dtype if isinstance(source, Inputs) else source.nngp.dtype
-
-
-def _is_symmetric(source: Source) -> bool:
-    return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None

@@ -92,7 +92,7 @@ class _Encoder:
         all_pairs = math.prod(spec.space) > 1 and not spec.diagonal_spatial
         if all_pairs:
             self._check_wrapping(self._output)
-        symmetric = all(_is_symmetric(source) for source in self._sources)
+        symmetric = all(is_symmetric(source) for source in self._sources)
         header = [
             _ENCODING,
             spec.n1,
@@ -306,8 +306,11 @@ def _is_pool(node: Node) -> bool:
     return isinstance(node.step, Pool | GlobalPool)
 
 
-def _is_symmetric(source: Source) -> bool:
-    return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
+def is_symmetric(source: Source) -> bool:
+    """Whether a source holds one batch, with itself. A kernel without any variances does not tell."""
+    if isinstance(source, Inputs):
+        return source.x2 is None
+    return source.cov2 is None and source.cov1 is not None
 
 
 def _trivial_windows() -> list[list[int]]:

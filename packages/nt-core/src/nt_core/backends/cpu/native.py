@@ -1,7 +1,9 @@
 """Loads the compiled module and registers its handlers with XLA, on first use."""
 
+import contextlib
 import functools
 import importlib
+import os
 import pathlib
 import re
 import warnings
@@ -9,6 +11,7 @@ import warnings
 import jax
 
 _MODULE = "nt_core._native"
+_LEVEL = "NT_CPU_LEVEL"  # read once: the environment is not to be read on the threads of XLA
 
 
 @functools.cache
@@ -17,6 +20,9 @@ def refusal() -> str | None:
 
     The reason is also a warning, once. A module built for a newer FFI than that of the installed jaxlib must not be
     registered: it could keep the whole CPU backend of JAX from starting.
+
+    Raises:
+      ValueError: the environment variable NT_CPU_LEVEL names no instruction set.
     """
     try:
         module = importlib.import_module(_MODULE)
@@ -28,15 +34,19 @@ def refusal() -> str | None:
             f"the native module was built for XLA FFI {built[0]}.{built[1]}, the installed jaxlib has "
             f"{running[0]}.{running[1]}: reinstall nt-core, or install a newer jaxlib"
         )
+    module.choose_level(os.environ.get(_LEVEL, ""))
     for name, handler in module.registrations().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None
 
 
 def runtime_ffi_version() -> tuple[int, int]:
-    """Returns the version of the XLA FFI that the installed jaxlib runs, as its headers say."""
+    """Returns the version of the XLA FFI that the installed jaxlib runs, as its headers say; (0, 0) without any."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    text = header.read_text()
+    try:
+        text = header.read_text()
+    except OSError:
+        return (0, 0)
     major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
     if major is None or minor is None:
         return (0, 0)
@@ -44,5 +54,6 @@ def runtime_ffi_version() -> tuple[int, int]:
 
 
 def _warn(reason: str) -> str:
-    warnings.warn(f"nt_core: {reason}. Kernels are computed in pure JAX, more slowly on CPU.", stacklevel=3)
+    with contextlib.suppress(UserWarning):  # warnings may be errors, and this is none
+        warnings.warn(f"nt_core: {reason}. Kernels are computed in pure JAX, more slowly on CPU.", stacklevel=3)
     return reason
