@@ -1289,7 +1289,7 @@ class Engine {
     }
   }
 
-  // Branch by branch, as `_multiply` in nt_core/backends/xla/block.py.
+  // Branch by branch, as `Product` in nt_core/lowering/primitives.py.
   template <bool kWide>
   void multiply(Work& work, const Instance& instance, const Value& value, const Place& at, V* d_out, V* t_out) const {
     gather_branches(work, instance, at);

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conformance import MEAN, RELU, chain, conv, inputs, run, spec_of
 from nt_core import Request, steps
-from nt_core.backends.xla import tiles
+from nt_core.evaluation import tiles
 
 BACKENDS = ["xla", "cpu"]
 TESTS = pathlib.Path(__file__).parent

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from nt_core import Builder, Request, Spec, activations, steps
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend, is_streamed, kept_rows, tpu_bytes
-from nt_core.backends.mosaic.plan import fold, make_plan
+from nt_core.backends.mosaic.plan import lower_for_planes, make_plan
 from nt_core.sources import Inputs
 from test_core_derivatives import in_process
 
@@ -332,7 +332,9 @@ STREAMED = [conv(), RELU] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.Global
 def little_memory(monkeypatch):
     """The tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
     spec = Spec((2, 3, 3, 3), (2, 3, 3, 3), 0, 3)
-    (stage,) = make_plan(*fold(chain(spec, STREAMED)), (Inputs(None, None, spec),), True, MosaicTpuBackend.hardware)
+    sources = (Inputs(None, None, spec),)
+    lowered = lower_for_planes(chain(spec, STREAMED), sources, ntk=True)
+    (stage,) = make_plan(lowered, sources, MosaicTpuBackend.hardware)
     assert len(stage.tables) == 2
     monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", tpu_bytes(stage, kept_rows(stage)))
     assert is_streamed(stage)

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-import nt_core.backends.xla.block as block
+import nt_core.evaluation.block as block
 import numpy as np
 import pytest
 from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, pool, run, spec_of

@@ -1,12 +1,27 @@
-"""Registration of dataclasses as pytrees."""
+"""Dataclasses as pytrees."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from jax.tree_util import GetAttrKey
 
 _T = TypeVar("_T")
+
+
+def static(**kwargs: Any) -> Any:
+    """A field that is part of the structure of a pytree, not one of its leaves."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def pytree_dataclass(cls: type[_T]) -> type[_T]:
+    """Makes a class a frozen dataclass and a pytree of its fields, but for those declared with `static()`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    structure = [f.name for f in fields if f.metadata.get("static")]
+    return register_dataclass(cls, [f.name for f in fields if f.name not in structure], structure)
 
 
 def register_dataclass(cls: type[_T], data_fields: Sequence[str], meta_fields: Sequence[str]) -> type[_T]:

@@ -5,43 +5,25 @@ parameters of activations) are pytree leaves and may be traced; everything else 
 inputs to that of the output, and is where bad input is refused.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any
 
-from jax import lax
+from jax import Array, lax
 
 from nt_core.activations import Activation
-from nt_core.pytrees import register_dataclass
+from nt_core.pytrees import pytree_dataclass, static
 from nt_core.spec import Spec
 
 Scalar = Any  # a Python number or a traced scalar
 Pads = tuple[tuple[int, int], ...]
 
 
-def static(**kwargs: Any) -> Any:
-    """A field of a step that is static: part of the structure of a program, not one of its numbers."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(static,))
-def step(cls):
-    """Makes a class a frozen dataclass and a pytree whose leaves are the fields without `metadata={"static": True}`."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    static = [f.name for f in fields if f.metadata.get("static")]
-    return register_dataclass(cls, data_fields=[f.name for f in fields if f.name not in static], meta_fields=static)
+step = pytree_dataclass  # leaves are the fields that are not static
 
 
 class Step:
-    """Base of all steps.
-
-    Attributes:
-      reads_variance: the output depends on the variances of the inputs, not on their covariance alone.
-    """
-
-    reads_variance: ClassVar[bool] = False
+    """Base of all steps."""
 
     def infer(self, *specs: Spec) -> Spec:
         """Returns the spec of the output. Raises `ValueError` or `NotImplementedError` for inputs that do not fit."""
@@ -145,8 +127,6 @@ class Dual(Step):
 
     activation: Activation
 
-    reads_variance: ClassVar[bool] = True
-
     def infer(self, *specs: Spec) -> Spec:
         (spec,) = specs
         if not spec.is_gaussian:
@@ -223,12 +203,18 @@ class Flatten(Step):
 
 @step
 class Normalize(Step):
-    """Layer normalisation over the channels and the spatial axes numbered in `space_axes`."""
+    """Layer normalisation over the channels and the spatial axes numbered in `space_axes`.
+
+    Attributes:
+      first, second: weights of the variances in their mean, `(n, *space)`, for images with masked positions: the number
+        of all positions averaged over that of those which count. None for 1; `second` also where the second batch is
+        the first.
+    """
 
     eps: Scalar
     space_axes: tuple[int, ...] = static()
-
-    reads_variance: ClassVar[bool] = True
+    first: Array | None = None
+    second: Array | None = None
 
     def infer(self, *specs: Spec) -> Spec:
         (spec,) = specs
@@ -237,6 +223,44 @@ class Normalize(Step):
                 "LayerNorm of non-Gaussian inputs has no kernel here: put a Dense or Conv layer before LayerNorm."
             )
         return spec.replace(is_input=False)
+
+
+@step
+class Scale(Step):
+    """The activations of each sample and position times a number: 0 where they are masked.
+
+    Attributes:
+      first, second: of both batches, `(n, *space)`; `second` is None where the second batch is the first.
+    """
+
+    first: Array
+    second: Array | None = None
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        for name, numbers, n in (("first", self.first, spec.n1), ("second", self.second, spec.n2)):
+            if numbers is not None and numbers.shape != (n, *spec.space):
+                raise ValueError(
+                    f"Scale of activations of shapes {spec.shape1} and {spec.shape2} needs one number for each sample "
+                    f"and position: `{name}` has shape {numbers.shape}, not {(n, *spec.space)}."
+                )
+        return spec.replace(is_input=False)
+
+
+@step
+class Dropout(Step):
+    """Entries are kept with probability `rate`, independently, and divided by it."""
+
+    rate: Scalar
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        if spec.is_input:
+            raise ValueError(
+                "Dropout cannot be applied to the inputs: they have finitely many channels, and the covariance of what "
+                "dropout leaves of them is random. Put a Dense or Conv layer before it."
+            )
+        return spec.replace(is_gaussian=False)
 
 
 @step

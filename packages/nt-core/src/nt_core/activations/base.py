@@ -1,30 +1,18 @@
 """What an activation is to a covariance."""
 
-import dataclasses
-from typing import Any, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nt_core.pytrees import register_dataclass
+from nt_core.pytrees import pytree_dataclass, static
+
+__all__ = ["Activation", "Scalar", "activation", "cast", "static"]
 
 Scalar = Any  # a Python number or a traced scalar
 
 
-def static(**kwargs: Any) -> Any:
-    """A field of an activation that is static: part of the structure of a program, not one of its numbers."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(static,))
-def activation(cls):
-    """Makes a class a frozen dataclass and a pytree whose leaves are the fields not declared with `static()`."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    structure = [f.name for f in fields if f.metadata.get("static")]
-    return register_dataclass(
-        cls, data_fields=[f.name for f in fields if f.name not in structure], meta_fields=structure
-    )
+activation = pytree_dataclass  # leaves are the fields that are not static
 
 
 class Activation:

@@ -11,7 +11,7 @@ from nt_core.backends.base import Device, Request
 from nt_core.backends.cpu import native
 from nt_core.backends.cpu.encode import Encoded, Refused, encode, is_symmetric
 from nt_core.backends.xla import XlaBackend
-from nt_core.backends.xla.fusion import constant
+from nt_core.evaluation.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.program import Program

@@ -12,7 +12,7 @@ import numpy as np
 
 from nt_core.activations import ABRelu, Activation, Erf, Exp, Gelu, Rbf, Sin
 from nt_core.backends.base import Request
-from nt_core.backends.xla.block import needs_variance
+from nt_core.lowering import lower
 from nt_core.program import Node, Program
 from nt_core.sources import Inputs, Source
 from nt_core.spec import Spec
@@ -66,7 +66,7 @@ class _Encoder:
         self._request = request
         self._n_sources = len(sources)
         (self._output,) = program.outputs
-        self._needs = needs_variance(program, covariances=False)
+        self._needs = [form.deficit for form in lower(program, sources, ntk=False, covariances=False).forms]
         self._apart = _pairs_of_different_positions(program)
         self._number: list[int] = []  # in the code, of every value of the program
         self._axes: list[tuple[int, ...]] = []
@@ -109,7 +109,7 @@ class _Encoder:
         return Encoded(
             code=np.array([*header, *(number for value in self._values for number in value)], np.int64),
             coefficients=self._coefficients,
-            needs=self._needs[: self._n_sources],
+            needs=tuple(self._needs[: self._n_sources]),
             owns=owns,
             has_ntk=has_ntk,
             axes=self._axes[self._output],

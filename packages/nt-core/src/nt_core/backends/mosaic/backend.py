@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Device, Request
-from nt_core.backends.mosaic.plan import Hardware, Refused, Stage, fold, make_plan
+from nt_core.backends.mosaic.plan import Hardware, Refused, Stage, lower_for_planes, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
@@ -51,9 +51,8 @@ class MosaicBackend:
             return f"it computes in float32, not in {', '.join(dtypes)}"
         if request.covariances and not all(source.spec.diagonal_batch for source in sources):
             return "covariances between all samples of one batch are asked for"
-        folded, needs = fold(program)
         try:
-            for stage in make_plan(folded, needs, sources, request.ntk, self.hardware):
+            for stage in make_plan(lower_for_planes(program, sources, request.ntk), sources, self.hardware):
                 self.check_memory(stage)
         except Refused as refused:
             return str(refused)

@@ -22,28 +22,16 @@ from nt_core.backends.mosaic.plan import (
     Torus,
     Two,
     is_relu,
-    needs_average,
     pool_turns,
     with_roots,
 )
-from nt_core.backends.xla.geometry import Window
-from nt_core.backends.xla.repeats import Repeated
-from nt_core.steps import Combine, Dual, Linear, Normalize, Step
+from nt_core.lowering import Pairs, Primitive, Repeated, Window
+from nt_core.lowering.primitives import Dual, Rescale, Sum, Tied
 
 Int = Any  # a Python number or a traced scalar
 _FAR = 8  # more turns around a torus than a window reaches
 _MAX_UNROLLED = 16  # pieces of all phases of a value
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-
-
-class Planes(NamedTuple):
-    """A covariance or deficit on a plane, and its tangent kernel (None where it is 0)."""
-
-    value: Array
-    ntk: Array | None
-
-    def arrays(self) -> list[Array]:
-        return [self.value] if self.ntk is None else [self.value, self.ntk]
 
 
 class Place(NamedTuple):
@@ -77,7 +65,7 @@ class Machine(Protocol):
 
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array: ...
 
-    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
+    def write(self, buffer: int, phase: Int, plane: list[Pairs]) -> None:
         """Writes all pieces of a plane, so that it may be read from any address on."""
         ...
 
@@ -100,17 +88,17 @@ class Evaluation:
         """Computes all values that are stored."""
         self._chain(self._stage.instances, None)
 
-    def root(self) -> list[Planes]:
+    def root(self) -> list[Pairs]:
         """Returns what is read out, with ghosts as 0, for a stage that ends in a sum."""
         instances, phase = self._stage.instances, (0, 0)
 
-        def read_out(piece: "_Piece") -> Planes:
+        def read_out(piece: "_Piece") -> Pairs:
             x = piece.form(instances, len(instances) - 1, phase, None, self._stage.deficit)
             return piece.without_ghosts(x, phase)
 
         return self._pieces(read_out)
 
-    def pooled(self, add: Callable[[Int, list[Planes]], None]) -> None:
+    def pooled(self, add: Callable[[Int, list[Pairs]], None]) -> None:
         """Calls `add(offset, plane)` with what this plane adds to those after the pool."""
         stage = self._stage
         assert stage.windows is not None
@@ -118,7 +106,7 @@ class Evaluation:
         for turn_y, taps_y in along[0]:
             for turn_x, taps_x in along[1]:
 
-                def windows(piece: "_Piece", taps_y: _Taps = taps_y, taps_x: _Taps = taps_x) -> Planes:
+                def windows(piece: "_Piece", taps_y: _Taps = taps_y, taps_x: _Taps = taps_x) -> Pairs:
                     total = None
                     for tap_y, weight_y in taps_y:
                         for tap_x, weight_x in taps_x:
@@ -156,14 +144,14 @@ class Evaluation:
         is_pool_input = i == len(instances) - 1 and iteration is None and self._stage.windows is not None
 
         def store(phase: tuple[Int, Int]) -> None:
-            def stored(piece: _Piece) -> Planes:
+            def stored(piece: _Piece) -> Pairs:
                 x = piece.form(instances, of, phase, iteration, instances[of].deficit, compute=of == i)
                 if is_pool_input:
                     x = piece.pool_input(instances, i, phase, x)
                 elif instance.masked:
                     x = piece.with_ghosts(instances, i, of, phase, iteration, x)
                 if instance.has_ntk and x.ntk is None:
-                    x = Planes(x.value, jnp.zeros_like(x.value))
+                    x = Pairs(x.value, jnp.zeros_like(x.value))
                 return x
 
             self._machine.write(instance.buffer, _flat(phase, instance.scale), self._pieces(stored))
@@ -174,7 +162,7 @@ class Evaluation:
 
     def _repeat(self, instance: Instance) -> None:
         body = instance.body
-        assert body is not None and isinstance(instance.step, Repeated)
+        assert body is not None and isinstance(instance.primitive, Repeated)
 
         def move(phase: tuple[Int, Int]) -> None:
             plane = self._pieces(lambda piece: piece.read(body[-1], phase))
@@ -187,11 +175,11 @@ class Evaluation:
                 self._for_phases(instance.scale, move)
             return carry
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(instance.step.count), iterate, ())
+        lax.fori_loop(jnp.int32(0), jnp.int32(instance.primitive.count), iterate, ())
 
-    def _pieces(self, compute: "Callable[[_Piece], Planes]") -> list[Planes]:
+    def _pieces(self, compute: "Callable[[_Piece], Pairs]") -> list[Pairs]:
         """Computes all pieces of a plane from what is stored, before any of it is written."""
-        sums: dict[Any, Planes] = {}
+        sums: dict[Any, Pairs] = {}
         return [
             compute(_Piece(self._stage, self._machine, self._offset, self._finer, piece, sums))
             for piece in range(self._stage.torus.pieces)
@@ -231,7 +219,7 @@ class _Piece:
         offset: Int,
         finer: tuple[Int, Int],
         piece: int,
-        sums: dict[Any, Planes],
+        sums: dict[Any, Pairs],
     ) -> None:
         self._stage = stage
         self._torus = stage.torus
@@ -241,16 +229,16 @@ class _Piece:
         self._piece = piece
         self._sums = sums
 
-    def without_ghosts(self, x: Planes, phase: tuple[Int, Int]) -> Planes:
+    def without_ghosts(self, x: Pairs, phase: tuple[Int, Int]) -> Pairs:
         """What is read out, with ghosts as 0."""
         instances = self._stage.instances
         both = self._both(instances, len(instances) - 1, phase, None)
         zero = jnp.zeros_like(x.value)
-        return Planes(jnp.where(both, x.value, zero), None if x.ntk is None else jnp.where(both, x.ntk, zero))
+        return Pairs(jnp.where(both, x.value, zero), None if x.ntk is None else jnp.where(both, x.ntk, zero))
 
-    def pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Planes) -> Planes:
+    def pool_input(self, instances: list[Instance], i: int, phase: tuple[Int, Int], x: Pairs) -> Pairs:
         if instances[i].deficit and not self._stage.deficit:
-            x = Planes(self._halves(instances, i, phase, None) - x.value, x.ntk)
+            x = Pairs(self._halves(instances, i, phase, None) - x.value, x.ntk)
         return self.without_ghosts(x, phase)
 
     def with_ghosts(
@@ -260,12 +248,12 @@ class _Piece:
         of: int,
         phase: tuple[Int, Int],
         iteration: Int | None,
-        x: Planes,
-    ) -> Planes:
+        x: Pairs,
+    ) -> Pairs:
         """Pairs with a ghost: its variance and the covariance are 0."""
         both, zero = self._both(instances, i, phase, iteration), jnp.zeros_like(x.value)
         ghost = self._halves(instances, of, phase, iteration) if instances[of].deficit else zero
-        return Planes(jnp.where(both, x.value, ghost), None if x.ntk is None else jnp.where(both, x.ntk, zero))
+        return Pairs(jnp.where(both, x.value, ghost), None if x.ntk is None else jnp.where(both, x.ntk, zero))
 
     def form(
         self,
@@ -275,7 +263,7 @@ class _Piece:
         iteration: Int | None,
         as_deficit: bool,
         compute: bool = False,
-    ) -> Planes:
+    ) -> Pairs:
         """Returns a value as a deficit or as a covariance; from its buffer, unless it is to be computed."""
         instance = instances[i]
         if instance.stored and not compute:
@@ -284,33 +272,33 @@ class _Piece:
             x = self._compute(instances, i, phase, iteration)
         if as_deficit or not instance.deficit:
             return x
-        return Planes(self._halves(instances, i, phase, iteration) - x.value, x.ntk)
+        return Pairs(self._halves(instances, i, phase, iteration) - x.value, x.ntk)
 
-    def _compute(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Planes:
+    def _compute(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Pairs:
         instance = instances[i]
-        if instance.step is None:
+        if instance.primitive is None:
             return self._load(instance, phase)
-        step = self._with_coefficients(instance, iteration)
-        match step:
-            case Linear():
-                return self._linear(instances, i, step, phase, iteration)
-            case Dual():
-                return self._dual(instances, i, step, phase, iteration)
-            case Normalize():
-                return self._normalize(instances, i, phase, iteration)
-            case Combine():
-                inputs = [self.form(instances, j, phase, iteration, instance.deficit) for j in instance.inputs]
-                values = [w * x.value for w, x in zip(step.weights, inputs, strict=True)]
-                ntks = [w * x.ntk for w, x in zip(step.weights, inputs, strict=True) if x.ntk is not None]
-                return Planes(sum(values[1:], values[0]), sum(ntks[1:], ntks[0]) if ntks else None)
-        raise NotImplementedError(f"No kernel for the step {type(step).__name__}.")
+        primitive = self._with_coefficients(instance, iteration)
+        if isinstance(primitive, Tied):
+            return self._tied(instances, i, primitive, phase, iteration)
+        if isinstance(primitive, Dual):
+            return self._dual(instances, i, primitive, phase, iteration)
+        inputs = [self.form(instances, j, phase, iteration, instance.deficit) for j in instance.inputs]
+        match primitive:
+            case Rescale():
+                scales = _Sides(self, instances, i, phase, iteration, "scale")
+                before = _Sides(self, instances, instance.inputs[0], phase, iteration)
+                return primitive.pairs(inputs[0], instance.deficit, scales, before)
+            case Sum():
+                return primitive.pairs(inputs)
+        raise NotImplementedError(f"No kernel for the primitive {type(primitive).__name__}.")
 
-    def _load(self, instance: Instance, phase: tuple[Int, Int]) -> Planes:
+    def _load(self, instance: Instance, phase: tuple[Int, Int]) -> Pairs:
         if instance.source >= 0:
             row = self._stage.source_row(instance) + _flat(phase, instance.scale)
             ntk = self._machine.source(row + instance.phases, self._piece) if instance.has_ntk else None
-            return Planes(self._machine.source(row, self._piece), ntk)
-        n, total = instance.spec.n_channels, None
+            return Pairs(self._machine.source(row, self._piece), ntk)
+        n, total = instance.channels, None
         for channel in range(n):
             first, second = (load(instance, "channel", phase, None, channel) for load in (self._first, self._second))
             if instance.deficit:
@@ -320,39 +308,28 @@ class _Piece:
                 term = first * second
             total = term if total is None else total + term
         assert total is not None
-        return Planes(total * (0.5 / n if instance.deficit else 1 / n), None)
+        return Pairs(total * (0.5 / n if instance.deficit else 1 / n), None)
 
-    def _linear(
-        self, instances: list[Instance], i: int, step: Linear, phase: tuple[Int, Int], iteration: Int | None
-    ) -> Planes:
+    def _tied(
+        self, instances: list[Instance], i: int, primitive: Tied, phase: tuple[Int, Int], iteration: Int | None
+    ) -> Pairs:
         instance, (source,) = instances[i], instances[i].inputs
         before = instances[source]
         if instance.windows is None:
-            x = self.form(instances, source, phase, iteration, before.deficit)
+            average = self.form(instances, source, phase, iteration, before.deficit)
         else:
-            x = self._window_sum(before, instance, instance.windows, phase)
-        share = 1 / step.window_size
-        value, covariance = (step.w_var * share) * x.value, share * x.value
-        if needs_average(instance, before):
-            average = sum(load(instance, "average", phase, iteration) for load in (self._first, self._second))
-            covariance = average - covariance
-        weight, bias = step.ntk_coefficients(instance.spec)
-        if not instance.deficit:
-            value = step.w_var * covariance
-            value = value if step.b_var is None else value + step.b_var
-        if not instance.has_ntk:
-            return Planes(value, None)
-        if step.parameterization == "ntk":  # what its own parameters add is the covariance after it
-            own = self._halves(instances, i, phase, iteration) - value if instance.deficit else value
-        else:
-            own = weight * covariance + bias
-        if x.ntk is None:
-            return Planes(value, own)
-        return Planes(value, (step.w_var * share) * x.ntk + own)
+            average = _scaled(1 / primitive.n_taps, self._window_sum(before, instance, instance.windows, phase))
+
+        def variance_average() -> Array:
+            first, second = (load(instance, "average", phase, iteration) for load in (self._first, self._second))
+            return first + second  # halves
+
+        after = _Sides(self, instances, i, phase, iteration)
+        return primitive.pairs(average, before.deficit, instance.deficit, instance.has_ntk, variance_average, after)
 
     def _window_sum(
         self, before: Instance, instance: Instance, along: tuple[Window, Window], phase: tuple[Int, Int]
-    ) -> Planes:
+    ) -> Pairs:
         total = None
         for tap_y in _taps(along[0], phase[0]):
             row = self._row_sum(before, instance, tap_y, _taps(along[1], phase[1]))
@@ -360,7 +337,7 @@ class _Piece:
         assert total is not None
         return total
 
-    def _row_sum(self, before: Instance, instance: Instance, tap_y: Int, taps_x: list[Int]) -> Planes:
+    def _row_sum(self, before: Instance, instance: Instance, tap_y: Int, taps_x: list[Int]) -> Pairs:
         """The sum over one row of a window. The next piece has it too: as another row."""
         phase_y, turn_y = _split(tap_y, before.scale[0])
         known = self._torus.pieces > 1 and isinstance(phase_y, int) and isinstance(taps_x[0], int)
@@ -376,12 +353,12 @@ class _Piece:
             self._sums[key] = total
         return total
 
-    def tapped(self, x: Instance, position: tuple[Int, Int]) -> Planes:
+    def tapped(self, x: Instance, position: tuple[Int, Int]) -> Pairs:
         """Reads a stored value where each position of the torus finds the one that is this far from its own."""
         (phase_y, turn_y), (phase_x, turn_x) = (_split(p, s) for p, s in zip(position, x.scale, strict=True))
         return self.read(x, (phase_y, phase_x), (turn_y, turn_x))
 
-    def read(self, x: Instance, phase: tuple[Int, Int], turns: tuple[Int, Int] = (0, 0)) -> Planes:
+    def read(self, x: Instance, phase: tuple[Int, Int], turns: tuple[Int, Int] = (0, 0)) -> Pairs:
         flat = _flat(phase, x.scale)
 
         def read(is_ntk: bool) -> Array:
@@ -390,47 +367,32 @@ class _Piece:
 
             return self._shifted(load, 0, *turns)
 
-        return Planes(read(False), read(True) if x.has_ntk else None)
+        return Pairs(read(False), read(True) if x.has_ntk else None)
 
     def _dual(
-        self, instances: list[Instance], i: int, step: Dual, phase: tuple[Int, Int], iteration: Int | None
-    ) -> Planes:
+        self, instances: list[Instance], i: int, primitive: Dual, phase: tuple[Int, Int], iteration: Int | None
+    ) -> Pairs:
         instance, (source,) = instances[i], instances[i].inputs
         x = self.form(instances, source, phase, iteration, True)
-        if is_relu(step):
+        if is_relu(primitive):
             roots = self._roots(instances[source], phase, iteration)
-            deficit, covariance, dot = relu_dual(step.activation.a, step.activation.b, *roots, x.value)  # type: ignore
-            value = deficit if instance.deficit else covariance
-        else:
-            var1 = 2 * self._half(instances, source, phase, iteration, self._first)
-            var2 = 2 * self._half(instances, source, phase, iteration, self._second)
-            value, dot = _inlined(
-                lambda activation, *args: activation.dual(*args), step.activation, var1, var2, x.value
-            )
-            if not instance.deficit:
-                own = _inlined(
-                    lambda activation, *vars: sum(map(activation.variance, vars)), step.activation, var1, var2
-                )
-                value = 0.5 * own - value
-        return Planes(value, None if x.ntk is None else x.ntk * dot)
+            activation: Any = primitive.activation
+            deficit, covariance, dot = relu_dual(activation.a, activation.b, *roots, x.value)
+            return Pairs(deficit if instance.deficit else covariance, None if x.ntk is None else x.ntk * dot)
+        before = _Sides(self, instances, source, phase, iteration)
 
-    def _normalize(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Planes:
-        instance, (source,) = instances[i], instances[i].inputs
-        scale1, scale2 = (load(instance, "normalizer", phase, iteration) for load in (self._first, self._second))
-        x = self.form(instances, source, phase, iteration, instance.deficit)
-        value = x.value * scale1 * scale2
-        if instance.deficit:
-            half1 = self._half(instances, source, phase, iteration, self._first)
-            half2 = self._half(instances, source, phase, iteration, self._second)
-            value = value + (scale1 - scale2) * (half1 * scale1 - half2 * scale2)
-        return Planes(value, None if x.ntk is None else x.ntk * scale1 * scale2)
+        def pairs(dual: Dual, x: Pairs, var1: Array, var2: Array) -> Pairs:
+            own = _Given(dual.variance(var1), dual.variance(var2)) if not instance.deficit else _Given(var1, var2)
+            return dual.pairs(x, instance.deficit, _Given(var1, var2), own)
+
+        return _inlined(pairs, primitive, x, before.first, before.second)
 
     # Statistics of samples
 
     def _halves(self, instances: list[Instance], i: int, phase: tuple[Int, Int], iteration: Int | None) -> Array:
         """The mean of both variances."""
         instance = instances[i]
-        if is_relu(instance.step):
+        if is_relu(instance.primitive):
             return self._slope(instance, iteration) * self._halves(instances, instance.inputs[0], phase, iteration)
         if "root" in instance.rows:  # in terms of what the dual needs too
             root1, root2 = self._roots(instance, phase, iteration)
@@ -457,7 +419,7 @@ class _Piece:
     ) -> Array:
         """Half the variance of one of the samples: `load` is `self._first` or `self._second`."""
         instance = instances[i]
-        if is_relu(instance.step):
+        if is_relu(instance.primitive):
             return self._slope(instance, iteration) * self._half(instances, instance.inputs[0], phase, iteration, load)
         if "root" in instance.rows:
             root = load(instance, "root", phase, iteration)
@@ -506,8 +468,8 @@ class _Piece:
         stays = own < jnp.asarray(columns - column, jnp.float32)
         return jnp.where(stays, load(start), load(_rem(start + size - columns, size)))
 
-    def _with_coefficients(self, instance: Instance, iteration: Int | None) -> Step:
-        leaves, structure = jax.tree.flatten(instance.step)
+    def _with_coefficients(self, instance: Instance, iteration: Int | None) -> Primitive:
+        leaves, structure = jax.tree.flatten(instance.primitive)
         start = instance.coefficients
         if iteration is not None:
             start = start + iteration * self._iteration_size(instance)
@@ -517,6 +479,45 @@ class _Piece:
         return next(
             i.coefficients for i in self._stage.instances if i.body is not None and any(j is instance for j in i.body)
         )
+
+
+class _Given(NamedTuple):
+    """Variances that are known."""
+
+    first: Array
+    second: Array
+
+    @property
+    def mean(self) -> Array:
+        return 0.5 * (self.first + self.second)
+
+
+class _Sides(NamedTuple):
+    """Numbers of both samples, read where they are asked for: variances, or the rows of another kind."""
+
+    piece: _Piece
+    instances: list[Instance]
+    i: int
+    phase: tuple[Int, Int]
+    iteration: Int | None
+    kind: str = "variance"
+
+    @property
+    def first(self) -> Array:
+        return self._of(self.piece._first)
+
+    @property
+    def second(self) -> Array:
+        return self._of(self.piece._second)
+
+    @property
+    def mean(self) -> Array:
+        return self.piece._halves(self.instances, self.i, self.phase, self.iteration)
+
+    def _of(self, load: Callable[..., Array]) -> Array:
+        if self.kind == "variance":
+            return 2 * self.piece._half(self.instances, self.i, self.phase, self.iteration, load)
+        return load(self.instances[self.i], self.kind, self.phase, self.iteration)
 
 
 def turned(torus: Torus, offset: Int, turn_y: Int, turn_x: Int) -> Int:
@@ -596,8 +597,8 @@ def _split(position: Int, scale: int) -> tuple[Int, Int]:
     return lax.rem(shifted, jnp.int32(scale)), lax.div(shifted, jnp.int32(scale)) - _FAR
 
 
-def _scaled(factor: Array, x: Planes) -> Planes:
-    return Planes(factor * x.value, None if x.ntk is None else factor * x.ntk)
+def _scaled(factor: Array | float, x: Pairs) -> Pairs:
+    return Pairs(factor * x.value, None if x.ntk is None else factor * x.ntk)
 
 
 def _flat(phase: tuple[Int, Int], scale: Two) -> Int:
@@ -608,5 +609,5 @@ def _rem(x: Int, n: int) -> Int:
     return x % n if isinstance(x, int) else lax.rem(x, jnp.int32(n))
 
 
-def _sum(x: Planes, y: Planes) -> Planes:
-    return Planes(x.value + y.value, None if x.ntk is None or y.ntk is None else x.ntk + y.ntk)
+def _sum(x: Pairs, y: Pairs) -> Pairs:
+    return Pairs(x.value + y.value, None if x.ntk is None or y.ntk is None else x.ntk + y.ntk)

@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from nt_core.backends.mosaic.backend import SHARED_MEMORY, MosaicGpuBackend, shared_bytes
-from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
+from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place
 from nt_core.backends.mosaic.plan import Stage
+from nt_core.lowering import Pairs
 
 plgpu: Any = mosaic_gpu  # older versions, which are refused, lack some of its names
 
@@ -70,7 +71,7 @@ def run_stage(
         count = jnp.where(is_wanted, lax.div(n_planes - part + parts - 1, jnp.int32(parts)), 0)
         refs = (coefficients_ref, first_ref, second_ref, sources_ref)
 
-        def add(offset: Int, plane: list[Planes]) -> None:
+        def add(offset: Int, plane: list[Pairs]) -> None:
             """Adds to the sums of this warpgroup, each thread to its own."""
             for piece, planes in enumerate(plane):
                 for which, x in enumerate(planes.arrays()):
@@ -174,7 +175,7 @@ class _Machine:
             address = address % size if isinstance(address, int) else lax.rem(address, jnp.int32(size))
         return self._load(self._buffers[buffer], (), self._at(buffer, is_ntk, phase) + address)
 
-    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
+    def write(self, buffer: int, phase: Int, plane: list[Pairs]) -> None:
         """Writes a plane, and its first piece again behind the last address: pieces may start at any.
 
         Threads read what others have written: all have read before any writes, and have written before any reads.

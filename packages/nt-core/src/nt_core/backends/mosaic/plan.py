@@ -12,14 +12,10 @@ import jax
 import numpy as np
 
 from nt_core.activations import ABRelu, Erf, Gelu
-from nt_core.backends.xla.block import needs_variance
-from nt_core.backends.xla.geometry import Window
-from nt_core.backends.xla.repeats import Repeated, fold_repeats
-from nt_core.backends.xla.variances import windows
-from nt_core.program import Node, Program
+from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
+from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
+from nt_core.program import Program
 from nt_core.sources import Inputs, Source
-from nt_core.spec import Spec
-from nt_core.steps import Combine, Conv, Dense, Dual, Flatten, GlobalPool, Linear, Normalize, Pool, Step
 
 Two = tuple[int, int]
 _MAX_TAPS = 5
@@ -103,7 +99,7 @@ class Row(NamedTuple):
 
     Attributes:
       kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (the root of the variance; negative at ghosts),
-        'normalizer' or 'average' (half the mean of the variances over each window).
+        'scale' (of a rescaling) or 'average' (half the mean of the variances over each window).
       repeated: the number of the `Repeated` value whose body it is of, or None.
       number: the value, of the program or of the body.
       space, scale: see `Instance`.
@@ -143,8 +139,8 @@ class Instance:
 
     Attributes:
       number: the value, of the program or of the body of a `Repeated`.
-      step: what computes it, with leaves that are to be replaced by coefficients; None for what comes from outside.
-      spec: of its (first) input.
+      primitive: what computes it, its leaves to be replaced by coefficients; None for what comes from outside.
+      channels: of inputs.
       inputs: numbers of instances.
       space: size of its image.
       scale: how many of its positions lie along each side of one position of the torus. Position `p` of the image is in
@@ -152,7 +148,7 @@ class Instance:
       deficit: it is a deficit rather than a covariance.
       has_ntk: it has a tangent kernel.
       windows: of a convolution.
-      coefficients: where the leaves of `step` begin among the coefficients.
+      coefficients: where the leaves of `primitive` begin among the coefficients.
       table: where its rows are, among the tables of the stage.
       rows: where each kind of `Row` of this value begins in it ('mask': in the first table).
       stored: it is kept in a buffer, or computed anew by its only reader.
@@ -163,14 +159,14 @@ class Instance:
     """
 
     number: int
-    step: Step | None
-    spec: Spec
+    primitive: Primitive | None
     inputs: list[int]
     space: Two
     scale: Two
     deficit: bool
     has_ntk: bool
     windows: tuple[Window, Window] | None = None
+    channels: int = 0
     coefficients: int = 0
     table: int = 0
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -199,8 +195,7 @@ class Stage:
 
     Attributes:
       readout: the number of the pool or Flatten.
-      step: that step.
-      spec: of its input.
+      primitive: that pool or Flatten.
       instances: in an order of evaluation, the readout's input last.
       deficit: the readout is of deficits.
       windows: of a pool; None where everything is summed up.
@@ -208,12 +203,11 @@ class Stage:
       offsets: how many offsets of the torus are needed, times `stride` along each side.
       tables: of the instances, then of each body.
       sources: numbers of the readouts that it starts from, with their scales.
-      leaves: the steps whose numbers are the coefficients, in order; those of a body with the count of iterations.
+      leaves: the primitives whose numbers are the coefficients, in order; those of a body with the count of iterations.
     """
 
     readout: int
-    step: Step
-    spec: Spec
+    primitive: Pool | Flatten
     deficit: bool
     windows: tuple[Window, Window] | None
     stride: Two
@@ -247,31 +241,27 @@ class Stage:
         return sum(other.n_source_rows for other in self.sources[: source.source])
 
 
-def fold(program: Program) -> tuple[Program, tuple[bool, ...]]:
-    """Returns a program with its repeats folded, and which of its values are carried as deficits."""
-    return fold_repeats(
-        program, needs_variance(program, covariances=False), ends_block=lambda step: not isinstance(step, Conv)
-    )
+def lower_for_planes(program: Program, sources: tuple[Source, ...], ntk: bool) -> Lowered:
+    """Returns a program lowered, with its repeats folded such that they may be stored where they end."""
+    lowered = lower(program, sources, ntk=ntk, covariances=False)
+    return fold_repeats(lowered, ends_block=lambda primitive: not _convolves(primitive))
 
 
-def make_plan(
-    program: Program, needs: tuple[bool, ...], sources: tuple[Source, ...], ntk: bool, hardware: Hardware
-) -> list[Stage]:
+def make_plan(lowered: Lowered, sources: tuple[Source, ...], hardware: Hardware) -> list[Stage]:
     """Returns the stages of a program (with repeats folded), in order. Raises `Refused`."""
-    _check(program, sources)
+    _check(lowered, sources)
+    channels = [source.spec.n_channels for source in sources]
     stages: list[Stage] = []
-    for number, node in enumerate(program.nodes, len(program.sources)):
-        spec = program.spec(node.inputs[0])
-        if is_readout(node) and spec.space:
-            stages.append(_StageBuilder(program, needs, ntk, hardware, stages, number, node).build())
+    for number, node in lowered.numbered_nodes():
+        if isinstance(node.primitive, Pool | Flatten) and lowered.input_form(node).space:
+            stages.append(_StageBuilder(lowered, channels, hardware, stages, number, node.primitive).build())
     if not stages:
         raise Refused("no layer reads images out (a pool or Flatten), and without images XLA does as well")
     return stages
 
 
-def is_readout(node: Node) -> bool:
-    """Whether a step mixes pairs of positions that are not moved alike."""
-    return isinstance(node.step, Pool | GlobalPool | Flatten)
+def _convolves(primitive: Primitive | None) -> bool:
+    return isinstance(primitive, Tied) and bool(primitive.windows)
 
 
 def canonical(space: tuple[int, ...]) -> Two:
@@ -279,10 +269,10 @@ def canonical(space: tuple[int, ...]) -> Two:
     return (1,) * (2 - len(space)) + tuple(space)  # type: ignore[return-value]
 
 
-def _check(program: Program, sources: tuple[Source, ...]) -> None:
-    if len(program.outputs) != 1:
+def _check(lowered: Lowered, sources: tuple[Source, ...]) -> None:
+    if len(lowered.outputs) != 1:
         raise Refused("the program has several outputs")
-    if program.spec(program.outputs[0]).space:
+    if lowered.forms[lowered.outputs[0]].space:
         raise Refused("its output holds positions: a pool over all of them, or Flatten, must come last")
     for source in sources:
         if not isinstance(source, Inputs):
@@ -300,41 +290,45 @@ def _check(program: Program, sources: tuple[Source, ...]) -> None:
 class _StageBuilder:
     def __init__(
         self,
-        program: Program,
-        needs: tuple[bool, ...],
-        ntk: bool,
+        lowered: Lowered,
+        channels: list[int],
         hardware: Hardware,
         earlier: list[Stage],
         number: int,
-        node: Node,
+        primitive: Pool | Flatten,
     ) -> None:
-        self._program = program
-        self._needs = needs
-        self._ntk = ntk
+        self._lowered = lowered
+        self._channels = channels
         self._hardware = hardware
         self._readout_has_ntk = {stage.readout: stage.has_ntk for stage in earlier}
         self._made: dict[tuple[int, Two], int] = {}
-        spec, step = program.spec(node.inputs[0]), node.step
-        pool_windows = _canonical_windows(step, spec) if isinstance(step, Pool) else None
-        if pool_windows is not None and all(_covers_image(w) for w in pool_windows):
+        node = lowered.node(number)
+        assert node is not None
+        pool_windows = None
+        if isinstance(primitive, Pool):
+            if lowered.input_form(node).same_position:
+                raise Refused("a pool over same-position covariances")
+            pool_windows = _two(primitive.windows)
+        if pool_windows is not None and all(w.covers_axis() for w in pool_windows):
             pool_windows = None
-        if isinstance(step, Pool | GlobalPool) and spec.diagonal_spatial:
-            raise Refused("a pool over same-position covariances")
         if pool_windows is not None and any(w.circular for w in pool_windows):
             raise Refused("pools with CIRCULAR padding")
         if pool_windows is not None and any(w.taps < w.stride for w in pool_windows):
             raise Refused("pools that leave positions out")
         if pool_windows is not None and math.prod(_pool_reads(w) for w in pool_windows) > _MAX_POOL_READS:
-            raise Refused(f"pools of windows {step.window} with strides {step.strides}, which overlap too much")  # type: ignore
+            shapes = [[(w.taps, w.stride) for w in pool_windows]]
+            raise Refused(f"pools whose windows overlap too much (windows and strides {shapes})")
         stride = (1, 1) if pool_windows is None else (pool_windows[0].stride, pool_windows[1].stride)
-        self._stage = Stage(number, step, spec, needs[number], pool_windows, stride)
+        self._stage = Stage(number, primitive, lowered.forms[number].deficit, pool_windows, stride)
 
     def build(self) -> Stage:
         stage = self._stage
-        (root,) = self._program.nodes[stage.readout - len(self._program.sources)].inputs
+        node = self._lowered.node(stage.readout)
+        assert node is not None
+        (root,) = node.inputs
         self._instance(root, stage.stride)
         self._lay_out()
-        if not isinstance(stage.step, Flatten):
+        if not isinstance(stage.primitive, Flatten):
             stage.offsets = stage.torus.size
         self._store()
         self._require_rows()
@@ -345,57 +339,54 @@ class _StageBuilder:
     def _instance(self, number: int, scale: Two) -> int:
         if (number, scale) in self._made:
             return self._made[number, scale]
-        program, stage = self._program, self._stage
-        n_sources = len(program.sources)
-        node = None if number < n_sources else program.nodes[number - n_sources]
-        spec = program.spec(number)
-        step = None if node is None or is_readout(node) else node.step
+        stage, form, node = self._stage, self._lowered.forms[number], self._lowered.node(number)
+        primitive = None if node is None or isinstance(node.primitive, Pool | Flatten) else node.primitive
         inputs: list[int] = []
         has_ntk = self._readout_has_ntk.get(number, False)
-        if node is not None and step is not None:
-            _check_step(step)
+        windows = None
+        if node is not None and primitive is not None:
+            _check_primitive(primitive)
             before = scale
-            if isinstance(step, Conv):
-                along = _canonical_windows(step, program.spec(node.inputs[0]))
-                before = (scale[0] * along[0].stride, scale[1] * along[1].stride)
+            windows = _windows_of(primitive)
+            if windows is not None:
+                before = (scale[0] * windows[0].stride, scale[1] * windows[1].stride)
             inputs = [self._instance(i, before) for i in node.inputs]
-            has_ntk = self._ntk and (
-                isinstance(step, Linear | Repeated) or any(stage.instances[i].has_ntk for i in inputs)
-            )
-        before_spec = spec if node is None or step is None else program.spec(node.inputs[0])
-        made = Instance(number, step, before_spec, inputs, canonical(spec.space), scale, self._needs[number], has_ntk)
-        if node is not None and step is None:
+            has_ntk = form.has_ntk
+        made = Instance(number, primitive, inputs, canonical(form.space), scale, form.deficit, has_ntk, windows)
+        if node is None:
+            made.channels = self._channels[number]
+        elif primitive is None:
             made.source = len(stage.sources)
             stage.sources.append(made)
-        if isinstance(step, Conv):
-            made.windows = _canonical_windows(step, before_spec)
-        if isinstance(step, Repeated):
-            made.body = self._body(step, made)
-        elif step is not None:
+        if isinstance(primitive, Repeated):
+            made.body = self._body(primitive, made)
+        elif primitive is not None:
             made.coefficients = self._stage.n_coefficients
-            self._stage.leaves.append((step, None))
-            self._stage.n_coefficients += n_leaves(step)
+            self._stage.leaves.append((primitive, None))
+            self._stage.n_coefficients += n_leaves(primitive)
         stage.instances.append(made)
         self._made[number, scale] = len(stage.instances) - 1
         return self._made[number, scale]
 
-    def _body(self, step: Repeated, of: Instance) -> list[Instance]:
+    def _body(self, repeated: Repeated, of: Instance) -> list[Instance]:
         """The instances of one iteration; the first is what it starts from."""
-        body, stage = step.body, self._stage
-        instances = [Instance(0, None, body.spec(0), [], of.space, of.scale, step.needs[0], self._ntk)]
+        body, stage = repeated.body, self._stage
+        entry = body.forms[0]
+        instances = [Instance(0, None, [], of.space, of.scale, entry.deficit, entry.has_ntk)]
         start = stage.n_coefficients
-        for number, node in enumerate(body.nodes, 1):
-            _check_step(node.step)
-            spec, deficit = body.spec(node.inputs[0]), step.needs[number]
-            made = Instance(number, node.step, spec, list(node.inputs), of.space, of.scale, deficit, self._ntk)
-            if isinstance(node.step, Conv):
-                made.windows = _canonical_windows(node.step, spec)
+        for number, node in body.numbered_nodes():
+            _check_primitive(node.primitive)
+            form = body.forms[number]
+            windows = _windows_of(node.primitive)
+            made = Instance(
+                number, node.primitive, list(node.inputs), of.space, of.scale, form.deficit, form.has_ntk, windows
+            )
             made.coefficients = stage.n_coefficients
-            stage.n_coefficients += n_leaves(node.step)
+            stage.n_coefficients += n_leaves(node.primitive)
             instances.append(made)
         of.coefficients = stage.n_coefficients - start  # of one iteration
-        stage.n_coefficients = start + of.coefficients * step.count
-        stage.leaves.append((tuple(node.step for node in body.nodes), step.count))
+        stage.n_coefficients = start + of.coefficients * repeated.count
+        stage.leaves.append((tuple(node.primitive for node in body.nodes), repeated.count))
         return instances
 
     # The torus
@@ -467,7 +458,8 @@ class _StageBuilder:
     def _require_rows(self) -> None:
         stage = self._stage
         bodies = [i for i in stage.instances if i.body is not None]
-        stage.tables = [Table(), *(Table(owner.step.count) for owner in bodies if isinstance(owner.step, Repeated))]
+        repeats = [owner.primitive for owner in bodies if isinstance(owner.primitive, Repeated)]
+        stage.tables = [Table(), *(Table(repeated.count) for repeated in repeats)]
         if stage.torus.wraps:
             stage.tables[0].add(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
         for number, (owner, instances) in enumerate(zip([None, *bodies], self._chains(), strict=True)):
@@ -475,13 +467,13 @@ class _StageBuilder:
                 instance.table = number
                 before = instances[instance.inputs[0]] if instance.inputs else None
                 kinds = _kinds(instance, before, [other for other in instances if i in other.inputs])
-                if owner is None and instance.step is None and instance.source < 0:
+                if owner is None and instance.primitive is None and instance.source < 0:
                     kinds.append("channel")
                 for kind in kinds:
                     row = Row(
                         kind, None if owner is None else owner.number, instance.number, instance.space, instance.scale
                     )
-                    n = instance.spec.n_channels if kind == "channel" else 1
+                    n = instance.channels if kind == "channel" else 1
                     instance.rows[kind] = stage.tables[number].add(row, n * instance.phases)
         for instances in self._chains():
             for i, instance in enumerate(instances):
@@ -506,20 +498,20 @@ def _torus(shape: Two, wraps: bool, hardware: Hardware) -> Torus:
 def _kinds(instance: Instance, before: Instance | None, readers: list[Instance]) -> list[str]:
     """The statistics of a value that are read, beside its mask."""
     kinds = []
-    if any(is_relu(other.step) for other in readers):
+    if any(is_relu(other.primitive) for other in readers):
         kinds.append("root")
-    elif instance.deficit and not is_relu(instance.step):
+    elif instance.deficit and not is_relu(instance.primitive):
         kinds.append("half")
-    if isinstance(instance.step, Normalize):
-        kinds.append("normalizer")
-    if needs_average(instance, before):
+    if isinstance(instance.primitive, Rescale):
+        kinds.append("scale")
+    if reads_average(instance, before):
         kinds.append("average")
     return kinds
 
 
-def is_relu(step: Step | None) -> bool:
-    """Whether a step is the dual of the ReLU family, which gives half the variance of its output from its input's."""
-    return isinstance(step, Dual) and isinstance(step.activation, ABRelu)
+def is_relu(primitive: Primitive | None) -> bool:
+    """Whether it is the dual of the ReLU family, which gives half the variance of its output from its input's."""
+    return isinstance(primitive, Dual) and isinstance(primitive.activation, ABRelu)
 
 
 def with_roots(instances: list[Instance], i: int) -> Instance | None:
@@ -527,22 +519,21 @@ def with_roots(instances: list[Instance], i: int) -> Instance | None:
     instance = instances[i]
     if instance.body is not None:
         return with_roots(instances, instance.inputs[0])
-    if is_relu(instance.step):
+    if is_relu(instance.primitive):
         return instances[instance.inputs[0]]
     return instance if "root" in instance.rows else None
 
 
-def needs_average(instance: Instance, before: Instance | None) -> bool:
-    """Whether a linear layer reads deficits, and covariances before its own weights are needed."""
-    step = instance.step
-    if not isinstance(step, Linear) or before is None or not before.deficit:
+def reads_average(instance: Instance, before: Instance | None) -> bool:
+    """Whether tied weights read averages of variances, beside deficits."""
+    if not isinstance(instance.primitive, Tied) or before is None:
         return False
-    return not instance.deficit or (step.parameterization != "ntk" and instance.has_ntk)
+    return instance.primitive.reads_average(before.deficit, instance.deficit, instance.has_ntk)
 
 
-def n_leaves(step: Step) -> int:
-    """How many numbers a step has."""
-    return len(jax.tree.leaves(step))
+def n_leaves(primitive: Primitive) -> int:
+    """How many numbers a primitive has."""
+    return len(jax.tree.leaves(primitive))
 
 
 def _allocate(stage: Stage) -> None:
@@ -605,30 +596,34 @@ def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
     return instance.phases == read.phases and (instance.phases == 1 or not moved)
 
 
-def _check_step(step: Step) -> None:
-    match step:
-        case Dense() | Combine() | Repeated():
+def _check_primitive(primitive: Primitive) -> None:
+    match primitive:
+        case Sum() | Repeated():
             return
-        case Conv():
-            if max(step.window) > _MAX_TAPS or max(step.dilation) > 1:
-                raise Refused(f"it takes windows of up to {_MAX_TAPS} x {_MAX_TAPS}, without dilation, not {step}")
-            if step.axes_out is not None:
+        case Tied():
+            if any(w.taps > _MAX_TAPS or w.dilation > 1 for w in primitive.windows):
+                raise Refused(f"it takes windows of up to {_MAX_TAPS} x {_MAX_TAPS}, without dilation")
+            if not primitive.keeps_order:
                 raise Refused("a convolution that permutes axes")
         case Dual():
-            if not isinstance(step.activation, ABRelu | Erf | Gelu):
-                raise Refused(f"it does not have the dual of {type(step.activation).__name__}")
+            if not isinstance(primitive.activation, ABRelu | Erf | Gelu):
+                raise Refused(f"it does not have the dual of {type(primitive.activation).__name__}")
         case Normalize():
-            if step.space_axes:
+            if primitive.space_axes or primitive.sample_numbers(1) is not None:
                 raise Refused("a normalisation over positions")
         case _:
-            raise Refused(f"it does not know the step {type(step).__name__}")
+            raise Refused(f"it does not know the primitive {type(primitive).__name__}")
 
 
-def _canonical_windows(step: Conv | Pool, spec: Spec) -> tuple[Window, Window]:
+def _windows_of(primitive: Primitive) -> tuple[Window, Window] | None:
+    return _two(primitive.windows) if isinstance(primitive, Tied) and primitive.windows else None
+
+
+def _two(along: Windows) -> tuple[Window, Window]:
     """Windows along two axes."""
     trivial = Window(size=1, count=1, taps=1, stride=1, dilation=1, low=0, high=0, circular=False)
-    along = [trivial, *windows(step, spec)][-2:]
-    return along[0], along[1]
+    first, second = [trivial, *along][-2:]
+    return first, second
 
 
 def _padding(window: Window) -> int:
@@ -644,10 +639,6 @@ def pool_turns(window: Window) -> range:
 
 def _pool_reads(window: Window) -> int:
     return len(pool_turns(window)) * window.taps
-
-
-def _covers_image(window: Window) -> bool:
-    return window.count == 1 and window.low == window.high == 0 and window.taps == window.size and not window.circular
 
 
 def n_planes(stage: Stage) -> int:

@@ -11,16 +11,17 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.backends.base import Request
-from nt_core.backends.mosaic.plan import Hardware, Instance, Stage, fold, make_plan, n_planes
+from nt_core.backends.mosaic.plan import Hardware, Instance, Stage, lower_for_planes, make_plan, n_planes
 from nt_core.backends.mosaic.tables import coefficients, positions, tables
-from nt_core.backends.xla.block import Block, Pairs
-from nt_core.backends.xla.geometry import AllPairs, Geometry
-from nt_core.backends.xla.sources import Batch, Loader, batch, crossed
-from nt_core.backends.xla.tiles import map_pairs, map_samples
-from nt_core.backends.xla.variances import Statistics, pool_sum, window_counts
-from nt_core.program import Node, Program
+from nt_core.evaluation.block import Block
+from nt_core.evaluation.geometry import AllPairs, Geometry, Sides
+from nt_core.evaluation.samples import Batch, SourceLoader, batch, crossed, own_block
+from nt_core.evaluation.statistics import Statistics
+from nt_core.evaluation.tiles import map_pairs, map_samples
+from nt_core.lowering import Lowered, LoweredNode, Pairs, windows
+from nt_core.lowering.primitives import Flatten, Pool
+from nt_core.program import Program
 from nt_core.sources import Inputs, Source, identical_batches
-from nt_core.steps import Flatten, GlobalPool, Pool
 
 _MAX_SAMPLES = 128
 
@@ -38,12 +39,13 @@ class Propagation:
         run_stage: RunStage,
         hardware: Hardware,
     ) -> None:
-        self._program, self._needs = fold(program)
+        self._program = program
+        self._lowered = lower_for_planes(program, sources, request.ntk)
         self._sources = sources
         self._request = request
         self._run_stage = run_stage
         self._hardware = hardware
-        self._stages = make_plan(self._program, self._needs, sources, request.ntk, hardware)
+        self._stages = make_plan(self._lowered, sources, hardware)
         self._symmetric = all(isinstance(s, Inputs) and s.x2 is None for s in sources)
 
     def pairs(self) -> Pairs:
@@ -66,23 +68,24 @@ class Propagation:
 
     def _samples(self, which: int) -> tuple[Batch, Statistics]:
         """Looks at each sample of a batch on its own."""
-        data = batch(self._sources, which)
-        own_stages = make_plan(self._program, self._needs, self._sources, False, self._hardware)
-        own_stages = [stage for stage in own_stages if stage.deficit and not isinstance(stage.step, Flatten)]
+        lowered = lower_for_planes(self._program, self._sources, ntk=False)
+        data = batch(lowered, self._sources, which)
+        stages = make_plan(lowered, self._sources, self._hardware)
+        own_stages = {s.readout: s for s in stages if s.deficit and isinstance(s.primitive, Pool)}
 
         def compute(samples: Batch) -> Statistics:
-            statistics = Statistics(dict(samples.variance))
+            def pool_sums(block: Block, number: int) -> Pairs:
+                stage, statistics = own_stages[number], block.statistics
+                read = {s.number: Pairs(block.mixed(s.number).value[..., None], None) for s in stage.sources}
+                out = self._run(stage, lowered, (samples, statistics), (samples, statistics), read, own=True)[..., 0]
+                (value,) = summed_windows(stage, out)
+                return Pairs(value, None)
 
-            def pool_sums(stage: Stage, read: dict[int, Pairs]) -> Array:
-                read = {i: Pairs(x.value[..., None], None) for i, x in read.items()}
-                return self._run(stage, (samples, statistics), (samples, statistics), read, own=True)[..., 0]
-
-            load = Loader(self._program.sources, samples, samples, {}, self._needs, True)
-            _OwnPairs(self._program, self._needs, statistics, load, own_stages, pool_sums).complete_statistics()
-            return statistics
+            load = SourceLoader(lowered, samples, samples, {}, True, True)
+            return own_block(lowered, samples, load, pool_sums)[1]
 
         n = data.index.shape[0]
-        per_sample = max(map(_numbers_between, own_stages), default=1)
+        per_sample = max(map(_numbers_between, own_stages.values()), default=1)
         return data, map_samples(compute, data, n, max(1, min(n, self._hardware.numbers // per_sample)))
 
     def _block(self, block1: tuple[Batch, Statistics], block2: tuple[Batch, Statistics], same: Any) -> Pairs:
@@ -90,13 +93,14 @@ class Propagation:
         equal = (index1[:, None] == index2[None, :]) & same
         read: dict[int, Pairs] = {}
         for stage in self._stages:
-            out = self._run(stage, block1, block2, read)
+            out = self._run(stage, self._lowered, block1, block2, read)
             read[stage.readout] = read_out(stage, out, block1[1], block2[1], equal)
         return self._tail(read, block1[1], block2[1])
 
     def _run(
         self,
         stage: Stage,
+        lowered: Lowered,
         block1: tuple[Batch, Statistics],
         block2: tuple[Batch, Statistics],
         read: dict[int, Pairs],
@@ -106,8 +110,8 @@ class Propagation:
         index1, index2 = block1[0].index, block2[0].index
         arguments = (
             coefficients(stage),
-            tables(stage, self._program, *block1, stage.torus.addresses()),
-            tables(stage, self._program, *block2, np.arange(stage.torus.reach) % stage.torus.size),
+            tables(stage, lowered, *block1, stage.torus.addresses()),
+            tables(stage, lowered, *block2, np.arange(stage.torus.reach) % stage.torus.size),
             _planes(stage, read, (index1.shape[0], 1 if own else index2.shape[0])),
             jnp.array(self._symmetric and not own) & (index1[0] == index2[0]),
         )
@@ -117,46 +121,17 @@ class Propagation:
 
     def _tail(self, read: dict[int, Pairs], first: Statistics, second: Statistics) -> Pairs:
         """What follows the last readouts: few numbers, for `xla`."""
-        program, kept = _after(self._program, set(read))
+        lowered, kept = _after(self._lowered, set(read))
 
         def renumbered(statistics: Statistics) -> Statistics:
-            variance = {
-                i: statistics.variance[number] for i, number in enumerate(kept) if number in statistics.variance
-            }
-            repeated = {
-                i: statistics.repeated[number] for i, number in enumerate(kept) if number in statistics.repeated
-            }
-            return Statistics(variance, repeated=repeated)
+            def pick(of_values: dict[int, Any]) -> dict[int, Any]:
+                return {i: of_values[number] for i, number in enumerate(kept) if number in of_values}
 
-        needs = tuple(self._needs[number] for number in kept)
-        load = _Readouts([read[number] for number in kept[: len(program.sources)]])
+            return Statistics(pick(statistics.variance), pick(statistics.scale), repeated=pick(statistics.repeated))
+
+        load = _Readouts([read[number] for number in kept[: lowered.n_sources]])
         statistics1, statistics2 = crossed(renumbered(first), renumbered(second))
-        block = Block(program, needs, statistics1, statistics2, load, self._request.ntk)
-        return block.covariance(program.outputs[0])
-
-
-class _OwnPairs(Block):
-    """Each sample of a block with itself, with pools by kernels."""
-
-    def __init__(
-        self,
-        program: Program,
-        needs: tuple[bool, ...],
-        statistics: Statistics,
-        load: Loader,
-        stages: list[Stage],
-        pool_sums: Callable[[Stage, dict[int, Pairs]], Array],
-    ) -> None:
-        super().__init__(program, needs, statistics, statistics, load, ntk=False)
-        self._stages = {stage.readout: stage for stage in stages}
-        self._kernel_sums = pool_sums
-
-    def _pool_sums(self, number: int, pool: Pool) -> Pairs:
-        stage = self._stages[number]
-        (value,) = summed_windows(
-            stage, self._kernel_sums(stage, self._readouts), window_counts(pool, stage.spec).shape
-        )
-        return Pairs(value, None)
+        return Block(lowered, statistics1, statistics2, load, self._request.ntk).covariance(lowered.outputs[0])
 
 
 class _Readouts:
@@ -170,6 +145,9 @@ class _Readouts:
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
         raise NotImplementedError("What follows the last readout holds no pool over an image.")
+
+    def same(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
+        raise NotImplementedError("Programs with dropout are refused.")
 
 
 def _numbers_between(stage: Stage) -> int:
@@ -186,22 +164,16 @@ def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, eq
       out: of `run_stage`.
       equal: which pairs are of equal samples.
     """
-    spec, step = stage.spec, stage.step
-    if isinstance(step, Flatten):
-        value, *ntk = _total(stage, out) / math.prod(spec.space)
+    primitive = stage.primitive
+    if isinstance(primitive, Flatten):
+        value, *ntk = _total(stage, out) / math.prod(stage.root.space)
         return Pairs(value, ntk[0] if ntk else None)
-    pool = step if isinstance(step, Pool) else Pool(spec.space, (1,) * len(spec.space), "VALID", step.mean)  # type: ignore
-    counts = window_counts(pool, spec)
-    pairs = AllPairs(len(spec.space))
-    pooled = summed_windows(stage, out, counts.shape)
-    size = counts if pool.normalize_edges else jnp.full_like(counts, math.prod(pool.window))
-    if pool.mean:
-        divisor = (pairs.first(size) * pairs.second(size)).astype(out.dtype)
-        pooled = pooled / lax.expand_dims(divisor, (0, -2, -1))
-    value, *ntk = pooled
+    pooled, pairs = summed_windows(stage, out), AllPairs(len(primitive.windows))
+    size = primitive.divisors(out.dtype)
+    value, *ntk = pooled / lax.expand_dims(pairs.first(size) * pairs.second(size), (0, -2, -1))
     if stage.deficit:
-        value = _pooled_deficit(stage, pool, value, counts, crossed(first, second), equal)
-    shape = value.shape[-2:] if isinstance(step, GlobalPool) else value.shape
+        value = _pooled_deficit(stage, primitive, value, crossed(first, second), equal)
+    shape = value.shape if primitive.keeps_axes else value.shape[-2:]
     return Pairs(value.reshape(shape), ntk[0].reshape(shape) if ntk else None)
 
 
@@ -210,8 +182,10 @@ def _total(stage: Stage, out: Array) -> Array:
     return jnp.sum(out[:, stage.torus.slot(np.arange(stage.torus.size))], 1)
 
 
-def summed_windows(stage: Stage, out: Array, space: tuple[int, ...]) -> Array:
+def summed_windows(stage: Stage, out: Array) -> Array:
     """Turns what a stage that ends in a pool has summed into sums over pairs of windows, `(kernels, *pairs, ...)`."""
+    assert isinstance(stage.primitive, Pool)
+    space = windows.counts(stage.primitive.windows)
     if stage.windows is None:
         return lax.expand_dims(_total(stage, out), range(1, 1 + 2 * len(space)))
     offset, slot = pairs_on_torus(stage, space)
@@ -219,23 +193,23 @@ def summed_windows(stage: Stage, out: Array, space: tuple[int, ...]) -> Array:
 
 
 def _pooled_deficit(
-    stage: Stage, pool: Pool, pooled: Array, counts: Array, statistics: tuple[Statistics, Statistics], equal: Array
+    stage: Stage, pool: Pool, average: Array, statistics: tuple[Statistics, Statistics], equal: Array
 ) -> Array:
-    """Turns a pooled deficit into the deficit of the pooled covariance, exactly 0 for equal pairs."""
-    pairs, (first, second) = AllPairs(counts.ndim), statistics
-    own = pairs.first(first.self_deficit[stage.readout]) + pairs.second(second.self_deficit[stage.readout])
-    identical = lax.expand_dims(equal, range(2 * counts.ndim))
-    for axis, n in enumerate(counts.shape):
+    """Turns a pooled deficit into the deficit of the pooled covariance."""
+    along, pairs = pool.windows, AllPairs(len(pool.windows))
+    identical = lax.expand_dims(equal, range(2 * len(along)))
+    for axis, n in enumerate(windows.counts(along)):
         same_position = jnp.eye(n, dtype=bool)
-        others = [a for a in range(pooled.ndim) if a not in (2 * axis, 2 * axis + 1)]
+        others = [a for a in range(average.ndim) if a not in (2 * axis, 2 * axis + 1)]
         identical = identical & lax.expand_dims(same_position, others)
-    deficit = jnp.where(identical, 0, pooled - own / 2)
-    if pool.mean and pool.normalize_edges:
-        return deficit
-    size = math.prod(pool.window) if pool.mean else 1
-    uneven = ((pairs.first(counts) - pairs.second(counts)) / (2 * size**2)).astype(pooled.dtype)
-    sums1, sums2 = (pool_sum(pool, stage.spec, s.variance[stage.root.number]) for s in (first, second))
-    return deficit + lax.expand_dims(uneven, (-2, -1)) * (pairs.first(sums1) - pairs.second(sums2))
+    held = lax.expand_dims(windows.positions_inside(along), (-2, -1))
+    return pool.deficit(
+        average,
+        own=Sides(pairs, *(s.self_deficit[stage.readout] for s in statistics)),
+        sums=Sides(pairs, *(windows.sums(along, s.variance[stage.root.number]) for s in statistics)),
+        inside=Sides(pairs, held, held),
+        is_identical=identical,
+    )
 
 
 def pairs_on_torus(stage: Stage, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -289,20 +263,22 @@ def _pairs_of_planes(stage: Stage, source: Instance) -> np.ndarray:
     return np.where((first < n) & (second < n), first * n + second, n * n)
 
 
-def _after(program: Program, read: set[int]) -> tuple[Program, list[int]]:
+def _after(lowered: Lowered, read: set[int]) -> tuple[Lowered, list[int]]:
     """Returns the part of a program that starts from some of its values, and the numbers that its values had."""
-    first_node, (output,) = len(program.sources), program.outputs
+    (output,) = lowered.outputs
     needed = {output}
-    for number in range(program.n_values - 1, first_node - 1, -1):
+    for number, node in reversed(list(lowered.numbered_nodes())):
         if number in needed and number not in read:
-            needed.update(program.nodes[number - first_node].inputs)
+            needed.update(node.inputs)
     kept = [*sorted(needed & read), *sorted(needed - read)]
-    sources = tuple(program.spec(number) for number in kept[: len(needed & read)])
+    n_sources = len(needed & read)
     nodes = []
-    for number in kept[len(sources) :]:
-        node = program.nodes[number - first_node]
-        nodes.append(Node(node.step, tuple(kept.index(i) for i in node.inputs), node.spec))
-    return Program(sources, tuple(nodes), (kept.index(output),)), kept
+    for number in kept[n_sources:]:
+        node = lowered.node(number)
+        assert node is not None
+        nodes.append(LoweredNode(node.primitive, tuple(kept.index(i) for i in node.inputs)))
+    forms = tuple(lowered.forms[number] for number in kept)
+    return Lowered(n_sources, tuple(nodes), forms, (kept.index(output),)), kept
 
 
 def _varying(x: Array, like: Sequence[Array]) -> Array:

@@ -5,21 +5,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two
-from nt_core.backends.xla.repeats import Repeated
-from nt_core.backends.xla.sources import Batch
-from nt_core.backends.xla.variances import Statistics, windows
-from nt_core.program import Node, Program
-from nt_core.steps import Conv, Linear, Normalize
+from nt_core.evaluation.samples import Batch
+from nt_core.evaluation.statistics import Statistics
+from nt_core.lowering import Lowered, Repeated, windows
+from nt_core.lowering.primitives import Tied
 
 
-def tables(stage: Stage, program: Program, batch: Batch, statistics: Statistics, addresses: np.ndarray) -> Array:
+def tables(stage: Stage, lowered: Lowered, batch: Batch, statistics: Statistics, addresses: np.ndarray) -> Array:
     """Returns the rows of a stage at some addresses, `(rows, addresses, n)`. Ghosts are 0, or `GHOST_ROOT`."""
     found = []
     for table in stage.tables:
-        rows = [_row(row, stage.torus, program, batch, statistics, addresses) for row in table.rows]
+        rows = [_row(row, stage.torus, lowered, batch, statistics, addresses) for row in table.rows]
         if rows:
             of_iterations = [row.reshape(table.count, -1, *row.shape[1:]) for row in rows]
             found.append(jnp.concatenate(of_iterations, 1).reshape(table.count * table.size, *rows[0].shape[1:]))
@@ -27,10 +26,10 @@ def tables(stage: Stage, program: Program, batch: Batch, statistics: Statistics,
 
 
 def coefficients(stage: Stage) -> Array:
-    """Returns the numbers in the steps of a stage; those of an iteration of a `Repeated` lie together."""
+    """Returns the numbers in the primitives of a stage; those of an iteration of a `Repeated` lie together."""
     parts = []
-    for steps, count in stage.leaves:
-        leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(steps)]
+    for primitives, count in stage.leaves:
+        leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(primitives)]
         if leaves:  # those of a body have one number for each iteration
             parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
@@ -48,51 +47,39 @@ def positions(torus: Torus, space: Two, scale: Two) -> np.ndarray:
 
 
 def _row(
-    row: Row, torus: Torus, program: Program, batch: Batch, statistics: Statistics, addresses: np.ndarray
+    row: Row, torus: Torus, lowered: Lowered, batch: Batch, statistics: Statistics, addresses: np.ndarray
 ) -> Array:
     n = batch.index.shape[0]
     if row.kind == "column":
         column = jnp.asarray(addresses % torus.shape[1], jnp.float32)
         return jnp.broadcast_to(column[None, :, None], (1, len(addresses), n))
-    values = _values(row, program, batch, statistics)  # (any, *space, n)
+    values = _values(row, lowered, batch, statistics)  # (any, *space, n)
     flat = values.reshape(values.shape[0], math.prod(row.space), n)
     with_ghost = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)), constant_values=GHOST_ROOT if row.kind == "root" else 0)
     at = positions(torus, row.space, row.scale)[:, addresses]
     return jnp.take(with_ghost, at.reshape(-1), axis=1).reshape(-1, len(addresses), n)
 
 
-def _values(row: Row, program: Program, batch: Batch, statistics: Statistics) -> Array:
+def _values(row: Row, lowered: Lowered, batch: Batch, statistics: Statistics) -> Array:
     if row.kind == "mask":
         return jnp.ones((1, *row.space, batch.index.shape[0]), jnp.float32)
     if row.kind == "channel":
         return jnp.moveaxis(batch.inputs[row.number], -2, 0)
-    if row.repeated is None:
-        variance = {i: v[None] for i, v in statistics.variance.items()}
-        node = _node(program, row.number)
+    if row.repeated is None:  # with a leading axis, as of iterations
+        of_values = jax.tree.map(lambda x: x[None], statistics)
+        node = lowered.node(row.number)
     else:
-        variance = statistics.repeated[row.repeated]
-        repeated = _node(program, row.repeated)
-        assert repeated is not None and isinstance(repeated.step, Repeated)
-        program = repeated.step.body
-        node = _node(program, row.number)
+        of_values = statistics.repeated[row.repeated]
+        repeated = lowered.node(row.repeated)
+        assert repeated is not None and isinstance(repeated.primitive, Repeated)
+        node = repeated.primitive.body.node(row.number)
     if row.kind == "half":
-        return variance[row.number] / 2
+        return of_values.variance[row.number] / 2
     if row.kind == "root":
-        return jnp.sqrt(variance[row.number])
-    assert node is not None
-    before = variance[node.inputs[0]]
-    if row.kind == "normalizer":
-        assert isinstance(node.step, Normalize)
-        eps = jnp.asarray(node.step.eps, before.dtype)
-        total = before + lax.expand_dims(jnp.atleast_1d(eps), range(1, before.ndim))
-        return jnp.where(total > 0, lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
-    assert row.kind == "average" and isinstance(node.step, Linear)
-    if isinstance(node.step, Conv):
-        for axis, window in enumerate(windows(node.step, program.spec(node.inputs[0])), 1):
-            before = window.sum(before, axis)
-    return before / (2 * node.step.window_size)
-
-
-def _node(program: Program, number: int) -> Node | None:
-    n = len(program.sources)
-    return None if number < n else program.nodes[number - n]
+        return jnp.sqrt(of_values.variance[row.number])
+    if row.kind == "scale":
+        return of_values.scale[row.number]
+    assert row.kind == "average" and node is not None and isinstance(node.primitive, Tied)
+    before, tied = of_values.variance[node.inputs[0]], node.primitive
+    sums = jax.vmap(lambda variance: windows.sums(tied.windows, variance))(before)
+    return sums / (2 * tied.n_taps)

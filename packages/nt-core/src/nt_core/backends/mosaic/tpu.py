@@ -11,8 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nt_core.backends.mosaic.backend import TPU_LANES, VECTOR_MEMORY, is_streamed, kept_rows
-from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place, Planes
+from nt_core.backends.mosaic.evaluate import Evaluation, Int, Place
 from nt_core.backends.mosaic.plan import Stage
+from nt_core.lowering import Pairs
 
 
 def run_stage(
@@ -91,11 +92,11 @@ def run_stage(
             evaluation = Evaluation(stage, machine, offset, along)
             evaluation.run()
 
-            def add_to_sums(plane: list[Planes]) -> None:
+            def add_to_sums(plane: list[Pairs]) -> None:
                 for k, x in enumerate(plane[0].arrays()):
                     sums[k] += x
 
-            def add_to_pooled(offset: Int, plane: list[Planes]) -> None:
+            def add_to_pooled(offset: Int, plane: list[Pairs]) -> None:
                 copy(out_ref.at[i, column, offset], sums)
                 add_to_sums(plane)
                 copy(sums, out_ref.at[i, column, offset])
@@ -212,7 +213,7 @@ class _Machine:
     def read(self, buffer: int, is_ntk: bool, phase: Int, start: Int, piece: int) -> Array:
         return self._buffers[buffer][phase * self._kernels + is_ntk, pl.ds(start, self._torus.slots), :]
 
-    def write(self, buffer: int, phase: Int, plane: list[Planes]) -> None:
+    def write(self, buffer: int, phase: Int, plane: list[Pairs]) -> None:
         """Writes a plane twice, so that shifts around the torus are contiguous."""
         for is_ntk, x in enumerate(plane[0]):
             if x is not None:

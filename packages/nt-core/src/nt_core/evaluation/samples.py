@@ -1,16 +1,20 @@
-"""Lays sources out for evaluation: spatial axes first, batch axes last."""
+"""Samples one by one: the sources laid out with their batch axes last, and what must be known of each sample alone."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.block import Pairs, select
-from nt_core.backends.xla.geometry import AllPairs, Geometry, OffsetPlane, SamePosition
+from nt_core.evaluation.block import Block, Loader, pool_same_position, select
+from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, window_sums
+from nt_core.evaluation.statistics import Statistics
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, zipped_diagonal
+from nt_core.lowering import Lowered, LoweredNode, Pairs, Repeated
+from nt_core.lowering.primitives import Dropout, Dual, Flatten, Pool, Product, Rescale, Sum, Tied
 from nt_core.sources import Inputs, Source
 from nt_core.spec import Spec
 
@@ -19,37 +23,119 @@ from nt_core.spec import Spec
 _MAX_CHANNELS_FOR_DIFFERENCES = 16
 _CLOSE = 1e-3
 
+_NO_COVARIANCES = "This kernel holds no cov1; ask for the whole kernel (get=None) to apply more layers to it."
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What is known of each sample alone, laid out with the batch axis last.
+    """What comes in of each sample, laid out with the batch axis last.
 
     Attributes:
       index: number of each sample, `(n,)`.
       inputs: for sources that are inputs, `(*space, channels, n)`.
-      variance: of every source, `(*space, n)`.
+      variance: of the sources that are deficits, `(*space, n)`.
+      numbers: that come with rescalings, `(*space, n)`.
     """
 
     index: Array
     inputs: dict[int, Array]
     variance: dict[int, Array]
+    numbers: dict[int, Array]
 
 
-jax.tree_util.register_dataclass(Batch, data_fields=["index", "inputs", "variance"], meta_fields=[])
+jax.tree_util.register_dataclass(Batch, data_fields=["index", "inputs", "variance", "numbers"], meta_fields=[])
 
 
-def batch(sources: tuple[Source, ...], which: int) -> Batch:
+def batch(lowered: Lowered, sources: tuple[Source, ...], which: int) -> Batch:
     """Returns batch 1 or 2 of the sources. Where there is no second batch, it is the first."""
-    inputs, variance = {}, {}
+    inputs, variance, numbers = {}, {}, {}
     for i, source in enumerate(sources):
         if isinstance(source, Inputs):
             x = source.first() if which == 1 else source.second()
             inputs[i] = jnp.moveaxis(x, 0, -1)
-            variance[i] = jnp.mean(inputs[i] ** 2, -2)
-        else:
+            if lowered.forms[i].deficit:
+                variance[i] = jnp.mean(inputs[i] ** 2, -2)
+        elif lowered.forms[i].deficit:
             variance[i] = _variance(source, which)
+    for number, node in lowered.numbered_nodes():
+        if isinstance(node.primitive, Rescale):
+            of_samples = node.primitive.sample_numbers(which)
+            if of_samples is not None:
+                numbers[number] = jnp.moveaxis(of_samples, 0, -1)
     spec = sources[0].spec
-    return Batch(jnp.arange(spec.n1 if which == 1 else spec.n2), inputs, variance)
+    return Batch(jnp.arange(spec.n1 if which == 1 else spec.n2), inputs, variance, numbers)
+
+
+def own_block(
+    lowered: Lowered,
+    samples: Batch,
+    load: Loader,
+    pool_sums: Callable[[Block, int], Pairs] | None = None,
+) -> tuple[Block, Statistics]:
+    """Looks at each sample of a batch with itself.
+
+    Returns:
+      A block of the samples with themselves, without tangent kernels, and their statistics.
+    """
+    statistics = Statistics(dict(samples.variance))
+    block = Block(lowered, statistics, statistics, load, False, pool_sums)
+    for number, node in lowered.numbered_nodes():
+        if isinstance(node.primitive, Rescale):
+            before = statistics.variance.get(node.inputs[0])
+            statistics.scale[number] = node.primitive.scale(before, samples.numbers.get(number))
+        if lowered.forms[number].deficit:
+            _add_variance(block, lowered, number, node, statistics)
+    return block, statistics
+
+
+def _add_variance(block: Block, lowered: Lowered, number: int, node: LoweredNode, statistics: Statistics) -> None:
+    primitive, variances = node.primitive, [statistics.variance[i] for i in node.inputs]
+    if isinstance(primitive, Pool) and not lowered.input_form(node).same_position:
+        along = primitive.windows
+        own = select(block.pool_average(number).value, AllPairs(len(along)), SamePosition())
+        variance = primitive.own_variance(own, window_sums(variances[0], along))
+        statistics.self_deficit[number] = own
+        statistics.variance[number] = variance if primitive.keeps_axes else variance.reshape(variance.shape[-1:])
+    elif isinstance(primitive, Repeated):
+        statistics.variance[number], statistics.repeated[number] = _repeated_statistics(primitive, variances[0])
+    else:
+        statistics.variance[number] = _variance_after(node, variances, statistics.scale.get(number))
+
+
+def _variance_after(node: LoweredNode, variances: list[Array], scale: Array | None) -> Array:
+    """Variances, `(*space, n)`, after a primitive for which those before it are enough."""
+    primitive, var = node.primitive, variances[0]
+    match primitive:
+        case Tied():
+            average = window_sums(var, primitive.windows) / primitive.n_taps
+            n_space = len(primitive.order)
+            return primitive.variance(jnp.transpose(average, (*primitive.order, *range(n_space, var.ndim))))
+        case Rescale():
+            assert scale is not None
+            return primitive.variance(var, scale)
+        case Dual() | Dropout() | Sum() | Product():
+            return primitive.variance(*variances)
+        case Flatten():
+            return jnp.mean(var, tuple(range(var.ndim - 1)))
+        case Pool():
+            pooled = pool_same_position(primitive, var)
+            return pooled if primitive.keeps_axes else pooled.reshape(pooled.shape[-1:])
+    raise NotImplementedError(f"No variance after the primitive {type(primitive).__name__}.")
+
+
+def _repeated_statistics(primitive: Repeated, source: Array) -> tuple[Array, Statistics]:
+    """Variances after repeated layers, and the statistics of every iteration."""
+
+    def apply(source: Array, body: Lowered) -> tuple[Array, Statistics]:
+        statistics = Statistics({0: source})
+        for number, node in body.numbered_nodes():
+            variances = [statistics.variance[i] for i in node.inputs]
+            if isinstance(node.primitive, Rescale):
+                statistics.scale[number] = node.primitive.scale(variances[0], None)
+            statistics.variance[number] = _variance_after(node, variances, statistics.scale.get(number))
+        return statistics.variance[body.outputs[0]], statistics
+
+    return lax.scan(apply, source, primitive.body)
 
 
 def paired(sources: tuple[Source, ...]) -> dict[int, Pairs]:
@@ -64,8 +150,10 @@ def paired(sources: tuple[Source, ...]) -> dict[int, Pairs]:
 
 
 def paired_with_self(sources: tuple[Source, ...], which: int) -> dict[int, Pairs]:
-    """Returns the covariances of each sample of a batch with itself, of materialised sources, `(*pairs, n)`."""
-    return {i: Pairs(_self_covariance(s, which), None) for i, s in enumerate(sources) if isinstance(s, Kernel)}
+    """Returns the covariances of each sample of a batch with itself, of materialised sources that hold them, as
+    `(*pairs, n)`."""
+    kernels = {i: s for i, s in enumerate(sources) if isinstance(s, Kernel) and s.cov1 is not None}
+    return {i: Pairs(_self_covariance(s, which), None) for i, s in kernels.items()}
 
 
 def paired_full_batch(sources: tuple[Source, ...], which: int) -> dict[int, Pairs]:
@@ -77,31 +165,33 @@ def paired_full_batch(sources: tuple[Source, ...], which: int) -> dict[int, Pair
 
 
 @dataclasses.dataclass(frozen=True)
-class Loader:
+class SourceLoader:
     """Forms the covariances of sources.
 
     Attributes:
+      lowered: the program that starts from them.
       first, second: the batches, laid out to broadcast against pairs (see `crossed`).
       pairs: the materialised covariances.
-      needs: whether each source is wanted as a deficit.
-      same: the batches hold the same samples, a (traced) boolean.
+      are_identical: the batches are equal, a (traced) boolean.
+      are_same: the batches hold the same samples to dropout, a (traced) boolean.
     """
 
-    specs: tuple[Spec, ...]
+    lowered: Lowered
     first: Batch
     second: Batch
     pairs: dict[int, Pairs]
-    needs: tuple[bool, ...]
-    same: bool | Array
+    are_identical: bool | Array
+    are_same: bool | Array
 
     def __call__(self, number: int, geometry: Geometry) -> Pairs:
-        as_deficit = self.needs[number]
+        form = self.lowered.forms[number]
+        as_deficit = form.deficit
         if number in self.first.inputs:
             x1, x2 = geometry.first(self.first.inputs[number]), geometry.second(self.second.inputs[number])
             return Pairs(self._input_deficit(number, geometry, x1, x2) if as_deficit else self._product(x1, x2), None)
-        stored = AllPairs(len(self.specs[number].space))
-        if self.specs[number].diagonal_spatial or not self.specs[number].space:
-            stored = SamePosition()
+        stored = SamePosition() if form.same_position else AllPairs(len(form.space))
+        if number not in self.pairs:
+            raise ValueError(_NO_COVARIANCES)
         value, ntk = self.pairs[number]
         value = select(value, stored, geometry)
         if as_deficit:
@@ -116,7 +206,7 @@ class Loader:
         deficit = jnp.maximum(self._deficit_of(number, geometry, self._product(x1, x2)), 0)
         var1, var2 = self.first.variance[number], self.second.variance[number]
         close = deficit < _CLOSE * (geometry.first(var1) + geometry.second(var2))
-        doubtful = jnp.any(close & ~self.identical(self.specs[number].space, geometry, deficit.ndim))
+        doubtful = jnp.any(close & ~self.identical(self.lowered.forms[number].space, geometry, deficit.ndim))
         return lax.cond(doubtful, self._deficit_row_by_row, lambda *_: deficit, x1, x2)
 
     def _deficit_row_by_row(self, x1: Array, x2: Array) -> Array:
@@ -139,10 +229,16 @@ class Loader:
         """The deficit by subtraction, exactly 0 for what is known to be identical."""
         var1, var2 = self.first.variance[number], self.second.variance[number]
         deficit = (geometry.first(var1) + geometry.second(var2)) / 2 - covariance
-        return jnp.where(self.identical(self.specs[number].space, geometry, deficit.ndim), 0, deficit)
+        return jnp.where(self.identical(self.lowered.forms[number].space, geometry, deficit.ndim), 0, deficit)
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
-        same_sample = (self.first.index == self.second.index) & self.same
+        return self._paired(self.are_identical, space, geometry, ndim)
+
+    def same(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
+        return self._paired(self.are_same, space, geometry, ndim)
+
+    def _paired(self, batches: bool | Array, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
+        same_sample = (self.first.index == self.second.index) & batches
         return lax.expand_dims(same_sample, range(ndim - same_sample.ndim)) & _same_position(geometry, space, ndim)
 
 
@@ -185,7 +281,7 @@ def _self_covariance(kernel: Kernel, which: int) -> Array:
     """Covariance of each sample of a batch with itself, `(*pairs, n)`."""
     cov = kernel.cov1 if which == 1 or kernel.cov2 is None else kernel.cov2
     if cov is None:
-        raise ValueError("This kernel holds no cov1; ask for the whole kernel (get=None) to apply more layers to it.")
+        raise ValueError(_NO_COVARIANCES)
     if not kernel.diagonal_batch:
         cov = jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0)
     return _batch_last(cov, kernel.spec, 1)

@@ -12,14 +12,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.backends.base import Device, Request
-from nt_core.backends.xla.block import Block, Pairs, needs_variance
-from nt_core.backends.xla.fusion import unfused
-from nt_core.backends.xla.repeats import fold_repeats
-from nt_core.backends.xla.sources import Batch, Loader, batch, crossed, paired, paired_full_batch, paired_with_self
-from nt_core.backends.xla.tiles import block_size, map_pairs, map_samples
-from nt_core.backends.xla.variances import Statistics
+from nt_core.evaluation.block import Block
+from nt_core.evaluation.fusion import unfused
+from nt_core.evaluation.samples import (
+    Batch,
+    SourceLoader,
+    batch,
+    crossed,
+    own_block,
+    paired,
+    paired_full_batch,
+    paired_with_self,
+)
+from nt_core.evaluation.statistics import Statistics
+from nt_core.evaluation.tiles import block_size, map_pairs, map_samples
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
+from nt_core.lowering import Pairs, fold_repeats, lower
 from nt_core.program import Program
 from nt_core.sources import Inputs, Source, identical_batches, same_batches
 from nt_core.spec import Spec
@@ -41,12 +50,13 @@ class _Propagation:
     """One execution of a program."""
 
     def __init__(self, program: Program, sources: tuple[Source, ...], request: Request) -> None:
-        self._program, self._needs = fold_repeats(program, needs_variance(program, request.covariances))
+        self._specs = [program.spec(i) for i in program.outputs]
+        lowered = lower(program, sources, ntk=request.ntk, covariances=request.covariances)
+        self._lowered = fold_repeats(lowered)
         self._sources = sources
         self._request = request
         self._symmetric = all(_is_symmetric(source) for source in sources)
-        spec = program.spec(0)
-        self._block = block_size(program, spec.n1, spec.n2)
+        self._block = block_size(self._lowered, sources[0].spec.n1, sources[0].spec.n2)
 
     def kernels(self) -> tuple[Kernel, ...]:
         first = self._one_batch(1)
@@ -55,8 +65,7 @@ class _Propagation:
         cov1 = self._covariances(1, first)
         cov2 = [None] * len(cov1) if self._symmetric else self._covariances(2, second)
         kernels = []
-        for i, number in enumerate(self._program.outputs):
-            spec = self._program.spec(number)
+        for i, spec in enumerate(self._specs):
             nngp, ntk = pairs[i].value, pairs[i].ntk
             if self._request.ntk and ntk is None:
                 ntk = jnp.zeros((), nngp.dtype)  # no parameters seen yet
@@ -76,16 +85,15 @@ class _Propagation:
 
     def _one_batch(self, which: int) -> "_OneBatch":
         """Looks at each sample of a batch on its own."""
-        data = batch(self._sources, which)
-        wants_covariances = self._request.covariances and self._program.sources[0].diagonal_batch
+        data = batch(self._lowered, self._sources, which)
+        wants_covariances = self._request.covariances and self._sources[0].spec.diagonal_batch
 
         def compute(blocks: tuple[Batch, dict[int, Pairs]]) -> tuple[Statistics, list[Array]]:
             samples, own = blocks
-            statistics = Statistics(dict(samples.variance))
-            loader = Loader(self._program.sources, samples, samples, own, self._needs, True)
-            block = Block(self._program, self._needs, statistics, statistics, loader, ntk=False)
-            block.complete_statistics()
-            return statistics, [block.covariance(i).value for i in self._program.outputs] if wants_covariances else []
+            loader = SourceLoader(self._lowered, samples, samples, own, True, True)
+            block, statistics = own_block(self._lowered, samples, loader)
+            outputs = self._lowered.outputs if wants_covariances else ()
+            return statistics, [block.covariance(i).value for i in outputs]
 
         n = data.index.shape[0]
         blocks = (data, paired_with_self(self._sources, which))
@@ -94,32 +102,32 @@ class _Propagation:
 
     def _covariances(self, which: int, one: "_OneBatch") -> list[Array | None]:
         """Returns the covariances of a batch with itself at the outputs, as a `Kernel` stores them."""
-        specs = [self._program.spec(i) for i in self._program.outputs]
         if not self._request.covariances:
-            return [None] * len(specs)
+            return [None] * len(self._specs)
         if one.covariances:
-            return [_batch_first(c, spec, 1) for c, spec in zip(one.covariances, specs, strict=True)]
+            return [_batch_first(c, spec, 1) for c, spec in zip(one.covariances, self._specs, strict=True)]
         pairs = self._pairs(one, one, paired_full_batch(self._sources, which), ntk=False, symmetric=True)
-        return [_batch_first(x.value, spec, 2) for x, spec in zip(pairs, specs, strict=True)]
+        return [_batch_first(x.value, spec, 2) for x, spec in zip(pairs, self._specs, strict=True)]
 
     def _pairs(
         self, first: "_OneBatch", second: "_OneBatch", pairs: dict[int, Pairs], ntk: bool, symmetric: bool
     ) -> list[Pairs]:
         """Returns the covariances at the outputs, `(*pairs, n1, n2)`."""
-        same = True if symmetric else identical_batches(self._sources)
+        identical = True if symmetric else identical_batches(self._sources)
+        same = True if symmetric else same_batches(self._sources)
 
         def compute(blocks1: Any, blocks2: Any, pairs: dict[int, Pairs]) -> list[Pairs]:
             (batch1, statistics1), (batch2, statistics2) = crossed(blocks1, blocks2)
-            loader = Loader(self._program.sources, batch1, batch2, pairs, self._needs, same)
-            block = Block(self._program, self._needs, statistics1, statistics2, loader, ntk)
-            return [block.covariance(i) for i in self._program.outputs]
+            loader = SourceLoader(self._lowered, batch1, batch2, pairs, identical, same)
+            block = Block(self._lowered, statistics1, statistics2, loader, ntk)
+            return [block.covariance(i) for i in self._lowered.outputs]
 
         data1, data2 = (first.data, first.statistics), (second.data, second.statistics)
         shape = (first.data.index.shape[0], second.data.index.shape[0])
         outputs = map_pairs(compute, data1, data2, pairs, shape, self._block, symmetric)
         if not symmetric:
             return outputs
-        return [_mirrored_pairs(x, self._program.spec(i)) for x, i in zip(outputs, self._program.outputs, strict=True)]
+        return [_mirrored_pairs(x, spec) for x, spec in zip(outputs, self._specs, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

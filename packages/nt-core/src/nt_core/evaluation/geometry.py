@@ -5,85 +5,14 @@ for every sample with itself. A *deficit* of a pair is `(var1 + var2) / 2 - cova
 """
 
 import dataclasses
-import functools
-import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.fusion import unfused
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Windows along one axis of `size` positions, of which there are `count`."""
-
-    size: int
-    count: int
-    taps: int
-    stride: int
-    dilation: int
-    low: int
-    high: int
-    circular: bool
-
-    def is_trivial(self) -> bool:
-        return self.taps == 1 and self.stride == 1 and self.low == 0 and self.high == 0
-
-    def positions(self, tap: int) -> Array:
-        """The position under a tap, for every window; outside of [0, size) in the padding."""
-        return jnp.arange(self.count) * self.stride + tap * self.dilation - self.low
-
-    def pad(self, x: Array, axes: Sequence[int]) -> Array:
-        """Pads axes with zeros, or wraps them around."""
-        if not self.circular:
-            widths = [(0, 0, 0)] * x.ndim
-            for axis in axes:
-                widths[axis] = (self.low, self.high, 0)
-            return lax.pad(x, jnp.zeros((), x.dtype), widths)
-        for axis in axes:
-            x = wrap_pad(x, axis, self.low, self.high)
-        return x
-
-    def tap(self, padded: Array, tap: int, axis: int) -> Array:
-        """The entries of a padded axis under a tap, one for every window."""
-        start = tap * self.dilation
-        limit = start + (self.count - 1) * self.stride + 1
-        return lax.slice_in_dim(padded, start, limit, self.stride, axis)
-
-    def under(self, x: Array, tap: int, axis: int) -> Array:
-        """The entries under a tap, one for every window, and 0 in the padding."""
-        if self.circular:
-            return self.tap(self.pad(x, (axis,)), tap, axis)
-        start, stop = self._span(tap)
-        widths = [(0, 0, 0)] * x.ndim
-        widths[axis] = (-start, stop - self.size, 0)
-        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
-        return x if self.stride == 1 else lax.slice_in_dim(x, 0, None, self.stride, axis)
-
-    def is_inside(self, tap: int) -> bool:
-        """Whether a tap is inside the image for every window."""
-        start, stop = self._span(tap)
-        return self.circular or (start >= 0 and stop <= self.size)
-
-    def _span(self, tap: int) -> tuple[int, int]:
-        start = tap * self.dilation - self.low
-        return start, start + (self.count - 1) * self.stride + 1
-
-    def sum(self, x: Array, axis: int) -> Array:
-        """Sums over the windows along an axis."""
-        if self.is_trivial():
-            return x
-        return _add(self.under(x, k, axis) for k in range(self.taps))
-
-    def counts(self) -> Array:
-        """How many positions of every window lie inside."""
-        if self.circular:
-            return jnp.full((self.count,), self.taps)
-        return _add(_inside(self.positions(k), self.size).astype(int) for k in range(self.taps))
+from nt_core.evaluation.fusion import unfused
+from nt_core.lowering.windows import Window, add, along_axis, inside, wrap_pad
 
 
 class Geometry(Protocol):
@@ -153,10 +82,10 @@ class AllPairs:
         padded = window.pad(x, (rows, columns))
         if variances is not None and not window.circular:
             var1, var2 = (window.pad(v, (axis,)) for v in variances)
-            inside = _inside(jnp.arange(-window.low, window.size + window.high), window.size)
-            both = _along(inside, rows, x.ndim) & _along(inside, columns, x.ndim)
+            is_inside = inside(jnp.arange(-window.low, window.size + window.high), window.size)
+            both = along_axis(is_inside, rows, x.ndim) & along_axis(is_inside, columns, x.ndim)
             padded = jnp.where(both, padded, (self.first(var1) + self.second(var2)) / 2)
-        return _add(window.tap(window.tap(padded, k, rows), k, columns) for k in range(window.taps))
+        return add(window.tap(window.tap(padded, k, rows), k, columns) for k in range(window.taps))
 
     def after(self, along: Sequence[Window]) -> "AllPairs":
         return self
@@ -167,7 +96,7 @@ class OffsetPlane:
     """The pairs `(p, p + offset)`, wrapped around the image: arrays `(*space, *batch)`.
 
     A plane holds those of offset `d` and those of offset `d - size` together, so that it is always a full image.
-    Windows must keep the wrapping: `size == stride * count` on every axis (see `keeps_planes`).
+    Windows must keep the wrapping (see `Window.keeps_planes`).
 
     Attributes:
       space: sizes of the spatial axes.
@@ -220,7 +149,7 @@ class OffsetPlane:
         """Sums over the taps that lie inside for both positions of a pair, along one axis."""
         if window.is_trivial():
             return x
-        return _add(
+        return add(
             window.under(x, k, axis)
             if window.is_inside(k)
             else self._partner_inside(axis, window, k, x) * window.under(x, k, axis)
@@ -238,7 +167,7 @@ class OffsetPlane:
                     for k in range(w.taps)
                     if not w.is_inside(k)
                 ]
-                return _add(only, p._convolve(edges, a, w)), w.sum(variance, a)
+                return add(only, p._convolve(edges, a, w)), w.sum(variance, a)
 
             # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
             edges, variance = unfused(move, edges, variance)
@@ -251,8 +180,8 @@ class OffsetPlane:
         Products of floating point numbers are vectorised by XLA where selections of shifted arrays are not.
         """
         partners = (jnp.arange(window.count) + self.offset[axis] // window.stride) % window.count
-        inside = _inside(partners * window.stride + tap * window.dilation - window.low, window.size)
-        return _along(inside.astype(like.dtype), axis, like.ndim)
+        is_inside = inside(partners * window.stride + tap * window.dilation - window.low, window.size)
+        return along_axis(is_inside.astype(like.dtype), axis, like.ndim)
 
 
 def window_sums(x: Array, along: Sequence[Window]) -> Array:
@@ -263,29 +192,22 @@ def window_sums(x: Array, along: Sequence[Window]) -> Array:
     return x
 
 
-def keeps_planes(window: Window) -> bool:
-    """Whether a convolution maps offset planes to offset planes."""
-    return window.size == window.stride * window.count
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Numbers of both samples, `(*space, *batch)` (variances, mostly), at both positions of each pair."""
 
+    geometry: Geometry
+    of_first: Array
+    of_second: Array
 
-def wrap_pad(x: Array, axis: int, low: int, high: int) -> Array:
-    """Continues an axis periodically."""
-    size = x.shape[axis]
-    if low == high == 0:
-        return x
-    repeats = [x] * (1 + math.ceil(low / size) + math.ceil(high / size))
-    start = math.ceil(low / size) * size - low
-    return lax.slice_in_dim(jnp.concatenate(repeats, axis), start, start + low + size + high, axis=axis)
+    @property
+    def first(self) -> Array:
+        return self.geometry.first(self.of_first)
 
+    @property
+    def second(self) -> Array:
+        return self.geometry.second(self.of_second)
 
-def _inside(positions: Array, size: int) -> Array:
-    return (positions >= 0) & (positions < size)
-
-
-def _along(x: Array, axis: int, ndim: int) -> Array:
-    """Lays a vector along an axis of an array of rank `ndim`."""
-    return lax.expand_dims(x, tuple(a for a in range(ndim) if a != axis))
-
-
-def _add(terms: Iterable[Array], *start: Array) -> Array:
-    return functools.reduce(operator.add, terms, *start)
+    @property
+    def mean(self) -> Array:
+        return (self.first + self.second) / 2

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.backends.xla.block import Pairs, pools_planes
-from nt_core.backends.xla.fusion import rematerialized
-from nt_core.backends.xla.repeats import Repeated
+from nt_core.evaluation.block import pools_planes
+from nt_core.evaluation.fusion import rematerialized
 from nt_core.grid import Grid, evenly
-from nt_core.program import Program
-from nt_core.steps import Conv, Flatten, GlobalPool, Pool
+from nt_core.lowering import Lowered, Pairs, Primitive, Repeated
+from nt_core.lowering.primitives import Flatten, Pool, Tied
 
 # Numbers in an array that stays in cache, and pairs of samples that fill vectors: so many go through windows together.
 _IN_CACHE = 2**18
@@ -24,30 +23,35 @@ _COLUMNS = 32
 _MAX_ELEMENTS = 2**26
 
 
-def block_size(program: Program, n1: int, n2: int) -> tuple[int, int]:
+def block_size(lowered: Lowered, n1: int, n2: int) -> tuple[int, int]:
     """Returns how many samples of each batch to take together."""
     if n1 == 0 or n2 == 0:
         return n1, n2
-    numbers = _numbers_per_pair(program)
+    numbers = _numbers_per_pair(lowered)
     pairs = max(1, _MAX_ELEMENTS // numbers)
-    if any(isinstance(node.step, Conv | Pool | GlobalPool | Repeated) for node in program.nodes):
+    if any(_moves(node.primitive) for node in lowered.nodes):
         pairs = min(pairs, max(_LANES, _IN_CACHE // numbers))
     columns = min(n2, pairs, max(_COLUMNS, pairs // n1))
     return evenly(n1, pairs // columns), evenly(n2, columns)
 
 
-def _numbers_per_pair(program: Program) -> int:
+def _moves(primitive: Primitive) -> bool:
+    """Whether a primitive reads other positions than it writes, or repeats."""
+    return isinstance(primitive, Pool | Repeated) or (isinstance(primitive, Tied) and bool(primitive.windows))
+
+
+def _numbers_per_pair(lowered: Lowered) -> int:
     """Size of the largest array for one pair of samples: all pairs of positions where they are formed, or a plane."""
-    formed = set(program.outputs)
-    for number, node in reversed(list(enumerate(program.nodes, len(program.sources)))):
-        if isinstance(node.step, Pool | GlobalPool):
+    formed = set(lowered.outputs)
+    for number, node in reversed(list(lowered.numbered_nodes())):
+        if isinstance(node.primitive, Pool):
             formed.add(number)
-            if not pools_planes(program, number):
+            if not pools_planes(lowered, number):
                 formed.update(node.inputs)
-        elif number in formed and not isinstance(node.step, Flatten):
+        elif number in formed and not isinstance(node.primitive, Flatten):
             formed.update(node.inputs)
-    specs = [program.spec(i) for i in range(program.n_values)]
-    return max(math.prod(s.space) ** (2 if i in formed and not s.diagonal_spatial else 1) for i, s in enumerate(specs))
+    sizes = [(math.prod(form.space), i in formed and not form.same_position) for i, form in enumerate(lowered.forms)]
+    return max(size ** (2 if pairs else 1) for size, pairs in sizes)
 
 
 def map_samples(fn: Callable[[Any], Any], data: Any, n: int, block: int) -> Any:
