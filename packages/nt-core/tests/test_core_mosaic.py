@@ -164,7 +164,7 @@ class TestMosaicTpu(Conformance):
 
     def test_products(self):
         x1, x2 = inputs((5, 4), 3, 2, "float32")
-        with pytest.raises(NotImplementedError, match="does not know the step Multiply"):
+        with pytest.raises(NotImplementedError, match="does not know the primitive Product"):
             run(products(spec_of(x1, x2)), x1, x2, PAIRS, "mosaic_tpu")
 
     def test_only_what_is_asked_for(self):

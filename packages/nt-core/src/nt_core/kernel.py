@@ -20,6 +20,7 @@ from nt_core.layouts import (
     transpose_zipped,
     zip_axes,
 )
+from nt_core.masks import mask_of_positions
 from nt_core.spec import Spec
 
 _T = TypeVar("_T")
@@ -327,7 +328,7 @@ class Kernel:
 
         def of_batch(cov: Array, mask: Array | None, shape: tuple[int, ...]) -> _T:
             own = cov if self.diagonal_batch else same_sample(cov)
-            return fn(own, None if mask is None else _mask_of_positions(mask, shape, self.spec))
+            return fn(own, None if mask is None else mask_of_positions(mask, shape, self.spec))
 
         first = of_batch(self.cov1, self.mask1, self.shape1)
         return first, first if self.cov2 is None else of_batch(self.cov2, self.mask2, self.shape2)
@@ -574,8 +575,10 @@ class Kernel:
             return None, None, None
         if mask2 is None and self.cov2 is None:
             mask2 = mask1
-        first = _mask_of_positions(mask1, self.shape1, self.spec)
-        second = _mask_of_positions(mask2, self.shape2, self.spec)
+        spec = self.spec
+        nothing = jnp.zeros((1,) * spec.ndim, bool)
+        first = mask_of_positions(nothing if mask1 is None else mask1, spec.shape1, spec)
+        second = mask_of_positions(nothing if mask2 is None else mask2, spec.shape2, spec)
         return (
             self._mask_of_pairs(first, first, same_sample=self.diagonal_batch),
             self._mask_of_pairs(first, second, same_sample=False),
@@ -648,19 +651,3 @@ def _slice_mask(mask: Array | None, batch_axis: int, batch_slice: slice) -> Arra
     if mask is None or mask.shape[batch_axis] == 1:  # one mask for all samples
         return mask
     return mask[(slice(None),) * batch_axis + (batch_slice,)]
-
-
-def _mask_of_positions(mask: Array | None, shape: tuple[int, ...], spec: Spec) -> Array:
-    """Returns a mask as `(n, *space)`."""
-    sizes = _with_size(shape, spec.channel_axis, 1)
-    if mask is None:
-        mask = jnp.zeros(sizes, bool)
-    if mask.ndim != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
-        raise ValueError(f"A mask must broadcast to the shape {shape} of the activations, got shape {mask.shape}.")
-    if mask.shape[spec.channel_axis] != 1:
-        raise NotImplementedError(
-            f"Masks that differ between channels have no infinite-width limit here, got a mask of shape {mask.shape} "
-            f"with channel axis {spec.channel_axis}. Mask all channels of a position, or none."
-        )
-    mask = jnp.squeeze(jnp.broadcast_to(mask, sizes), spec.channel_axis)
-    return jnp.moveaxis(mask, spec.batch_axis - (spec.batch_axis > spec.channel_axis), 0)

@@ -179,15 +179,8 @@ def _make_state(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float |
     return nt_tree_map(lambda a, b: _make_source(a, b, layout, mask_constant), x1, x2)
 
 
-def _make_source(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float | None) -> Inputs | Kernel:
-    x1, x2 = (get_masked_array(x, mask_constant) for x in (x1, x2))
-    masks = [x.mask if isinstance(x, MaskedArray) else None for x in (x1, x2)]
-    a, b = (x.masked_value if isinstance(x, MaskedArray) else x for x in (x1, x2))
-    inputs = make_inputs(a, b, layout)
-    if masks == [None, None]:
-        return inputs
-    # Masks have to follow every layer: the covariance is formed here, and the layers are applied one by one.
-    return inputs.kernel(ntk=True).replace(mask1=masks[0], mask2=masks[1])
+def _make_source(x1: Any, x2: Any, layout: dict[str, Any], mask_constant: float | None) -> Inputs:
+    return make_inputs(get_masked_array(x1, mask_constant), get_masked_array(x2, mask_constant), layout)
 
 
 def kernel_fields(get: Get) -> tuple[str, ...] | None:

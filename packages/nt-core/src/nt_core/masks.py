@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nt_core.spec import Spec
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedArray:
@@ -44,6 +46,54 @@ class MaskedArray:
 
 
 jax.tree_util.register_dataclass(MaskedArray, data_fields=["masked_value", "mask"], meta_fields=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """The masks of the activations of two batches.
+
+    Attributes:
+      first, second: booleans that broadcast to the shapes of the activations, True where masked. `second` is None where
+        the second batch is the first.
+    """
+
+    first: Array
+    second: Array | None
+
+    @classmethod
+    def of(cls, mask1: Array | None, mask2: Array | None, is_symmetric: bool) -> "Masks | None":
+        """Returns both masks, of which one may be None where nothing is masked; None if both are."""
+        given = mask2 if mask1 is None else mask1
+        if given is None:
+            return None
+        if is_symmetric:
+            return cls(given, None)
+        nothing = jnp.zeros((1,) * given.ndim, bool)
+        return cls(nothing if mask1 is None else mask1, nothing if mask2 is None else mask2)
+
+    def unmasked(self, spec: Spec) -> tuple[Array, Array | None]:
+        """Returns for both batches where they are not masked, as `(n, *space)`. See `mask_of_positions`."""
+        second = None if self.second is None else ~mask_of_positions(self.second, spec.shape2, spec)
+        return ~mask_of_positions(self.first, spec.shape1, spec), second
+
+
+def mask_of_positions(mask: Array, shape: tuple[int, ...], spec: Spec) -> Array:
+    """Returns the mask of activations of `shape` as `(n, *space)`.
+
+    Raises:
+      NotImplementedError: it differs between channels.
+    """
+    sizes = tuple(1 if axis == spec.channel_axis else n for axis, n in enumerate(shape))
+    if mask.ndim != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+        raise ValueError(f"A mask must broadcast to the shape {shape} of the activations, got shape {mask.shape}.")
+    if mask.shape[spec.channel_axis] != 1:
+        raise NotImplementedError(
+            f"Masks that differ between channels have no infinite-width limit here, got a mask of shape {mask.shape} "
+            f"with channel axis {spec.channel_axis}. Mask all channels of a position, or none, or put a Dense or Conv "
+            "layer before this one."
+        )
+    mask = jnp.squeeze(jnp.broadcast_to(mask, sizes), spec.channel_axis)
+    return jnp.moveaxis(mask, spec.batch_axis - (spec.batch_axis > spec.channel_axis), 0)
 
 
 def get_masked_array(x: Any, mask_constant: float | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from nt_core.masks import Masks
 from nt_core.spec import Spec
 from nt_core.steps import Step
 
@@ -64,10 +65,17 @@ jax.tree_util.register_dataclass(Program, data_fields=["nodes"], meta_fields=["s
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value of a program under construction."""
+    """A value of a program under construction.
+
+    Attributes:
+      number: of the value.
+      spec: what is known of it.
+      masks: where it is masked. Steps say nothing of masks: whoever adds them sets these anew.
+    """
 
     number: int
     spec: Spec
+    masks: Masks | None = None
 
 
 class Builder:
@@ -132,11 +140,16 @@ def describe(step: Step) -> str:
     """Returns a step as it was written, without the settings left at their defaults."""
     value: Any = getattr(step, "activation", step)
     shown: Sequence[str] = [
-        f"{f.name}={getattr(value, f.name)!r}"
+        f"{f.name}={_shown(getattr(value, f.name))}"
         for f in dataclasses.fields(value)
         if f.default is dataclasses.MISSING or getattr(value, f.name) is not f.default
     ]
     return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    """Arrays by their shape, all else as it is written."""
+    return f"array{value.shape}" if getattr(value, "ndim", 0) else repr(value)
 
 
 def _describe_spec(spec: Spec) -> str:

@@ -1,7 +1,7 @@
 """How the covariance rules of layers are applied, one after another.
 
 A rule that is data (`emit`) is collected with its neighbours into one program, so that a backend can run them fused. A
-rule that is only a function of materialised kernels, and every rule while masks are around, is applied on its own.
+rule that is only a function of materialised kernels is applied on its own.
 """
 
 import dataclasses
@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from nt_core import backends
 from nt_core.backends import Implementation, Request
 from nt_core.kernel import Kernel
+from nt_core.masks import Masks
 from nt_core.program import Builder, Program, Value
 from nt_core.requirements import NO_REQUIREMENTS, Requirements, check
-from nt_core.sources import Inputs, Source
-from nt_core.steps import Step
+from nt_core.sources import Inputs, Source, masks_of
+from nt_core.steps import Scale, Step
 from nt_core.trees import nt_tree_leaves, nt_tree_map
 
 Emit = Callable[[Builder, Any], Any]
@@ -36,9 +38,8 @@ class Rule:
       emit: appends the layer's steps to a program: `emit(builder, values) -> values`, with trees of `Value`. Raises
         `NoStep` where `function` has to be used.
       function: `function(kernels, run) -> kernels`, on trees of materialised `Kernel`s; keywords of the user are in
-        `run.kwargs`. A rule has `emit`, `function`, or both; then they agree, and `function` is the one that knows
-        about masks.
-      mask_fn: `mask_fn(mask, shape) -> mask` of the outputs; None leaves masks to `function`.
+        `run.kwargs`. A rule has `emit`, `function`, or both.
+      mask_fn: `mask_fn(mask, shape) -> mask` of the outputs; None leaves masks to `emit` and `function`.
       remask: the kernel has to be zeroed at masked positions afterwards.
       init_fn: gives the output shape where `function` cannot know it.
     """
@@ -52,16 +53,9 @@ class Rule:
     init_fn: Callable[..., Any] | None = None
 
 
-def step_rule(
-    step: Step, requirements: Requirements = NO_REQUIREMENTS, function: Callable[..., Any] | None = None
-) -> Rule:
-    """The rule of a layer that is one step. `function`, if given, is what is used on kernels with masks."""
-    return Rule(
-        name=type(step).__name__,
-        requirements=requirements,
-        emit=lambda builder, value: builder.add(step, value),
-        function=function,
-    )
+def step_rule(step: Step, requirements: Requirements = NO_REQUIREMENTS) -> Rule:
+    """The rule of a layer that is one step."""
+    return Rule(type(step).__name__, requirements, emit=lambda builder, value: builder.add(step, value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +122,8 @@ def apply_rules(rules: Sequence[Rule], state: Any, run: Run) -> Any:
 
 def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Sequence[Rule]]:
     """Returns the layers that are to be applied first, as many as there can be, and those that remain."""
-    collected = None if _has_masks(state) else collect(rules, state)
-    if collected is not None and not collected.n_rules:
+    collected = collect(rules, state)
+    if not collected.n_rules:
         collected = None
     n = 1 if collected is None else collected.n_rules
     if n < len(rules):  # what follows reads the variances
@@ -141,7 +135,7 @@ def collect(rules: Sequence[Rule], state: Any) -> Collected:
     """Collects layers, up to the first that is no step, into a program."""
     builder = Builder()
     sources = nt_tree_leaves(state)
-    values = nt_tree_map(lambda source: builder.source(source.spec), state)
+    values = nt_tree_map(lambda source: with_masks(builder.source(source.spec), masks_of(source)), state)
     n_rules = 0
     try:
         for rule in rules:
@@ -165,7 +159,35 @@ def emit(rule: Rule, builder: Builder, values: Any) -> Any:
         check(rule.requirements, values.spec, rule.name)
     if rule.emit is None:
         raise NoStep
-    return rule.emit(builder, values)
+    after = rule.emit(builder, values)
+    return after if rule.mask_fn is None else _mask_values(rule, builder, values, after)
+
+
+def with_masks(value: Value, masks: Masks | None) -> Value:
+    """Returns a value that is masked."""
+    return dataclasses.replace(value, masks=masks)
+
+
+def _mask_values(rule: Rule, builder: Builder, before: Any, after: Any) -> Any:
+    """Sets the masks of what a layer has emitted, and zeroes it where it has to be."""
+    assert rule.mask_fn is not None
+    masks = nt_tree_map(lambda v: v.masks, before)
+    if all(m is None for m in nt_tree_leaves(masks)):
+        return after
+    first = rule.mask_fn(
+        nt_tree_map(lambda v: v.masks and v.masks.first, before), nt_tree_map(lambda v: v.spec.shape1, before)
+    )
+    second = rule.mask_fn(
+        nt_tree_map(lambda v: v.masks and v.masks.second, before), nt_tree_map(lambda v: v.spec.shape2, before)
+    )
+
+    def masked(value: Value, mask1: Array | None, mask2: Array | None) -> Value:
+        masks = None if mask1 is None else Masks(mask1, mask2)
+        if masks is not None and rule.remask:
+            value = builder.add(Scale(*masks.unmasked(value.spec)), value)
+        return with_masks(value, masks)
+
+    return _map_with(Value, masked, after, first, second)
 
 
 def materialise(source: Source, ntk: bool = True) -> Kernel:
@@ -175,21 +197,22 @@ def materialise(source: Source, ntk: bool = True) -> Kernel:
 
 def _execute(collected: Collected, run: Run) -> Any:
     kernels = iter(backends.propagate(collected.program, collected.sources, run.request, run.implementation))
-    return nt_tree_map(lambda _: next(kernels), collected.values)
+
+    def masked(value: Value) -> Kernel:
+        masks = value.masks
+        kernel = next(kernels)
+        return kernel if masks is None else kernel.replace(mask1=masks.first, mask2=masks.second)
+
+    return nt_tree_map(masked, collected.values)
 
 
 def _apply_one(rule: Rule, state: Any, run: Run) -> Any:
+    assert rule.function is not None, f"{rule.name} has neither a step nor a function"
     kernels = nt_tree_map(lambda source: materialise(source, run.request.ntk), state)
     if isinstance(kernels, Kernel):
         check(rule.requirements, kernels, rule.name)
-    if rule.function is None:
-        collected = collect([rule], kernels)
-        assert collected.n_rules == 1, f"{rule.name} has neither a step nor a function"
-        out = _execute(collected, run)
-    else:
-        out = rule.function(kernels, run)
-        out = _infer_shapes(rule, kernels, out)
-    return _propagate_masks(rule, kernels, out)
+    out = rule.function(kernels, run)
+    return _propagate_masks(rule, kernels, _infer_shapes(rule, kernels, out))
 
 
 def _infer_shapes(rule: Rule, before: Any, after: Any) -> Any:
@@ -198,7 +221,7 @@ def _infer_shapes(rule: Rule, before: Any, after: Any) -> Any:
         return after
     shapes1 = _output_shape(rule.init_fn, nt_tree_map(lambda k: k.shape1, before))
     shapes2 = _output_shape(rule.init_fn, nt_tree_map(lambda k: k.shape2, before))
-    return _map_with_shapes(lambda k, s1, s2: k.replace(shape1=s1, shape2=s2, is_input=False), after, shapes1, shapes2)
+    return _map_with(Kernel, lambda k, s1, s2: k.replace(shape1=s1, shape2=s2, is_input=False), after, shapes1, shapes2)
 
 
 def _output_shape(init_fn: Callable[..., Any], shape: Any) -> Any:
@@ -219,19 +242,17 @@ def _propagate_masks(rule: Rule, before: Any, after: Any) -> Any:
     masks1 = rule.mask_fn(nt_tree_map(lambda k: k.mask1, before), nt_tree_map(lambda k: k.shape1, before))
     masks2 = rule.mask_fn(nt_tree_map(lambda k: k.mask2, before), nt_tree_map(lambda k: k.shape2, before))
     if rule.remask:
-        return _map_with_shapes(lambda k, m1, m2: k.mask(m1, m2), after, masks1, masks2)
-    return _map_with_shapes(lambda k, m1, m2: k.replace(mask1=m1, mask2=m2), after, masks1, masks2)
+        return _map_with(Kernel, lambda k, m1, m2: k.mask(m1, m2), after, masks1, masks2)
+    return _map_with(Kernel, lambda k, m1, m2: k.replace(mask1=m1, mask2=m2), after, masks1, masks2)
 
 
-def _map_with_shapes(fn: Callable[..., Kernel], kernels: Any, *others: Any) -> Any:
-    """Maps over a tree of kernels, with other trees whose leaves may be tuples."""
-    if isinstance(kernels, Kernel):
-        return fn(kernels, *others)
-    return type(kernels)(_map_with_shapes(fn, *parts) for parts in zip(kernels, *others, strict=True))
+def _map_with(leaf: type, fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Maps over a tree of leaves of one type, with other trees whose leaves may be tuples, or None for all leaves."""
+    if isinstance(tree, leaf):
+        return fn(tree, *others)
+    others = tuple([None] * len(tree) if other is None else other for other in others)
+    return type(tree)(_map_with(leaf, fn, *parts) for parts in zip(tree, *others, strict=True))
 
 
 def _has_masks(state: Any) -> bool:
-    return any(
-        isinstance(source, Kernel) and not (source.mask1 is None and source.mask2 is None)
-        for source in nt_tree_leaves(state)
-    )
+    return any(masks_of(source) is not None for source in nt_tree_leaves(state))

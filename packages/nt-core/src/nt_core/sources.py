@@ -12,6 +12,8 @@ from jax import Array, lax
 
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
+from nt_core.masks import MaskedArray, Masks
+from nt_core.pytrees import register_dataclass
 from nt_core.spec import Spec
 
 # Two batches that differ by less are taken to be the same samples by dropout (`Kernel.x1_is_x2`), and by it alone.
@@ -28,11 +30,14 @@ class Inputs:
       x1: array of shape `spec.shape1`.
       x2: array of shape `spec.shape2`, or None for the covariance of `x1` with itself.
       spec: shapes, axes and the layout that the covariance is to have.
+      mask1, mask2: see `Kernel`. Where inputs are masked, they are 0.
     """
 
     x1: Array
     x2: Array | None
     spec: Spec
+    mask1: Array | None = None
+    mask2: Array | None = None
 
     def first(self) -> Array:
         """Returns `x1` as `(n1, *space, channels)`."""
@@ -53,6 +58,8 @@ class Inputs:
             cov1=_covariance(a, a, spec, same_sample=spec.diagonal_batch),
             cov2=None if self.x2 is None else _covariance(b, b, spec, same_sample=spec.diagonal_batch),
             x1_is_x2=self.same_inputs(),
+            mask1=self.mask1,
+            mask2=self.mask2,
         )
 
     def same_inputs(self) -> bool | Array:
@@ -71,9 +78,27 @@ class Inputs:
         return jnp.all(close(self.x1, self.x2))
 
 
-jax.tree_util.register_dataclass(Inputs, data_fields=["x1", "x2"], meta_fields=["spec"])
+register_dataclass(Inputs, data_fields=["x1", "x2", "mask1", "mask2"], meta_fields=["spec"])
 
 Source = Inputs | Kernel
+
+
+def dtype_of(source: Source) -> jnp.dtype:
+    """The type of its numbers."""
+    return source.x1.dtype if isinstance(source, Inputs) else source.nngp.dtype
+
+
+def is_symmetric(source: Source) -> bool:
+    """Whether the second batch is the first. A kernel without any variances does not tell, and is taken for no."""
+    if isinstance(source, Inputs):
+        return source.x2 is None
+    return source.cov2 is None and source.cov1 is not None
+
+
+def masks_of(source: Source) -> Masks | None:
+    """Returns where both batches of a source are masked."""
+    has_one = source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
+    return Masks.of(source.mask1, source.mask2, has_one and source.spec.n1 == source.spec.n2)
 
 
 def same_batches(sources: tuple[Source, ...]) -> bool | Array:
@@ -115,9 +140,12 @@ def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:
     """Checks a pair of input batches and attaches their spec.
 
     Args:
-      x1, x2: arrays with a batch axis, a channel axis and any number of spatial axes; `x2` may be None.
+      x1, x2: arrays (or `MaskedArray`s) with a batch axis, a channel axis and any number of spatial axes. `x2` may be
+        None.
       layout: `batch_axis`, `channel_axis`, `diagonal_batch`, `diagonal_spatial`.
     """
+    mask1, mask2 = (x.mask if isinstance(x, MaskedArray) else None for x in (x1, x2))
+    x1, x2 = (x.masked_value if isinstance(x, MaskedArray) else x for x in (x1, x2))
     x1 = _as_float(x1, "x1")
     x2 = None if x2 is None else (x1 if x2 is x1 else _as_float(x2, "x2"))
     ndim = x1.ndim
@@ -143,7 +171,7 @@ def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:
         diagonal_batch=layout["diagonal_batch"],
         diagonal_spatial=layout["diagonal_spatial"],
     )
-    return Inputs(x1, x2, spec)
+    return Inputs(x1, x2, spec, mask1, mask2)
 
 
 def _as_float(x: Any, name: str) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from nt_core import Builder, Kernel, Rule, Run, Spec, Value, apply_rules, layer, steps, supports_masking
+from nt_core import Builder, Kernel, Rule, Run, Spec, Value, layer, steps, supports_masking
 from nt_core.authoring import NoStep, combine
 
 
@@ -31,7 +31,7 @@ def FanOut(num: int):
     def apply_fn(params, inputs, **kwargs):
         return [inputs] * num
 
-    rule = Rule("FanOut", emit=lambda _, values: [values] * num, function=lambda kernels, run: [kernels] * num)
+    rule = Rule("FanOut", emit=lambda _, values: [values] * num)
     return init_fn, apply_fn, rule
 
 
@@ -142,11 +142,7 @@ def FanInConcat(axis: int = -1):
         return builder.add(steps.Combine(tuple(n / sum(widths) for n in widths), concat=True), *values)
 
     def concatenate(kernels: Sequence[Kernel], run: Run) -> Kernel:
-        spec = _branches("FanInConcat", kernels)[0].spec
-        if axis % spec.ndim == spec.channel_axis:
-            unmasked = [kernel.replace(mask1=None, mask2=None) for kernel in kernels]
-            return apply_rules((Rule("FanInConcat", emit=emit),), unmasked, run)
-        return _concatenate_apart(kernels, axis % spec.ndim)
+        return _concatenate_apart(kernels, axis % kernels[0].spec.ndim)
 
     return init_fn, apply_fn, Rule("FanInConcat", emit=emit, function=concatenate), mask_fn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax, random
-from nt_core import Bool, Diagonal, Kernel, Rule, Run, layer, step_rule, steps, supports_masking
+from nt_core import Bool, Diagonal, Rule, layer, step_rule, steps, supports_masking
 
 from nt_stax.windows import Padding, Windows
 
@@ -242,7 +242,7 @@ def Identity():
     def apply_fn(params, inputs, **kwargs):
         return inputs
 
-    rule = Rule("Identity", emit=lambda builder, values: values, function=lambda kernels, run: kernels)
+    rule = Rule("Identity", emit=lambda builder, values: values)
     return init_fn, apply_fn, rule
 
 
@@ -277,7 +277,7 @@ def Dropout(rate: float, mode: str = "train"):
         return input_shape, ()
 
     if mode == "test":
-        identity = Rule("Dropout", {"use_dropout": False}, lambda _, value: value, lambda kernel, run: kernel)
+        identity = Rule("Dropout", {"use_dropout": False}, emit=lambda builder, value: value)
         return init_fn, lambda params, inputs, **kwargs: inputs, identity
 
     def apply_fn(params, inputs, *, rng=None, **kwargs):
@@ -289,15 +289,7 @@ def Dropout(rate: float, mode: str = "train"):
         keep = random.bernoulli(rng, rate, inputs.shape)
         return jnp.where(keep, inputs / rate, 0)
 
-    def kernel_fn(kernel: Kernel, run: Run) -> Kernel:
-        if kernel.is_input:
-            raise ValueError(
-                "Dropout cannot be applied to the inputs: they have finitely many channels, and the covariance of what "
-                "dropout leaves of them is random. Put a Dense or Conv layer before it."
-            )
-        return _with_dropout(kernel, rate)
-
-    return init_fn, apply_fn, Rule("Dropout", {"use_dropout": True}, function=kernel_fn)
+    return init_fn, apply_fn, step_rule(steps.Dropout(rate), {"use_dropout": True})
 
 
 class _Weights:
@@ -376,17 +368,3 @@ def _letters(dimension_numbers: Sequence[str] | None, n_space: int) -> tuple[str
 
 def _spatial(spec: str) -> str:
     return "".join(letter for letter in spec if letter not in "NCIO")
-
-
-def _with_dropout(kernel: Kernel, rate: float) -> Kernel:
-    n1, n2 = kernel.nngp.shape[:2]
-    index1, index2 = jnp.arange(n1), jnp.arange(n2)
-    index2 = jnp.where(kernel.x1_is_x2, index2, n1 + index2)  # no sample of the first batch has these
-
-    def divided(k: Array, i: Array, j: Array) -> Array:
-        same = jnp.expand_dims(i == j, range(jnp.ndim(i), k.ndim))
-        if not kernel.diagonal_spatial:
-            same &= jnp.expand_dims(jnp.eye(k.shape[-1], dtype=bool), range(k.ndim - 2))
-        return jnp.where(same, k / rate, k)
-
-    return kernel.from_matrices(kernel.matrices().map(divided, index1, index2).replace(is_gaussian=False))

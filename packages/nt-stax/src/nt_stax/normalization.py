@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
-from nt_core import Kernel, Rule, Run, Spec, layer, steps, supports_masking
-from nt_core.authoring import NoStep, same_sample, zipped_diagonal
+from nt_core import Builder, Kernel, Rule, Run, Spec, Value, layer, steps, supports_masking
+from nt_core.authoring import NoStep, mask_of_positions, same_sample, zipped_diagonal
 
 
 @layer
@@ -45,25 +45,29 @@ def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: in
         variance = _mean((inputs - mean) ** 2, axes, mask)
         return (inputs - mean) / jnp.sqrt(eps + variance)
 
-    def step(spec: Spec) -> steps.Normalize:
+    def space_axes(spec: Spec) -> tuple[int, ...]:
         axes = _normalized_axes(axis, spec.ndim, channel_axis)
-        return steps.Normalize(eps, tuple(i for i, a in enumerate(spec.spatial_axes) if a in axes))
+        return tuple(i for i, a in enumerate(spec.spatial_axes) if a in axes)
 
     def is_over_batch(spec: Spec) -> bool:
         return spec.batch_axis in _normalized_axes(axis, spec.ndim, channel_axis)
 
-    def emit(builder, value):
+    def emit(builder: Builder, value: Value) -> Value:
         if is_over_batch(value.spec):
             raise NoStep
-        return builder.add(step(value.spec), value)
+        axes, masks = space_axes(value.spec), (None, None)
+        if value.masks is not None:  # which the mean over positions leaves out
+            masks = value.masks.unmasked(value.spec)
+        weights = [None if unmasked is None or not axes else _weights(unmasked, axes) for unmasked in masks]
+        return builder.add(steps.Normalize(eps, axes, *weights), value)
 
-    def function(kernel: Kernel, run: Run) -> Kernel:
+    def over_batch(kernel: Kernel, run: Run) -> Kernel:
         if kernel.is_reversed:
-            return function(kernel.reverse(), run).reverse()
-        return _normalize(kernel, step(kernel.spec), is_over_batch(kernel.spec))
+            return over_batch(kernel.reverse(), run).reverse()
+        return _normalize_over_batch(kernel, steps.Normalize(eps, space_axes(kernel.spec)))
 
     requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    return init_fn, apply_fn, Rule("LayerNorm", requirements, emit, function)
+    return init_fn, apply_fn, Rule("LayerNorm", requirements, emit, over_batch)
 
 
 def _normalized_axes(axis: int | Sequence[int], ndim: int, channel_axis: int) -> tuple[int, ...]:
@@ -88,17 +92,26 @@ def _mean(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
     return jnp.sum(x, axes, keepdims=True, where=valid) / jnp.maximum(count, 1)
 
 
-def _normalize(kernel: Kernel, step: steps.Normalize, over_batch: bool) -> Kernel:
-    spec = step.infer(kernel.spec)
-    axes = (0,) * over_batch + tuple(1 + i for i in step.space_axes)
+def _weights(unmasked: Array, axes: tuple[int, ...]) -> Array:
+    """Returns weights such that the mean over some axes of `(n, *space)` is that of what is not masked."""
+    share = jnp.mean(unmasked, tuple(1 + a for a in axes), keepdims=True, dtype=float)
+    return jnp.broadcast_to(1 / jnp.where(share > 0, share, 1), unmasked.shape)
 
-    def scale(cov, mask, shape):
+
+def _normalize_over_batch(kernel: Kernel, step: steps.Normalize) -> Kernel:
+    spec = step.infer(kernel.spec)
+    axes = (0, *(1 + i for i in step.space_axes))
+
+    def scale(cov: Array, mask: Array | None, shape: tuple[int, ...]) -> Array:
         """Returns `1 / sqrt(eps + variance)` as `(n, *space)`."""
         variance = _variance(cov, spec)
-        total = step.eps + (_mean(variance, axes, _masked_positions(mask, shape, spec)) if axes else variance)
+        masked = None if mask is None else mask_of_positions(mask, shape, spec)
+        total = jnp.broadcast_to(step.eps + _mean(variance, axes, masked), variance.shape)
         positive = total > 0  # with eps = 0, zero inputs stay zero
         return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
 
+    if kernel.cov1 is None:
+        raise ValueError("LayerNorm needs variances, and this kernel holds no cov1: ask for all of it (get=None).")
     scale1 = scale2 = scale(kernel.cov1, kernel.mask1, kernel.shape1)
     if kernel.cov2 is not None:
         scale2 = scale(kernel.cov2, kernel.mask2, kernel.shape2)
@@ -111,16 +124,3 @@ def _variance(cov: Array, spec: Spec) -> Array:
     if not spec.diagonal_batch:
         cov = same_sample(cov)
     return cov if spec.diagonal_spatial else zipped_diagonal(cov, 1)
-
-
-def _masked_positions(mask: Array | None, shape: tuple[int, ...], spec: Spec) -> Array | None:
-    """Returns the mask of activations of `shape` as `(n, *space)`."""
-    if mask is None:
-        return None
-    if mask.shape[spec.channel_axis] != 1:
-        raise NotImplementedError(
-            f"LayerNorm of inputs that are masked in some channels only has no kernel here, got a mask of shape "
-            f"{mask.shape} with channel axis {spec.channel_axis}."
-        )
-    masked = jnp.moveaxis(jnp.broadcast_to(mask, shape), (spec.batch_axis, spec.channel_axis), (0, -1))
-    return masked[..., 0]

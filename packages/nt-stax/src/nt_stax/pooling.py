@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from nt_core import Bool, Diagonal, Kernel, Run, Spec, apply_rules, layer, step_rule, steps, supports_masking
+from nt_core import Bool, Builder, Diagonal, Rule, Value, layer, step_rule, steps, supports_masking
 
 from nt_stax.windows import Padding, Windows
 
@@ -196,17 +196,23 @@ def _global_pool(mean: bool, batch_axis: int, channel_axis: int):
         "channel_axis": channel_axis,
         "diagonal_spatial": Diagonal(input=Bool.MAYBE, output=Bool.YES),
     }
-    sum_rule = step_rule(steps.GlobalPool(mean=False), requirements)
     if not mean:
-        return init_fn, apply_fn, sum_rule, mask_fn
+        return init_fn, apply_fn, step_rule(steps.GlobalPool(mean=False), requirements), mask_fn
 
-    def average(kernel: Kernel, run: Run) -> Kernel:
-        count1 = _unmasked_per_sample(kernel.mask1, kernel.shape1, kernel.spec)
-        count2 = count1 if kernel.cov2 is None else _unmasked_per_sample(kernel.mask2, kernel.shape2, kernel.spec)
-        sums = apply_rules((sum_rule,), kernel, run)
-        return sums.map(lambda k, a, b: k / (a * b).astype(k.dtype), count1, count2)
+    def emit(builder: Builder, value: Value) -> Value:
+        if value.masks is None:
+            return builder.add(steps.GlobalPool(mean=True), value)
+        first, second = value.masks.unmasked(value.spec)
+        shares = _share(first), None if second is None else _share(second)
+        return builder.add(steps.Scale(*shares), builder.add(steps.GlobalPool(mean=False), value))
 
-    return init_fn, apply_fn, step_rule(steps.GlobalPool(mean=True), requirements, average), mask_fn
+    return init_fn, apply_fn, Rule(name, requirements, emit), mask_fn
+
+
+def _share(unmasked: Array) -> Array:
+    """Returns one over the number of positions that are not masked, `(n,)`, from `(n, *space)`."""
+    counts = jnp.sum(unmasked, tuple(range(1, unmasked.ndim)))
+    return 1 / jnp.maximum(counts, 1).astype(float)  # where all is masked the sum is 0, and so shall be the average
 
 
 def _unmasked(mask: Array | None, shape: Sequence[int], axes: tuple[int, ...]) -> Array | int:
@@ -215,17 +221,6 @@ def _unmasked(mask: Array | None, shape: Sequence[int], axes: tuple[int, ...]) -
         return math.prod(shape[a] for a in axes)
     # Where all is masked the sum is 0, and so shall be the average.
     return jnp.maximum(jnp.sum(~jnp.broadcast_to(mask, shape), axes), 1)
-
-
-def _unmasked_per_sample(mask: Array | None, shape: tuple[int, ...], spec: Spec) -> Array:
-    if mask is not None and mask.shape[spec.channel_axis] != 1:
-        raise NotImplementedError(
-            f"GlobalAvgPool of inputs that are masked in some channels only has no kernel here, got a mask of shape "
-            f"{mask.shape} with channel axis {spec.channel_axis}. Put a Dense or Conv layer before it."
-        )
-    shape = tuple(1 if a == spec.channel_axis else n for a, n in enumerate(shape))
-    count = _unmasked(mask, shape, tuple(a for a in range(len(shape)) if a != spec.batch_axis))
-    return jnp.broadcast_to(jnp.asarray(count, float), (shape[spec.batch_axis],))
 
 
 def _spatial_axes(name: str, shape: Sequence[int], batch_axis: int, channel_axis: int) -> tuple[int, ...]:

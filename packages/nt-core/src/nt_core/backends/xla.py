@@ -30,7 +30,7 @@ from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
 from nt_core.lowering import Pairs, fold_repeats, lower
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, identical_batches, same_batches
+from nt_core.sources import Source, identical_batches, is_symmetric, same_batches
 from nt_core.spec import Spec
 
 
@@ -55,7 +55,7 @@ class _Propagation:
         self._lowered = fold_repeats(lowered)
         self._sources = sources
         self._request = request
-        self._symmetric = all(_is_symmetric(source) for source in sources)
+        self._symmetric = all(is_symmetric(source) for source in sources)
         self._block = block_size(self._lowered, sources[0].spec.n1, sources[0].spec.n2)
 
     def kernels(self) -> tuple[Kernel, ...]:
@@ -135,10 +135,6 @@ class _OneBatch:
     data: Batch
     statistics: Statistics
     covariances: list[Array]
-
-
-def _is_symmetric(source: Source) -> bool:
-    return source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
 
 
 def _batch_first(x: Array, spec: Spec, n_batch: int) -> Array:

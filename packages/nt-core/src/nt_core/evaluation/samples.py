@@ -15,7 +15,7 @@ from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, zipped_diagonal
 from nt_core.lowering import Lowered, LoweredNode, Pairs, Repeated
 from nt_core.lowering.primitives import Dropout, Dual, Flatten, Pool, Product, Rescale, Sum, Tied
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, dtype_of
 from nt_core.spec import Spec
 
 # With more channels than this a matrix product is so much faster than differences that these are kept for pairs so
@@ -61,7 +61,7 @@ def batch(lowered: Lowered, sources: tuple[Source, ...], which: int) -> Batch:
         if isinstance(node.primitive, Rescale):
             of_samples = node.primitive.sample_numbers(which)
             if of_samples is not None:
-                numbers[number] = jnp.moveaxis(of_samples, 0, -1)
+                numbers[number] = jnp.moveaxis(of_samples.astype(dtype_of(sources[0])), 0, -1)
     spec = sources[0].spec
     return Batch(jnp.arange(spec.n1 if which == 1 else spec.n2), inputs, variance, numbers)
 

@@ -9,13 +9,13 @@ from jax import Array
 
 from nt_core.backends.base import Device, Request
 from nt_core.backends.cpu import native
-from nt_core.backends.cpu.encode import Encoded, Refused, encode, is_symmetric
+from nt_core.backends.cpu.encode import Encoded, Refused, encode
 from nt_core.backends.xla import XlaBackend
 from nt_core.evaluation.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, identical_batches, same_batches
+from nt_core.sources import Inputs, Source, dtype_of, identical_batches, is_symmetric, same_batches
 from nt_core.spec import Spec
 
 _TARGET = "nt_propagate"
@@ -30,7 +30,7 @@ class CpuBackend:
     def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
         if device.platform != "cpu":
             return f"the device is a {device.platform}, not a CPU"
-        dtypes = {_dtype(source).name for source in sources}
+        dtypes = {dtype_of(source).name for source in sources}
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             return f"it computes in float32 or float64, not in {', '.join(sorted(dtypes))}"
         try:
@@ -70,7 +70,7 @@ def _differentiable(request: Request) -> Any:
 
 def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _Arrays:
     encoded = encode(program, sources, request, identical_batches(sources))
-    spec, dtype = program.spec(program.outputs[0]), _dtype(sources[0])
+    spec, dtype = program.spec(program.outputs[0]), dtype_of(sources[0])
     symmetric = all(is_symmetric(source) for source in sources)
     operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
     for source, needs in zip(sources, encoded.needs, strict=True):
@@ -148,7 +148,3 @@ def _as_stored(x: Array, spec: Spec, sizes: tuple[int, ...], encoded: Encoded, n
     order = [n_batch + half + a for half in (0, n_space) for a in encoded.axes]
     x = zip_axes(jnp.transpose(x, (*range(n_batch), *order)), n_batch)
     return reverse_zipped(x, n_batch) if spec.is_reversed else x
-
-
-def _dtype(source: Source) -> Any:
-    return source.x1.dtype if isinstance(source, Inputs) else source.nngp.dtype

@@ -14,7 +14,7 @@ from nt_core.activations import ABRelu, Activation, Erf, Exp, Gelu, Rbf, Sin
 from nt_core.backends.base import Request
 from nt_core.lowering import lower
 from nt_core.program import Node, Program
-from nt_core.sources import Inputs, Source
+from nt_core.sources import Inputs, Source, is_symmetric
 from nt_core.spec import Spec
 from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Multiply, Normalize, Pool, window_pads
 
@@ -304,13 +304,6 @@ def _pairs_of_different_positions(program: Program) -> list[bool]:
 
 def _is_pool(node: Node) -> bool:
     return isinstance(node.step, Pool | GlobalPool)
-
-
-def is_symmetric(source: Source) -> bool:
-    """Whether a source holds one batch, with itself. A kernel without any variances does not tell."""
-    if isinstance(source, Inputs):
-        return source.x2 is None
-    return source.cov2 is None and source.cov1 is not None
 
 
 def _trivial_windows() -> list[list[int]]:

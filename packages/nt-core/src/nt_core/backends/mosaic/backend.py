@@ -16,7 +16,7 @@ from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, same_batches
+from nt_core.sources import Source, dtype_of, same_batches
 
 _OLDEST_JAX = (0, 11, 2)
 _OLDEST_COMPUTE_CAPABILITY = 9.0
@@ -46,7 +46,7 @@ class MosaicBackend:
 
     def program_refusal(self, program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
         """Says why a program is not taken on any hardware, or None if it is."""
-        dtypes = sorted({_dtype(source) for source in sources})
+        dtypes = sorted({dtype_of(source).name for source in sources})
         if dtypes != ["float32"]:
             return f"it computes in float32, not in {', '.join(dtypes)}"
         if request.covariances and not all(source.spec.diagonal_batch for source in sources):
@@ -183,7 +183,3 @@ def _jax_refusal() -> str | None:
     if numbers < _OLDEST_JAX:
         return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
     return None
-
-
-def _dtype(source: Source) -> str:
-    return source.x1.dtype.name if isinstance(source, Inputs) else source.nngp.dtype.name

@@ -21,7 +21,7 @@ from nt_core.evaluation.tiles import map_pairs, map_samples
 from nt_core.lowering import Lowered, LoweredNode, Pairs, windows
 from nt_core.lowering.primitives import Flatten, Pool
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, identical_batches
+from nt_core.sources import Source, identical_batches, is_symmetric
 
 _MAX_SAMPLES = 128
 
@@ -46,7 +46,7 @@ class Propagation:
         self._run_stage = run_stage
         self._hardware = hardware
         self._stages = make_plan(self._lowered, sources, hardware)
-        self._symmetric = all(isinstance(s, Inputs) and s.x2 is None for s in sources)
+        self._symmetric = all(map(is_symmetric, sources))
 
     def pairs(self) -> Pairs:
         """Returns the covariances of all pairs of samples, `(n1, n2)`, and their tangent kernel."""
