@@ -1,11 +1,10 @@
 """What every backend must do. A backend's test file subclasses `Conformance` and names the backend."""
 
-import dense_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nt_core import Builder, Inputs, Request, Spec, activations, propagate, steps
+from nt_core import Builder, Inputs, Request, Spec, activations, definition, propagate, steps
 from nt_core.layouts import reverse_zipped, zip_axes
 
 RELU = steps.Dual(activations.ABRelu(0.0, 1.0))
@@ -119,6 +118,28 @@ def products(spec):
     return builder.build(builder.add(dense(), builder.add(steps.GlobalPool(MEAN), x)))
 
 
+def masked(spec, mask1, mask2):
+    """A network with masks as layers emit it: two masked convolutions, a masked normalisation and a masked average."""
+    builder = Builder()
+    share1, share2 = (
+        None if m is None else 1 / m.mean((1, 2), keepdims=True) * np.ones_like(m) for m in (mask1, mask2)
+    )
+    count1, count2 = (None if m is None else 1 / m.sum((1, 2)) for m in (mask1, mask2))
+    x = builder.add(steps.Scale(mask1, mask2), builder.add(conv(), builder.source(spec)))
+    x = builder.add(conv(), builder.add(RELU, builder.add(steps.Normalize(0.1, (0, 1), share1, share2), x)))
+    x = builder.add(steps.GlobalPool(SUM), builder.add(RELU, builder.add(steps.Scale(mask1, mask2), x)))
+    return builder.build(builder.add(dense(), builder.add(steps.Scale(count1, count2), x)))
+
+
+def masks(space, n1, n2, seed=1):
+    """1 where a position counts, 0 where it is masked; some of every sample counts."""
+    random = np.random.default_rng(seed)
+    counts = [random.uniform(size=(n, *space)) < 0.6 for n in (n1, n2)]
+    for count in counts:
+        count[:, 0, 0] = True
+    return tuple(count.astype(float) for count in counts)
+
+
 def inputs(space, n1, n2, dtype, seed=0):
     random = np.random.default_rng(seed)
     return random.normal(size=(n1, *space, 3)).astype(dtype), random.normal(size=(n2, *space, 3)).astype(dtype)
@@ -166,15 +187,13 @@ class Conformance:
         x1, x2 = inputs(space, 3, 2, "float64")
         program = chain(spec_of(x1, x2), layers)
         self.agree(
-            run(program, x1, x2, implementation=self.implementation), dense_reference.propagate(program, x1, x2), 1e-12
+            run(program, x1, x2, implementation=self.implementation), definition.propagate(program, (x1, x2)), 1e-12
         )
         if name not in WITH_ITSELF:
             return
         program = chain(spec_of(x1, x1), layers)
         own = run(program, x1, None, implementation=self.implementation)
-        self.agree(
-            own, dense_reference.propagate(program, x1, x1), 1e-7
-        )  # the reference carries correlations: sqrt(eps)
+        self.agree(own, definition.propagate(program, (x1, x1)), 1e-7)  # the reference carries correlations: sqrt(eps)
         if own.nngp.ndim == 2:
             np.testing.assert_array_equal(own.nngp, own.nngp.T)
             np.testing.assert_array_equal(own.ntk, own.ntk.T)
@@ -183,16 +202,37 @@ class Conformance:
         x1, x2 = inputs((8, 8), 3, 2, "float64")
         program = residual(spec_of(x1, x2))
         self.agree(
-            run(program, x1, x2, implementation=self.implementation), dense_reference.propagate(program, x1, x2), 1e-12
+            run(program, x1, x2, implementation=self.implementation), definition.propagate(program, (x1, x2)), 1e-12
         )
 
     def test_products(self, x64):
         x1, x2 = inputs((5, 4), 3, 2, "float64")
         program = products(spec_of(x1, x2))
-        expected = dense_reference.propagate(program, x1, x2)
+        expected = definition.propagate(program, (x1, x2))
         self.agree(run(program, x1, x2, implementation=self.implementation), expected, 1e-12)
         own = run(products(spec_of(x1, x1)), x1, None, implementation=self.implementation)
         np.testing.assert_array_equal(own.ntk, own.ntk.T)
+
+    def test_masks(self, x64):
+        """Numbers of each sample and position, in programs on planes and on all pairs."""
+        for space in ((6, 6), (3, 4)):
+            (x1, x2), (mask1, mask2) = inputs(space, 3, 2, "float64"), masks(space, 3, 2)
+            program = masked(spec_of(x1, x2), mask1, mask2)
+            expected = definition.propagate(program, (x1, x2))
+            self.agree(run(program, x1, x2, implementation=self.implementation), expected, 1e-12)
+            own = run(masked(spec_of(x1, x1), mask1, None), x1, None, implementation=self.implementation)
+            copied = run(masked(spec_of(x1, x1), mask1, mask1), x1, x1.copy(), implementation=self.implementation)
+            np.testing.assert_array_equal(own.ntk, own.ntk.T)
+            np.testing.assert_allclose(own.ntk, copied.ntk, rtol=1e-12)
+
+    def test_dropout(self, x64):
+        x1, x2 = inputs((6, 6), 3, 3, "float64")
+        layers = [conv(), steps.Dropout(0.6), conv(), RELU, steps.Dropout(0.8), steps.GlobalPool(MEAN), dense(), RELU]
+        for second in (x2, x1.copy()):
+            program = chain(spec_of(x1, second), layers)
+            expected = definition.propagate(program, (x1, second))
+            tolerance = 1e-12 if second is x2 else 1e-7
+            self.agree(run(program, x1, second, implementation=self.implementation), expected, tolerance)
 
     def test_only_what_is_asked_for(self):
         x1, x2 = inputs((6, 6), 3, 2, "float32")
@@ -255,7 +295,7 @@ class Conformance:
         slightly = chain(
             spec_of(x1, x2), [layers[0], steps.Normalize(1e-20, space_axes), *layers[2:], steps.GlobalPool(MEAN)]
         )
-        expected = dense_reference.propagate(slightly, x1, x2)
+        expected = definition.propagate(slightly, (x1, x2))
         self.agree(kernel, expected, 1e-9)
 
     def test_zero_inputs_and_gradients(self, x64):

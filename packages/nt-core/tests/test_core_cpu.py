@@ -18,6 +18,8 @@ from conformance import (
     conv,
     dense,
     inputs,
+    masked,
+    masks,
     pool,
     residual,
     run,
@@ -47,6 +49,16 @@ class TestCpu(Conformance):
         x1, x2 = inputs(space, 3, 2, "float64")
         with pytest.raises(NotImplementedError, match=REFUSED[name]):
             run(chain(spec_of(x1, x2), layers), x1, x2, implementation="cpu")
+
+    def test_masks(self, x64):
+        (x1, x2), (mask1, mask2) = inputs((4, 4), 3, 2, "float64"), masks((4, 4), 3, 2)
+        with pytest.raises(NotImplementedError, match="does not know the step Scale"):
+            run(masked(spec_of(x1, x2), mask1, mask2), x1, x2, implementation="cpu")
+
+    def test_dropout(self, x64):
+        x1, x2 = inputs((4, 4), 3, 2, "float64")
+        with pytest.raises(NotImplementedError, match="does not know the step Dropout"):
+            run(chain(spec_of(x1, x2), [conv(), steps.Dropout(0.6), conv(), RELU]), x1, x2, implementation="cpu")
 
 
 def agree(actual, expected, tolerance):

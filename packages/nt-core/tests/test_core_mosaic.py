@@ -8,7 +8,6 @@ images there are; some of those of the TPU do so as well.
 import subprocess
 import sys
 
-import dense_reference
 import jax
 import jax.numpy as jnp
 import nt_core.backends as backends
@@ -25,6 +24,8 @@ from conformance import (
     conv,
     dense,
     inputs,
+    masked,
+    masks,
     pool,
     products,
     residual,
@@ -33,7 +34,7 @@ from conformance import (
 )
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from nt_core import Builder, Request, Spec, activations, steps
+from nt_core import Builder, Request, Spec, activations, definition, steps
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend, is_streamed, kept_rows, tpu_bytes
 from nt_core.backends.mosaic.plan import lower_for_planes, make_plan
 from nt_core.sources import Inputs
@@ -152,20 +153,41 @@ class TestMosaicTpu(Conformance):
         space, layers = CHAINS[name]
         x1, x2 = inputs(space, 3, 2, "float32")
         program = chain(spec_of(x1, x2), layers)
-        expected = dense_reference.propagate(program, x1.astype("float64"), x2.astype("float64"))
+        expected = definition.propagate(program, (x1.astype("float64"), x2.astype("float64")))
         self.agree(run(program, x1, x2, implementation="mosaic_tpu"), expected, TOLERANCE)
 
     @pytest.mark.slow
     def test_residual(self, x64):
         x1, x2 = inputs((8, 8), 3, 2, "float32")
         program = residual(spec_of(x1, x2))
-        expected = dense_reference.propagate(program, x1.astype("float64"), x2.astype("float64"))
+        expected = definition.propagate(program, (x1.astype("float64"), x2.astype("float64")))
         self.agree(run(program, x1, x2, implementation="mosaic_tpu"), expected, TOLERANCE)
 
     def test_products(self):
         x1, x2 = inputs((5, 4), 3, 2, "float32")
         with pytest.raises(NotImplementedError, match="does not know the primitive Product"):
             run(products(spec_of(x1, x2)), x1, x2, PAIRS, "mosaic_tpu")
+
+    def test_masks(self):
+        (x1, x2), (mask1, mask2) = inputs((4, 4), 3, 2, "float32"), masks((4, 4), 3, 2)
+        with pytest.raises(NotImplementedError, match="does not know the primitive Scale"):
+            run(masked(spec_of(x1, x2), mask1, mask2), x1, x2, PAIRS, "mosaic_tpu")
+
+    def test_dropout(self):
+        x1, x2 = inputs((4, 4), 3, 2, "float32")
+        layers = [conv(), steps.Dropout(0.6), conv(), RELU, steps.GlobalPool(MEAN)]
+        with pytest.raises(NotImplementedError, match="does not know the primitive Dropout"):
+            run(chain(spec_of(x1, x2), layers), x1, x2, PAIRS, "mosaic_tpu")
+
+    @pytest.mark.parametrize("space_axes", [()])
+    def test_normalization_keeps_zeros(self, space_axes):
+        x1, x2 = inputs((4, 4), 2, 3, "float32")
+        x1[0] = 0
+        layers = [conv(b_var=None), steps.Normalize(0.0, space_axes), RELU, conv(), RELU, steps.GlobalPool(MEAN)]
+        program = chain(spec_of(x1, x2), layers)
+        expected = run(program, x1, x2, implementation="xla")
+        kernel = run(program, x1, x2, implementation="mosaic_tpu")
+        np.testing.assert_allclose(kernel.ntk, expected.ntk, rtol=1e-5)
 
     def test_only_what_is_asked_for(self):
         space, layers = SMALL["pool"]
@@ -567,7 +589,7 @@ def test_explain_says_why(monkeypatch):
 def test_without_a_gpu_no_gpu_code_is_imported():
     code = """
 import sys, jax.numpy as jnp
-from nt_core import Builder, Inputs, Spec, propagate, steps, activations
+from nt_core import Builder, definition, Inputs, Spec, propagate, steps, activations
 builder = Builder()
 x = builder.add(steps.Dense(2.0, None, 16), builder.source(Spec((2, 3), (2, 3), batch_axis=0, channel_axis=1)))
 program = builder.build(builder.add(steps.Dual(activations.Rbf(1.0)), x))

@@ -168,6 +168,8 @@ class _Encoder:
             case Flatten():
                 self._add(_FLATTEN, number, space, node.inputs, [])
             case Normalize():
+                if step.first is not None:
+                    raise Refused("a normalisation over positions of which some are masked")
                 axes = [self._axes[node.inputs[0]][a] for a in step.space_axes]
                 lead = _MAX_AXES - len(before.space)
                 flags = [a - lead in axes for a in range(_MAX_AXES)]
