@@ -6,9 +6,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import nt_core
 import numpy as np
 import pytest
 from neural_tangents import stax
+from nt_core import backends
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "extending.md"
 
@@ -17,9 +19,11 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "extending.md"
 def page():
     """Everything that the blocks of the page define, run in order."""
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), names)
-    return names
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))  # the page registers a backend
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+            exec(compile(block, str(PAGE), "exec"), names)
+        yield names
 
 
 def inputs(*shape):
@@ -78,3 +82,33 @@ def test_a_layer_that_is_a_function_of_kernels(page):
     expected = np.einsum("nmpp->nm", covariance(y1, y2)) / 6
     np.testing.assert_allclose(flat.nngp, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(flat.ntk, flat.nngp, rtol=1e-6)
+
+
+def test_a_step(page):
+    """On inputs, the kernel of a pool is the covariance of pooled inputs; in a network it is pooled like them."""
+    x = inputs(2, 5, 4, 3)
+    y = page["pool_apply_fn"]((), x)
+    assert y.shape == (2, 3, 3, 3)
+    np.testing.assert_allclose(y[:, 0, 0], (x[:, 0, 0] + x[:, 2, 0] + x[:, 0, 1] + x[:, 2, 1]) / 4, rtol=1e-5)
+    kernel = page["pool_kernel_fn"](x)
+    expected = covariance(y, y).reshape(2, 2, 3, 3, 3, 3)
+    np.testing.assert_allclose(kernel.nngp, np.transpose(expected, (0, 1, 2, 4, 3, 5)), rtol=1e-4, atol=1e-5)
+    # Before a nonlinearity the variances after the pool count, too.
+    layers = stax.Dense(8), page["DilatedPool"]((2, 2), (2, 1)), stax.Relu(), stax.GlobalAvgPool()
+    nngp = stax.serial(*layers)[2](x, None, "nngp")
+    k = covariance(y, y)
+    q = np.einsum("nnpp->np", k)
+    scale = np.sqrt(q[:, None, :, None] * q[:, None])
+    angle = np.arccos(np.clip(k / scale, -1, 1))
+    relu = scale * (np.sin(angle) + (np.pi - angle) * np.cos(angle)) / (2 * np.pi)
+    np.testing.assert_allclose(nngp, relu.mean((2, 3)), rtol=1e-4)
+
+
+def test_a_backend(page):
+    assert str(page["comparison"]) == "fully_connected and xla: no difference above 1e-05 in 6 values"
+    kernel_fn, x = page["network_kernel_fn"], page["x"]
+    explained = nt_core.explain(kernel_fn, (3, 5))
+    assert "program 1, on fully_connected" in explained
+    np.testing.assert_allclose(kernel_fn(x, None, "ntk"), kernel_fn(x, None, "ntk", implementation="xla"), rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="there are positions"):
+        page["conv_kernel_fn"](inputs(2, 6, 6, 2), implementation="fully_connected")

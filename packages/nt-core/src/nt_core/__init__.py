@@ -5,7 +5,7 @@ The pieces: `Kernel`, the covariances themselves; `steps` and `Program`, what a 
 """
 
 from nt_core import activations, steps
-from nt_core.backends import Request, propagate
+from nt_core.backends import Backend, Request, propagate, register_backend
 from nt_core.compare import Comparison, Difference, compare
 from nt_core.explain import explain
 from nt_core.kernel import Kernel
@@ -20,6 +20,7 @@ from nt_core.spec import Spec
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "Bool",
     "Builder",
     "Comparison",
@@ -42,6 +43,7 @@ __all__ = [
     "layer",
     "make_kernel_fn",
     "propagate",
+    "register_backend",
     "requires",
     "rules_of",
     "step_rule",

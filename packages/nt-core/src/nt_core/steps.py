@@ -29,6 +29,13 @@ class Step:
         """Returns the spec of the output. Raises `ValueError` or `NotImplementedError` for inputs that do not fit."""
         raise NotImplementedError
 
+    def primitive(self, spec: Spec) -> Any:
+        """Returns the primitive of `nt_core.lowering` that does this to inputs of `spec`.
+
+        For steps from elsewhere: those of this module are known to `lower`.
+        """
+        raise NotImplementedError(f"The step {type(self).__name__} does not say which primitive it is.")
+
 
 class Linear(Step):
     """A layer with weights: `K' = w_var A(K) + b_var`, with `A` an average over a window (nothing, for Dense).

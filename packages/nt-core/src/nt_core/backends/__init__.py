@@ -27,6 +27,22 @@ _BACKENDS: dict[str, Backend] = {
 _VARIABLE = "NT_IMPLEMENTATION"
 
 
+def register_backend(backend: Backend) -> None:
+    """Adds a backend, to be tried before those that there are.
+
+    Args:
+      backend: see `nt_core.Backend`.
+
+    Raises:
+      ValueError: there is a backend of this name.
+    """
+    if backend.name in _BACKENDS:  # compiled programs are told apart by the names of their backends
+        raise ValueError(f"There is a backend {backend.name!r} already; give this one another name.")
+    others = dict(_BACKENDS)
+    _BACKENDS.clear()
+    _BACKENDS.update({backend.name: backend, **others})
+
+
 def propagate(
     program: Program,
     sources: Sequence[Source],

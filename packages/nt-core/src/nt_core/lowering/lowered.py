@@ -169,7 +169,7 @@ def _primitive(step: steps.Step, spec: Spec) -> Primitive:
             return Sum(step.weights)
         case steps.Multiply():
             return Product()
-    raise NotImplementedError(f"No primitive does what the step {type(step).__name__} says.")
+    return step.primitive(spec)
 
 
 def _has_ntk(source: Source) -> bool:
