@@ -1,6 +1,7 @@
 """`nt_core.compare`: a backend that is wrong at one step is found out at that step."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +79,20 @@ def test_a_backend_that_refuses(monkeypatch):
         "refusing and xla: no difference above 1e-05 in 3 values",
         "  (No backend takes this program. refusing: a bias)",
     ]
+
+
+def test_masked_inputs(monkeypatch):
+    class Seeing(XlaBackend):
+        name = "seeing"
+        masks: ClassVar = []
+
+        def propagate(self, program, sources, request):
+            self.masks.append(sources[0].mask1)
+            return super().propagate(program, sources, request)
+
+    kernel_fn = network(monkeypatch, Seeing())
+    assert compare(kernel_fn, X1.at[0].set(9.0), None, ("seeing", "xla"), mask_constant=9.0).difference is None
+    assert len(Seeing.masks) == 6 and all(mask is not None for mask in Seeing.masks)
 
 
 def test_functions_of_kernels_part_the_programs(monkeypatch):

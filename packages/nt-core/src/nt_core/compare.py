@@ -12,6 +12,7 @@ from nt_core.backends import Request
 from nt_core.get import Get
 from nt_core.kernel import Kernel
 from nt_core.layer import kernel_fields, request_for, rules_of
+from nt_core.masks import get_masked_array
 from nt_core.program import Program, prune
 from nt_core.requirements import in_series, resolve
 from nt_core.rules import Run, Stage, first_stage
@@ -82,6 +83,7 @@ def compare(
     implementations: tuple[str, str] = ("cpu", "xla"),
     *,
     get: Get = None,
+    mask_constant: float | None = None,
     tolerance: float = 1e-5,
 ) -> Comparison:
     """Finds the first value inside a network in which two backends differ.
@@ -95,6 +97,7 @@ def compare(
       x1, x2: inputs, as for `kernel_fn`.
       implementations: names of two backends.
       get: what is compared, as for `kernel_fn`; by default everything.
+      mask_constant: as for `kernel_fn`.
       tolerance: differences of two entries, divided by the largest entry of the array, that are none.
 
     >>> import jax.numpy as jnp
@@ -106,7 +109,8 @@ def compare(
     rules = rules_of(kernel_fn)
     layout = resolve(in_series(*(rule.requirements for rule in rules)))
     x2 = nt_tree_map(lambda _: None, x1) if x2 is None else x2
-    state = nt_tree_map(lambda a, b: make_inputs(a, b, layout), x1, x2)
+    masked1, masked2 = (nt_tree_map(lambda x: get_masked_array(x, mask_constant), x) for x in (x1, x2))
+    state = nt_tree_map(lambda a, b: make_inputs(a, b, layout), masked1, masked2)
     run = Run(request_for(kernel_fields(get)), implementations[1], {"pattern": None})
     n_programs, n_values = 0, 0
     refusals: dict[str, None] = {}
