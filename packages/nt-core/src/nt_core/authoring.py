@@ -41,7 +41,6 @@ from nt_core.layouts import (
     zip_axes,
     zipped_diagonal,
 )
-from nt_core.masks import mask_of_positions
 from nt_core.requirements import in_parallel, in_series
 from nt_core.rules import NoStep, emit_all
 
@@ -56,7 +55,6 @@ __all__ = [
     "interleave_ones",
     "is_of_layer",
     "make_2d",
-    "mask_of_positions",
     "reverse_zipped",
     "same_sample",
     "swallow_kwargs",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 from nt_core import Builder, Kernel, Rule, Run, Spec, Value, layer, steps, supports_masking
-from nt_core.authoring import NoStep, mask_of_positions, same_sample, zipped_diagonal
+from nt_core.authoring import NoStep, zipped_diagonal
 
 
 @layer
@@ -99,28 +99,14 @@ def _weights(unmasked: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _normalize_over_batch(kernel: Kernel, step: steps.Normalize) -> Kernel:
-    spec = step.infer(kernel.spec)
+    step.infer(kernel.spec)  # checks it
     axes = (0, *(1 + i for i in step.space_axes))
 
-    def scale(cov: Array, mask: Array | None, shape: tuple[int, ...]) -> Array:
+    def scale(cov: Array, masked: Array | None) -> Array:
         """Returns `1 / sqrt(eps + variance)` as `(n, *space)`."""
-        variance = _variance(cov, spec)
-        masked = None if mask is None else mask_of_positions(mask, shape, spec)
+        variance = cov if kernel.diagonal_spatial else zipped_diagonal(cov, 1)
         total = jnp.broadcast_to(step.eps + _mean(variance, axes, masked), variance.shape)
         positive = total > 0  # with eps = 0, zero inputs stay zero
         return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
 
-    if kernel.cov1 is None:
-        raise ValueError("LayerNorm needs variances, and this kernel holds no cov1: ask for all of it (get=None).")
-    scale1 = scale2 = scale(kernel.cov1, kernel.mask1, kernel.shape1)
-    if kernel.cov2 is not None:
-        scale2 = scale(kernel.cov2, kernel.mask2, kernel.shape2)
-
-    return kernel.rescale(scale1, scale2).replace(is_input=False)
-
-
-def _variance(cov: Array, spec: Spec) -> Array:
-    """Returns the same-sample, same-position entries of a covariance as `(n, *space)`."""
-    if not spec.diagonal_batch:
-        cov = same_sample(cov)
-    return cov if spec.diagonal_spatial else zipped_diagonal(cov, 1)
+    return kernel.rescale(*kernel.per_sample(scale)).replace(is_input=False)

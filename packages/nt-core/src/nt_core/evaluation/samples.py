@@ -12,7 +12,7 @@ from nt_core.evaluation.block import Block, Loader, pool_same_position, select
 from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, window_sums
 from nt_core.evaluation.statistics import Statistics
 from nt_core.kernel import Kernel
-from nt_core.layouts import reverse_zipped, zipped_diagonal
+from nt_core.layouts import reverse_zipped, same_sample, zipped_diagonal
 from nt_core.lowering import Lowered, LoweredNode, Pairs, Repeated
 from nt_core.lowering.primitives import Dropout, Dual, Flatten, Pool, Product, Rescale, Sum, Tied
 from nt_core.sources import Inputs, Source, dtype_of
@@ -283,7 +283,7 @@ def _self_covariance(kernel: Kernel, which: int) -> Array:
     if cov is None:
         raise ValueError(_NO_COVARIANCES)
     if not kernel.diagonal_batch:
-        cov = jnp.moveaxis(jnp.diagonal(cov, axis1=0, axis2=1), -1, 0)
+        cov = same_sample(cov)
     return _batch_last(cov, kernel.spec, 1)
 
 
