@@ -25,6 +25,18 @@ def test_entries_equal_to_the_constant_are_zeroed_and_tracked(constant, dtype, x
         assert (masked.shape, masked.ndim) == ((2, 2), 2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_constants_that_are_traced(dtype):
+    x = np.array([[1, 7], [7, -2]], dtype)
+    masked = jax.jit(get_masked_array)(x, 7.0)
+    np.testing.assert_array_equal(masked.mask, [[False, True], [True, False]])
+    assert not jax.jit(get_masked_array)(x, jnp.nan).mask.any()
+    assert not jax.jit(get_masked_array)(x, 10**9 + 7).mask.any()
+    assert not get_masked_array(x, 10**10).mask.any()
+    with pytest.raises(ValueError, match=r"one number, got an array of shape \(2,\)"):
+        get_masked_array(x, jnp.ones(2))
+
+
 def test_infinities_of_the_other_sign_and_nan_are_kept():
     x = jnp.array([jnp.inf, -jnp.inf, jnp.nan])
     np.testing.assert_array_equal(get_masked_array(x, jnp.inf).masked_value, [0.0, -jnp.inf, jnp.nan])

@@ -96,12 +96,12 @@ def mask_of_positions(mask: Array, shape: tuple[int, ...], spec: Spec) -> Array:
     return jnp.moveaxis(mask, spec.batch_axis - (spec.batch_axis > spec.channel_axis), 0)
 
 
-def get_masked_array(x: Any, mask_constant: float | None = None) -> Any:
+def get_masked_array(x: Any, mask_constant: float | Array | None = None) -> Any:
     """Masks the entries of an array that equal `mask_constant`.
 
     Args:
       x: an array. A `MaskedArray`, and None, are returned as they are.
-      mask_constant: any number, infinities and NaN included; None masks nothing.
+      mask_constant: any number, infinities and NaN included, which may be traced; None masks nothing.
 
     Returns:
       A `MaskedArray`, or `x` itself if `mask_constant` is None.
@@ -113,10 +113,18 @@ def get_masked_array(x: Any, mask_constant: float | None = None) -> Any:
     """
     if mask_constant is None or x is None or isinstance(x, MaskedArray):
         return x
-    x = jnp.asarray(x)
-    # A Python number takes the precision of `x`: 0.1 has to equal float32(0.1).
-    constant = float(mask_constant)
-    mask = jnp.isnan(x) if constant != constant else x == constant
+    if jnp.ndim(mask_constant) > 0:
+        raise ValueError(f"mask_constant is one number, got an array of shape {jnp.shape(mask_constant)}.")
+    if isinstance(mask_constant, int):
+        mask_constant = float(mask_constant)  # integers of JAX have 32 bits
+    return _masked(jnp.asarray(x), mask_constant)
+
+
+@jax.jit
+def _masked(x: Array, constant: Any) -> MaskedArray:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        constant = jnp.asarray(constant, x.dtype)  # 0.1 has to equal float32(0.1)
+    mask = (x == constant) | (jnp.isnan(x) & jnp.isnan(constant))
     return MaskedArray(_zeroed(x, mask), mask)
 
 
