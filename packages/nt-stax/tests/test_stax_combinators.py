@@ -344,6 +344,18 @@ def test_kernels_transform(x64):
     np.testing.assert_allclose(jnp.vdot(gradient, direction), (ahead - behind) / (2 * step), rtol=1e-6)
 
 
+@pytest.mark.parametrize("constant", [7.0, np.nan])
+def test_masks_transform(constant, x64):
+    """jit of the kernel and of the finite network, with the constant among the traced arguments."""
+    init_fn, apply_fn, kernel_fn = serial(Dense(3), GlobalAvgPool())
+    x = inputs(1, (2, 4, 3)).at[0, 2].set(constant)
+    ntk = jax.jit(kernel_fn, static_argnames="get")(x, None, "ntk", mask_constant=constant)
+    np.testing.assert_allclose(ntk, kernel_fn(x, None, "ntk", mask_constant=constant), rtol=1e-12)
+    _, params = init_fn(random.key(0), x.shape)
+    out = jax.jit(unmask_fn(apply_fn))(params, x, mask_constant=constant)
+    np.testing.assert_allclose(out, unmask_fn(apply_fn)(params, x, mask_constant=constant), rtol=1e-12)
+
+
 @pytest.mark.parametrize("get", [None, "nngp", ("ntk", "nngp"), ["cov1", "shape1"]])
 def test_get(get, x64):
     x = inputs(1, (2, 3))

@@ -41,11 +41,12 @@ from nt_core.layouts import (
     zip_axes,
     zipped_diagonal,
 )
-from nt_core.requirements import in_parallel, in_series
+from nt_core.requirements import check_diagonals, in_parallel, in_series
 from nt_core.rules import NoStep, emit_all
 
 __all__ = [
     "NoStep",
+    "check_diagonals",
     "combine",
     "emit_all",
     "from_positions",

@@ -13,9 +13,9 @@ from nt_core.backends import Implementation, Request
 from nt_core.get import Get, as_named, parse_get
 from nt_core.kernel import Kernel
 from nt_core.masks import MaskedArray, get_masked_array
-from nt_core.requirements import NO_REQUIREMENTS, in_series, resolve
+from nt_core.requirements import NO_REQUIREMENTS, check_diagonals, in_series, resolve
 from nt_core.rules import Rule, Run, apply_rules
-from nt_core.sources import Inputs, make_inputs
+from nt_core.sources import Inputs, make_inputs, with_batch_sizes
 from nt_core.trees import nt_tree_leaves, nt_tree_map
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -127,8 +127,10 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
                     stacklevel=2,
                 )
             state = _make_state(x1_or_kernel, x2, layout, mask_constant)
-        elif not requested.ntk:
-            state = nt_tree_map(lambda k: k.replace(ntk=None), state)
+        else:
+            state = nt_tree_map(lambda k: _given_kernel(k, names), state)
+            if isinstance(state, Kernel):
+                check_diagonals(requirements, state, "This network")
         run = Run(requested, implementation, dict(kwargs, pattern=pattern))
         kernels = apply_rules(rules, state, run)
         return nt_tree_map(lambda kernel: _select(kernel, get, names), kernels)
@@ -195,10 +197,28 @@ def request_for(names: tuple[str, ...] | None) -> Request:
     return Request(ntk="ntk" in names, covariances="cov1" in names or "cov2" in names)
 
 
+def _given_kernel(kernel: Kernel, names: tuple[str, ...] | None) -> Kernel:
+    """Returns a kernel that is given for inputs, with what these fields of the results need."""
+    kernel = with_batch_sizes(kernel)
+    if names is None:
+        return kernel
+    _check_ntk(kernel, names, "the Kernel that was given")
+    return kernel if "ntk" in names else kernel.replace(ntk=None)
+
+
 def _select(kernel: Kernel, get: Get, names: tuple[str, ...] | None) -> Any:
     if names is None:
         return kernel
+    _check_ntk(kernel, names, "the Kernel that a layer returned")
     return as_named(get, "AnalyticKernel", {name: getattr(kernel, name) for name in names})
+
+
+def _check_ntk(kernel: Kernel, names: tuple[str, ...], which: str) -> None:
+    if "ntk" in names and kernel.ntk is None:
+        raise ValueError(
+            f"`get` asks for ntk, and {which} holds none (ntk=None, which means that it was not asked for). Compute it "
+            "with get=None, or set ntk=jnp.zeros(()) if there is no layer with parameters before it."
+        )
 
 
 def _skip_without_mask(mask_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -144,14 +144,7 @@ class _HasLayout(Protocol):
 
 def check(requirements: Requirements, kernel: _HasLayout, layer_name: str) -> None:
     """Raises `ValueError` if a covariance does not hold what a layer requires."""
-    for name in ("diagonal_batch", "diagonal_spatial"):
-        required = requirements.get(name)
-        missing = required.input == Bool.NO if isinstance(required, Diagonal) else required is False
-        if missing and getattr(kernel, name):
-            raise ValueError(
-                f"{layer_name} requires {name} to be {required}, but the incoming kernel has {name}=True and does not "
-                f"contain sufficient information. Compute that kernel with {name}=False."
-            )
+    check_diagonals(requirements, kernel, layer_name)
     ndim = len(kernel.shape1)
     for name in ("batch_axis", "channel_axis"):
         required, actual = requirements.get(name), getattr(kernel, name)
@@ -160,6 +153,18 @@ def check(requirements: Requirements, kernel: _HasLayout, layer_name: str) -> No
                 f"{layer_name} has {name}={required}, but in the incoming kernel (activations of shape "
                 f"{kernel.shape1}) it is {actual}, making the infinite limit ill-defined. Use the same {name} in all "
                 "layers."
+            )
+
+
+def check_diagonals(requirements: Requirements, kernel: _HasLayout, name: str) -> None:
+    """Raises `ValueError` if a covariance lacks entries that a layer or network requires."""
+    for field in ("diagonal_batch", "diagonal_spatial"):
+        required = requirements.get(field)
+        missing = required.input == Bool.NO if isinstance(required, Diagonal) else required is False
+        if missing and getattr(kernel, field):
+            raise ValueError(
+                f"{name} requires {field} to be {required}, but the incoming kernel has {field}=True and does not "
+                f"contain sufficient information. Compute that kernel with {field}=False."
             )
 
 

@@ -125,6 +125,8 @@ def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Seq
     collected = collect(rules, state)
     if not collected.n_rules:
         collected = None
+    if any(isinstance(source, Kernel) and source.ntk is None for source in nt_tree_leaves(state)):
+        run = dataclasses.replace(run, request=dataclasses.replace(run.request, ntk=False))
     n = 1 if collected is None else collected.n_rules
     if n < len(rules):  # what follows reads the variances
         run = dataclasses.replace(run, request=dataclasses.replace(run.request, covariances=True))
@@ -221,7 +223,13 @@ def _infer_shapes(rule: Rule, before: Any, after: Any) -> Any:
         return after
     shapes1 = _output_shape(rule.init_fn, nt_tree_map(lambda k: k.shape1, before))
     shapes2 = _output_shape(rule.init_fn, nt_tree_map(lambda k: k.shape2, before))
-    return _map_with(Kernel, lambda k, s1, s2: k.replace(shape1=s1, shape2=s2, is_input=False), after, shapes1, shapes2)
+    return _map_with(Kernel, _with_shapes, after, shapes1, shapes2)
+
+
+def _with_shapes(kernel: Kernel, shape1: tuple[int, ...], shape2: tuple[int, ...]) -> Kernel:
+    # Of a layer that drops axes and does not say where channels are then: channels that came last still do.
+    channel_axis = min(kernel.channel_axis, len(shape1) - 1)
+    return kernel.replace(shape1=shape1, shape2=shape2, channel_axis=channel_axis, is_input=False)
 
 
 def _output_shape(init_fn: Callable[..., Any], shape: Any) -> Any:

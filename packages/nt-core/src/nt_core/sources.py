@@ -136,6 +136,36 @@ def _is_identical(source: Kernel) -> bool | Array:
     return jnp.all(close) & source.x1_is_x2
 
 
+def with_batch_sizes(kernel: Kernel) -> Kernel:
+    """Returns a kernel whose shapes have as many samples as its arrays have."""
+    axis, sizes = kernel.batch_axis, jnp.shape(kernel.nngp)[:2]
+    if sizes == (kernel.shape1[axis], kernel.shape2[axis]):
+        return kernel
+    shapes = zip((kernel.shape1, kernel.shape2), sizes, strict=True)
+    shape1, shape2 = ((*shape[:axis], n, *shape[axis + 1 :]) for shape, n in shapes)
+    return kernel.replace(shape1=shape1, shape2=shape2)
+
+
+def check_arrays(kernel: Kernel) -> None:
+    """Raises `ValueError` if the arrays of a kernel do not have the shapes that its other fields speak of."""
+    spec = kernel.spec
+    space = spec.space[::-1] if spec.is_reversed and not spec.diagonal_spatial else spec.space
+    pairs = tuple(n for n in space for _ in range(1 if spec.diagonal_spatial else 2))
+    between = (spec.n1, spec.n2, *pairs)
+    within = [(n, *pairs) if spec.diagonal_batch else (n, n, *pairs) for n in (spec.n1, spec.n2)]
+    for name, expected in (("nngp", between), ("ntk", between), ("cov1", within[0]), ("cov2", within[1])):
+        array = getattr(kernel, name)
+        if array is None or (name == "ntk" and jnp.ndim(array) == 0):
+            continue
+        if jnp.shape(array) != expected:
+            raise ValueError(
+                f"A Kernel of activations of shapes {spec.shape1} and {spec.shape2} (batch_axis={spec.batch_axis}, "
+                f"channel_axis={spec.channel_axis}, diagonal_batch={spec.diagonal_batch}, diagonal_spatial="
+                f"{spec.diagonal_spatial}) has `{name}` of shape {expected}, got {jnp.shape(array)}. Make the shapes, "
+                "axes and flags of the Kernel those of its arrays."
+            )
+
+
 def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:
     """Checks a pair of input batches and attaches their spec.
 

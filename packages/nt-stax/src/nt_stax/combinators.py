@@ -6,8 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
-from nt_core import Rule, Run, apply_rules, layer, rules_of
-from nt_core.authoring import emit_all, function_rule, in_parallel, in_series, is_of_layer, swallow_kwargs
+from nt_core import Kernel, Rule, Run, Value, apply_rules, layer, rules_of
+from nt_core.authoring import (
+    check_diagonals,
+    emit_all,
+    function_rule,
+    in_parallel,
+    in_series,
+    is_of_layer,
+    swallow_kwargs,
+)
 
 Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
@@ -65,6 +73,7 @@ def parallel(*layers: Layer):
     [[5.]]
     """
     init_fns, apply_fns, rules = _parts("parallel", layers)
+    requirements = [in_series(*(rule.requirements for rule in branch)) for branch in rules]
 
     def init_fn(rng, input_shape):
         branches = _branches("parallel", input_shape, len(init_fns))
@@ -81,19 +90,28 @@ def parallel(*layers: Layer):
         )
 
     def emit_branches(builder, values):
-        branches = _branches("parallel", values, len(rules))
+        branches = checked(values)
         return type(values)(
             emit_all(branch_rules, builder, branch) for branch_rules, branch in zip(rules, branches, strict=True)
         )
 
     def apply_branches(kernels, run: Run):
-        branches = _branches("parallel", kernels, len(rules))
+        branches = checked(kernels)
         return type(kernels)(
             apply_rules(branch_rules, branch, run) for branch_rules, branch in zip(rules, branches, strict=True)
         )
 
-    requirements = in_parallel(*(in_series(*(rule.requirements for rule in branch)) for branch in rules))
-    return init_fn, apply_fn, Rule("parallel", requirements, emit_branches, apply_branches)
+    def checked(values):
+        """Returns the branches: each must hold what all the layers of its branch require."""
+        branches = _branches("parallel", values, len(rules))
+        for i, (branch, required) in enumerate(zip(branches, requirements, strict=True)):
+            if isinstance(branch, Kernel):
+                check_diagonals(required, branch, f"Branch {i} of parallel")
+            elif isinstance(branch, Value):
+                check_diagonals(required, branch.spec, f"Branch {i} of parallel")
+        return branches
+
+    return init_fn, apply_fn, Rule("parallel", in_parallel(*requirements), emit_branches, apply_branches)
 
 
 @layer

@@ -12,7 +12,7 @@ from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel
 from nt_core.program import Program
-from nt_core.sources import Source
+from nt_core.sources import Source, check_arrays
 
 __all__ = ["EVERYTHING", "Backend", "Implementation", "Request", "choose", "propagate"]
 
@@ -62,6 +62,7 @@ def propagate(
       A `Kernel` for each of `program.outputs`.
 
     Raises:
+      ValueError: sources that do not fit the program, or hold no tangent kernel where it is asked for.
       NotImplementedError: none of the named backends takes the program. The message has the reason of each.
 
     >>> import jax.numpy as jnp
@@ -80,8 +81,20 @@ def propagate(
         raise ValueError(
             f"The program expects sources {program.sources}, got {tuple(source.spec for source in sources)}."
         )
+    for source in sources:
+        if isinstance(source, Kernel):
+            _check_kernel(source, request)
     backend, _ = choose(program, sources, request, implementation)
     return _propagate(program, sources, request=request, backend=backend.name)
+
+
+def _check_kernel(kernel: Kernel, request: Request) -> None:
+    check_arrays(kernel)
+    if request.ntk and kernel.ntk is None:
+        raise ValueError(
+            "The tangent kernel is asked for, and the Kernel to start from holds none (ntk=None). Compute its tangent "
+            "kernel too, or give it ntk=jnp.zeros(()) if there is no layer with parameters before it."
+        )
 
 
 def choose(
@@ -112,6 +125,10 @@ def _names(implementation: Implementation) -> tuple[str, ...]:
             return tuple(_BACKENDS)
         implementation = [name.strip() for name in from_environment.split(",")]
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not names:
+        raise ValueError(
+            f"`implementation` is empty: name one of {', '.join(_BACKENDS)}, or give None for the best one."
+        )
     for name in names:
         if name not in _BACKENDS:
             raise ValueError(f"Unknown implementation {name!r}; there are {', '.join(_BACKENDS)}.")
