@@ -572,6 +572,22 @@ def test_what_is_refused(monkeypatch):
     assert "shared memory holds 1,000" in refusal(backend)
 
 
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_to_decide_computes_nothing(name):
+    compiled = []
+    x = jnp.zeros((2, 8, 8, 3))
+    layers = [steps.Conv(1.0 + 0.1 * i, 0.3, 4, (3, 3), (1, 1), "SAME", (1, 1)) for i in range(5)]
+    program = chain(spec_of(x, x), [s for conv in layers for s in (conv, RELU)] + [steps.GlobalPool(MEAN)])
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    backend, refusals = backends.choose(program, (Inputs(x, x, program.sources[0]),), Request(), (name, "xla"))
+    assert backend.name == name and not refusals and not compiled
+    jax.jit(lambda x: x + 1)(x)
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("backend", [MosaicGpuBackend(interpret=True), MosaicTpuBackend(interpret=True)])
 def test_networks_of_any_depth_are_taken(backend):
     assert refusal(backend, [conv(), RELU] * 500 + [steps.GlobalPool(MEAN)], (32, 32)) is None

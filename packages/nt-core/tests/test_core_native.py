@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import ABS, RELU, chain, dense, run, spec_of
-from nt_core import Builder, Request, _native, propagate, steps
+from nt_core import Builder, Request, _native, backends, propagate, steps
 from nt_core.activations import polynomials
 from nt_core.backends import choose
 from nt_core.backends.cpu import native
@@ -33,16 +33,25 @@ def level(request):
 
 @pytest.fixture
 def fresh():
-    """The module is loaded anew."""
-    native.refusal.cache_clear()
+    """The module is loaded anew, and what was decided before is forgotten."""
+
+    def forget():
+        native.refusal.cache_clear()
+        backends._choose.cache_clear()
+
+    forget()
     yield
-    native.refusal.cache_clear()
+    forget()
 
 
 def test_where_the_arrays_are_decides(monkeypatch):
     """On a machine whose default device is a GPU."""
     cpu = jax.local_devices(backend="cpu")[0]
-    gpu = types.SimpleNamespace(platform="gpu", device_kind="a GPU")
+
+    class Gpu:
+        platform, device_kind = "gpu", "a GPU"
+
+    gpu = Gpu()
     monkeypatch.setattr(jax, "local_devices", lambda *, backend=None: [gpu if backend is None else cpu])
 
     def backend(x):

@@ -133,7 +133,7 @@ def _values(
     """Computes the values that both backends take, in order. Appends why one does not take a value to `refusals`."""
     if stage.collected is None:  # a function of kernels, which has no backend
         return
-    program, sources, request = stage.collected.program, tuple(stage.collected.sources), stage.run.request
+    program, sources, request = stage.collected.program, stage.sources, stage.run.request
     for value, step in enumerate(str(program).splitlines()[: program.n_values]):
         until_here = prune(Program(program.sources, program.nodes, (value,)))
         refused = [_refusal(until_here, sources, request, name) for name in implementations]

@@ -78,7 +78,7 @@ def _describe(stage: Stage, title: str) -> list[str]:
     if stage.collected is None:
         return [f"{title}: {stage.rules[0].name}, a function of materialised kernels"]
     program, request = stage.collected.program, stage.run.request
-    backend, refusals = backends.choose(program, tuple(stage.collected.sources), request, stage.run.implementation)
+    backend, refusals = backends.choose(program, stage.sources, request, stage.run.implementation)
     return [
         f"{title}, on {backend.name}",
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),

@@ -5,6 +5,7 @@ leaves, so that one compiled program serves all values of W_std and b_std, and d
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,12 @@ class Program:
         """Returns the spec of a value."""
         n = len(self.sources)
         return self.sources[value] if value < n else self.nodes[value - n].spec
+
+    @functools.cached_property
+    def flat(self) -> tuple[tuple[Any, ...], Any]:
+        """Its coefficients, and its structure: what `jax.tree.flatten` gives, once for all calls."""
+        leaves, structure = jax.tree.flatten(self)
+        return tuple(leaves), structure
 
     @property
     def n_values(self) -> int:

@@ -18,6 +18,7 @@ from nt_core.masks import Masks
 from nt_core.program import Builder, Program, Value
 from nt_core.requirements import NO_REQUIREMENTS, Requirements, check
 from nt_core.sources import Inputs, Source, masks_of
+from nt_core.spec import Spec
 from nt_core.steps import Scale, Step
 from nt_core.trees import nt_tree_leaves, nt_tree_map
 
@@ -28,7 +29,8 @@ class NoStep(Exception):
     """What a layer does to these values is no step: it ends the program."""
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: what it is made of, functions above all, has no other equality.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
     """What one layer does to covariances.
 
@@ -58,6 +60,20 @@ def step_rule(step: Step, requirements: Requirements = NO_REQUIREMENTS) -> Rule:
     return Rule(type(step).__name__, requirements, emit=lambda builder, value: builder.add(step, value))
 
 
+class Collected(NamedTuple):
+    """Layers as one program.
+
+    Attributes:
+      program: what they do.
+      values: tree of the values that it returns.
+      n_rules: number of layers.
+    """
+
+    program: Program
+    values: Any
+    n_rules: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What holds for one call of a kernel function, whatever the layer.
@@ -66,27 +82,13 @@ class Run:
       request: what is to be computed.
       implementation: backend, or backends in order of preference.
       kwargs: keywords of the user.
+      collect: `collect`, or what remembers its results.
     """
 
     request: Request
     implementation: Implementation
     kwargs: dict[str, Any]
-
-
-class Collected(NamedTuple):
-    """Layers as one program.
-
-    Attributes:
-      program: what they do.
-      sources: what it starts from.
-      values: tree of the values that it returns.
-      n_rules: number of layers.
-    """
-
-    program: Program
-    sources: list[Source]
-    values: Any
-    n_rules: int
+    collect: Callable[..., Collected] = dataclasses.field(default_factory=lambda: collect)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +107,16 @@ class Stage:
     run: Run
     collected: Collected | None
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What the program starts from."""
+        return tuple(nt_tree_leaves(self.state))
+
     def apply(self) -> Any:
         """Returns a tree of kernels."""
         if self.collected is None:
             return _apply_one(self.rules[0], self.state, self.run)
-        return _execute(self.collected, self.run)
+        return _execute(self.collected, self.sources, self.run)
 
 
 def apply_rules(rules: Sequence[Rule], state: Any, run: Run) -> Any:
@@ -122,7 +129,7 @@ def apply_rules(rules: Sequence[Rule], state: Any, run: Run) -> Any:
 
 def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Sequence[Rule]]:
     """Returns the layers that are to be applied first, as many as there can be, and those that remain."""
-    collected = collect(rules, state)
+    collected = _collect(rules, state, run)
     if not collected.n_rules:
         collected = None
     if any(isinstance(source, Kernel) and source.ntk is None for source in nt_tree_leaves(state)):
@@ -133,11 +140,21 @@ def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Seq
     return Stage(rules[:n], state, run, collected), rules[n:]
 
 
-def collect(rules: Sequence[Rule], state: Any) -> Collected:
-    """Collects layers, up to the first that is no step, into a program."""
+def collect(
+    rules: tuple[Rule, ...], specs: tuple[Spec, ...], structure: Any, masks: Sequence[Masks | None] | None = None
+) -> Collected:
+    """Collects layers, up to the first that is no step, into a program.
+
+    Args:
+      rules: of the layers.
+      specs: of the sources that it starts from.
+      structure: of the tree of sources, as `jax.tree.structure` gives it.
+      masks: of the sources, None for no masks at all.
+    """
     builder = Builder()
-    sources = nt_tree_leaves(state)
-    values = nt_tree_map(lambda source: with_masks(builder.source(source.spec), masks_of(source)), state)
+    sources = [builder.source(spec) for spec in specs]
+    masked = sources if masks is None else [with_masks(*pair) for pair in zip(sources, masks, strict=True)]
+    values = jax.tree.unflatten(structure, masked)
     n_rules = 0
     try:
         for rule in rules:
@@ -145,7 +162,15 @@ def collect(rules: Sequence[Rule], state: Any) -> Collected:
             n_rules += 1
     except NoStep:
         pass
-    return Collected(builder.build(*nt_tree_leaves(values)), sources, values, n_rules)
+    return Collected(builder.build(*nt_tree_leaves(values)), values, n_rules)
+
+
+def _collect(rules: Sequence[Rule], state: Any, run: Run) -> Collected:
+    specs, structure = jax.tree.flatten(nt_tree_map(lambda source: source.spec, state))
+    masks = [masks_of(source) for source in nt_tree_leaves(state)]
+    if all(m is None for m in masks):
+        return run.collect(tuple(rules), tuple(specs), structure)
+    return collect(tuple(rules), tuple(specs), structure, masks)  # the program holds the masks
 
 
 def emit_all(rules: Sequence[Rule], builder: Builder, values: Any) -> Any:
@@ -197,8 +222,8 @@ def materialise(source: Source, ntk: bool = True) -> Kernel:
     return source.kernel(ntk) if isinstance(source, Inputs) else source
 
 
-def _execute(collected: Collected, run: Run) -> Any:
-    kernels = iter(backends.propagate(collected.program, collected.sources, run.request, run.implementation))
+def _execute(collected: Collected, sources: Sequence[Source], run: Run) -> Any:
+    kernels = iter(backends.propagate(collected.program, sources, run.request, run.implementation))
 
     def masked(value: Value) -> Kernel:
         masks = value.masks

@@ -5,6 +5,7 @@ limit. With `(u, v)` Gaussian of zero mean and the covariance of the pre-activat
 `E f(u) f(v)`, and the tangent kernel is multiplied by `E f'(u) f'(v)`: see `nt_core.activations`.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -172,6 +173,9 @@ def Elementwise(
         with a warning, if missing: this is slower, and may be NaN where `nngp_fn` is not differentiable, e.g. at equal
         inputs.
 
+    What is compiled for a network serves another that is built of the same function objects. A lambda that is written
+    anew, or made anew by each call of a function, is another function, and compiles again.
+
     Raises:
       ValueError: neither `fn` nor `nngp_fn` is given.
       NotImplementedError: a function that is missing is needed, when `apply_fn` or `kernel_fn` is called.
@@ -209,6 +213,8 @@ def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any],
         `2 deg - 1`, accurate for smooth functions, and poor for functions with kinks or jumps.
       df: the derivative of `f`. Found by automatic differentiation, with a warning, if missing.
 
+    Other functions, lambdas written anew among them, compile again: see `Elementwise`.
+
     >>> from nt_stax import Dense, ElementwiseNumerical, serial
     >>> _, _, kernel_fn = serial(Dense(512), ElementwiseNumerical(lambda x: x**2, deg=5, df=lambda x: 2 * x))
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
@@ -221,9 +227,9 @@ def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any],
             "ElementwiseNumerical without `df`: the tangent kernel will differentiate `fn` automatically.",
             stacklevel=_TO_CALLER,
         )
-        df = jax.grad(fn)
-    fn, df = jnp.vectorize(fn), jnp.vectorize(df)
-    return _elementwise(fn, activations.ElementwiseNumerical(fn, df, deg))
+        df = _Derivative(fn)
+    entrywise = _Entrywise(fn)
+    return _elementwise(entrywise, activations.ElementwiseNumerical(entrywise, _Entrywise(df), deg))
 
 
 def _elementwise(fn: Callable[[Array], Array], activation: activations.Activation | None):
@@ -241,7 +247,30 @@ def _elementwise(fn: Callable[[Array], Array], activation: activations.Activatio
 
 
 def _scalar_function(fn: Callable[[Any], Any] | None) -> Callable[[Array], Array]:
-    return _no_function if fn is None else jnp.vectorize(fn)
+    return _no_function if fn is None else _Entrywise(fn)
+
+
+# Equal where their functions are: what is compiled for one network serves another that is built of the same functions.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entrywise:
+    """A function of numbers as a function of arrays."""
+
+    fn: Callable[[Any], Any]
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.vectorize(self.fn)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derivative:
+    """The derivative of a function of numbers."""
+
+    fn: Callable[[Any], Any]
+
+    def __call__(self, x: Array) -> Array:
+        return jax.grad(self.fn)(x)
 
 
 def _no_function(inputs):

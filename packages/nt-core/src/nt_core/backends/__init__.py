@@ -1,12 +1,14 @@
 """Choice of the backend that executes a program."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import jax
 
-from nt_core.backends.base import Backend, Request, device_of
+from nt_core.backends.base import Backend, Device, Request, device_of
 from nt_core.backends.cpu import CpuBackend
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.backends.xla import XlaBackend
@@ -25,6 +27,7 @@ _BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (CpuBackend(), MosaicGpuBackend(), MosaicTpuBackend(), XlaBackend())
 }
 _VARIABLE = "NT_IMPLEMENTATION"
+_NUMBERS = (bool, int, float)
 
 
 def register_backend(backend: Backend) -> None:
@@ -84,8 +87,10 @@ def propagate(
     for source in sources:
         if isinstance(source, Kernel):
             _check_kernel(source, request)
-    backend, _ = choose(program, sources, request, implementation)
-    return _propagate(program, sources, request=request, backend=backend.name)
+    question = _question(program, sources, request)
+    backend, _ = _choose(question, _candidates(implementation))
+    coefficients, structure = program.flat
+    return _propagate(coefficients, sources, structure=structure, request=request, backend=backend)
 
 
 def _check_kernel(kernel: Kernel, request: Request) -> None:
@@ -101,28 +106,74 @@ def choose(
     program: Program, sources: tuple[Source, ...], request: Request, implementation: Implementation = None
 ) -> tuple[Backend, dict[str, str]]:
     """Returns the backend for a program, and why each one before it in the order was passed over."""
-    device = device_of(sources)
+    backend, refusals = _choose(_question(program, sources, request), _candidates(implementation))
+    return backend, dict(refusals)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """All that a refusal depends on."""
+
+    program: Any  # structures
+    sources: Any
+    types: tuple[Any, ...]  # of coefficients and arrays
+    request: Request
+    device: Device
+    leaves: tuple[Any, ...] = dataclasses.field(compare=False)  # numbers as they are, arrays without values
+
+
+def _question(program: Program, sources: tuple[Source, ...], request: Request) -> _Question:
+    coefficients, structure = program.flat
+    arrays, structure_of_sources = jax.tree.flatten(sources)
+    leaves = tuple(map(_without_values, (*coefficients, *arrays)))
+    types = tuple(type(leaf) if isinstance(leaf, _NUMBERS) else leaf for leaf in leaves)
+    return _Question(structure, structure_of_sources, types, request, device_of(sources), leaves)
+
+
+def _without_values(leaf: Any) -> Any:
+    if isinstance(leaf, _NUMBERS):
+        return leaf
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(question: _Question, candidates: tuple[Backend, ...]) -> tuple[Backend, dict[str, str]]:
+    chosen: list[Backend] = []
     refusals: dict[str, str] = {}
-    for name in _names(implementation):
-        backend = _BACKENDS[name]
-        reason = backend.refusal(program, sources, request, device)
-        if reason is None:
-            return backend, refusals
-        refusals[name] = reason
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise NotImplementedError(f"No backend takes this program. {reasons}")
+
+    def ask(arrays: Sequence[Any]) -> None:
+        traced = iter(arrays)
+        leaves = [leaf if isinstance(leaf, _NUMBERS) else next(traced) for leaf in question.leaves]
+        program = jax.tree.unflatten(question.program, leaves[: question.program.num_leaves])
+        sources = jax.tree.unflatten(question.sources, leaves[question.program.num_leaves :])
+        for backend in candidates:
+            reason = backend.refusal(program, sources, question.request, question.device)
+            if reason is None:
+                chosen.append(backend)
+                return
+            refusals[backend.name] = reason
+
+    # Arrays are traced: a decision can neither read nor compute any.
+    jax.eval_shape(ask, [leaf for leaf in question.leaves if not isinstance(leaf, _NUMBERS)])
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        raise NotImplementedError(f"No backend takes this program. {reasons}")
+    return chosen[0], refusals
 
 
-@partial(jax.jit, static_argnames=("request", "backend"))
-def _propagate(program: Program, sources: tuple[Source, ...], *, request: Request, backend: str) -> tuple[Kernel, ...]:
-    return _BACKENDS[backend].propagate(program, sources, request)
+@functools.partial(jax.jit, static_argnames=("structure", "request", "backend"))
+def _propagate(
+    coefficients: Sequence[Any], sources: tuple[Source, ...], *, structure: Any, request: Request, backend: Backend
+) -> tuple[Kernel, ...]:
+    return backend.propagate(jax.tree.unflatten(structure, coefficients), sources, request)
 
 
-def _names(implementation: Implementation) -> tuple[str, ...]:
+def _candidates(implementation: Implementation) -> tuple[Backend, ...]:
     if implementation is None:
         from_environment = os.environ.get(_VARIABLE)
         if not from_environment:
-            return tuple(_BACKENDS)
+            return tuple(_BACKENDS.values())
         implementation = [name.strip() for name in from_environment.split(",")]
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names:
@@ -132,4 +183,4 @@ def _names(implementation: Implementation) -> tuple[str, ...]:
     for name in names:
         if name not in _BACKENDS:
             raise ValueError(f"Unknown implementation {name!r}; there are {', '.join(_BACKENDS)}.")
-    return names
+    return tuple(_BACKENDS[name] for name in names)

@@ -46,7 +46,11 @@ class Backend(Protocol):
     name: str
 
     def refusal(self, program: Program, sources: tuple[Source, ...], request: Request, device: Device) -> str | None:
-        """Says why this program is not taken on a device, or None if it is."""
+        """Says why this program is not taken on a device, or None if it is.
+
+        It depends on types and shapes alone, never on values: the answer for one program is kept for all alike. Arrays
+        are traced.
+        """
         ...
 
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:

@@ -1,0 +1,128 @@
+"""What a call of `kernel_fn` costs beside its arithmetic: compilations, and work on the host."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from nt_core import backends, program
+from nt_core.backends.cpu import CpuBackend
+from nt_stax import (
+    Conv,
+    Dense,
+    Elementwise,
+    ElementwiseNumerical,
+    Erf,
+    FanInSum,
+    FanOut,
+    Flatten,
+    GlobalAvgPool,
+    Identity,
+    LayerNorm,
+    Relu,
+    parallel,
+    serial,
+)
+
+COMPILED = []
+X1, X2 = np.ones((2, 4, 4, 3), np.float32), np.full((3, 4, 4, 3), 2, np.float32)
+
+
+def _record(event, duration, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(kwargs)
+
+
+jax.monitoring.register_event_duration_secs_listener(_record)
+
+
+def square(x):
+    return x**2
+
+
+def square_nngp(cov12, var1, var2):
+    return var1 * var2 + 2 * cov12**2
+
+
+def square_d_nngp(cov12, var1, var2):
+    return 4 * cov12
+
+
+def fcn(W_std):
+    return serial(Dense(4, W_std, 0.1), Relu(), Dense(1))
+
+
+def resnet(W_std):
+    block = serial(FanOut(2), parallel(serial(Relu(), Conv(4, (3, 3), padding="SAME")), Identity()), FanInSum())
+    readout = serial(LayerNorm(), Erf(), GlobalAvgPool(), Dense(1, W_std))
+    return serial(Conv(4, (3, 3), padding="SAME"), block, readout)
+
+
+def of_functions(W_std):
+    given = Elementwise(square, square_nngp, square_d_nngp)
+    with warnings.catch_warnings(action="ignore"):  # the derivative is found by differentiation
+        numerical = ElementwiseNumerical(square, 3)
+    return serial(Conv(4, (3, 3), W_std=W_std), given, Flatten(), Dense(4), numerical, Dense(1))
+
+
+@pytest.mark.parametrize("network", [fcn, resnet, of_functions])
+@pytest.mark.parametrize("second", [True, False])
+def test_networks_of_steps_are_compiled_once(network, second):
+    """One program, also for an equal network that is built anew, and for other values of its parameters."""
+    x1, x2 = (X1, X2 if second else None) if network is not fcn else (X1[:, 0, 0], X2[:, 0, 0] if second else None)
+    jax.clear_caches()
+    COMPILED.clear()
+    first = network(1.5)[2](x1, x2, "ntk")
+    assert len(COMPILED) == 1
+    again, other = network(1.5)[2](x1, x2, "ntk"), network(2.5)[2](x1, x2, "ntk")
+    assert len(COMPILED) == 1
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_a_warm_call_neither_collects_nor_decides(monkeypatch):
+    kernel_fn = resnet(1.5)[2]
+    first = kernel_fn(X1, X2, "ntk")
+
+    def never(*args):
+        raise AssertionError("This was done before.")
+
+    monkeypatch.setattr(program.Builder, "add", never)
+    monkeypatch.setattr(CpuBackend, "refusal", never)
+    np.testing.assert_array_equal(kernel_fn(X1, X2, "ntk"), first)
+    with pytest.raises(AssertionError, match="done before"):
+        kernel_fn(X1[:1], X2, "ntk")
+
+
+def test_decisions_follow_the_environment(monkeypatch):
+    kernel_fn = fcn(1.5)[2]
+    chosen = []
+    propagate = {name: backend.propagate for name, backend in backends._BACKENDS.items()}
+    for name, backend in backends._BACKENDS.items():
+        monkeypatch.setattr(
+            backend, "propagate", lambda *args, name=name: (chosen.append(name), propagate[name](*args))[1]
+        )
+    jax.clear_caches()
+    for value, expected in (("", "cpu"), ("xla", "xla"), ("mosaic_gpu, xla", "xla")):
+        monkeypatch.setenv("NT_IMPLEMENTATION", value)
+        kernel_fn(X1[:, 0, 0], None, "nngp")
+        assert chosen[-1] == expected
+    monkeypatch.setenv("NT_IMPLEMENTATION", "gpu")
+    with pytest.raises(ValueError, match="Unknown implementation 'gpu'"):
+        kernel_fn(X1[:, 0, 0], None, "nngp")
+    with pytest.raises(ValueError, match="`implementation` is empty: name one of cpu, "):
+        kernel_fn(X1[:, 0, 0], None, "nngp", implementation=())
+
+
+def test_coefficients_may_be_traced_in_networks_built_within():
+    """What is remembered of a network with traced coefficients goes with it."""
+
+    def ntk(W_std):
+        kernel_fn = fcn(W_std)[2]
+        kernel_fn(X1[:, 0, 0], None, "ntk")
+        return kernel_fn(X1[:, 0, 0], None, "ntk")[0, 1]
+
+    with jax.checking_leaks():
+        derivative = jax.jit(jax.grad(ntk))(1.5)
+    difference = (ntk(1.51) - ntk(1.49)) / 0.02
+    np.testing.assert_allclose(derivative, difference, rtol=1e-3)
