@@ -10,13 +10,16 @@ from nt_core.backends.cpu import CpuBackend
 from nt_stax import (
     Conv,
     Dense,
+    Dropout,
     Elementwise,
     ElementwiseNumerical,
     Erf,
+    FanInConcat,
     FanInSum,
     FanOut,
     Flatten,
     GlobalAvgPool,
+    GlobalSelfAttention,
     Identity,
     LayerNorm,
     Relu,
@@ -49,7 +52,7 @@ def square_d_nngp(cov12, var1, var2):
 
 
 def fcn(W_std):
-    return serial(Dense(4, W_std, 0.1), Relu(), Dense(1))
+    return serial(Flatten(), Dense(4, W_std, 0.1), Relu(), Dense(1))
 
 
 def resnet(W_std):
@@ -65,17 +68,43 @@ def of_functions(W_std):
     return serial(Conv(4, (3, 3), W_std=W_std), given, Flatten(), Dense(4), numerical, Dense(1))
 
 
-@pytest.mark.parametrize("network", [fcn, resnet, of_functions])
-@pytest.mark.parametrize("second", [True, False])
-def test_networks_of_steps_are_compiled_once(network, second):
+def dropout(W_std):
+    return serial(Conv(4, (3, 3), W_std=W_std), Dropout(0.5), Flatten(), Dense(1))
+
+
+@pytest.mark.parametrize("network", [fcn, resnet, of_functions, dropout])
+@pytest.mark.parametrize("x2", [X2, None])
+def test_networks_of_steps_are_compiled_once(network, x2):
     """One program, also for an equal network that is built anew, and for other values of its parameters."""
-    x1, x2 = (X1, X2 if second else None) if network is not fcn else (X1[:, 0, 0], X2[:, 0, 0] if second else None)
     jax.clear_caches()
     COMPILED.clear()
-    first = network(1.5)[2](x1, x2, "ntk")
+    first = network(1.5)[2](X1, x2, "ntk")
     assert len(COMPILED) == 1
-    again, other = network(1.5)[2](x1, x2, "ntk"), network(2.5)[2](x1, x2, "ntk")
+    again, other = network(1.5)[2](X1, x2, "ntk"), network(2.5)[2](X1, x2, "ntk")
     assert len(COMPILED) == 1
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def attention(W_std):
+    heads = GlobalSelfAttention(4, 4, 4, 2, linear_scaling=False, attention_mechanism="IDENTITY", W_key_std=W_std)
+    return serial(Conv(4, (3, 3)), heads, Flatten(), Dense(1))
+
+
+def concatenation(W_std):
+    branches = parallel(Conv(4, (3, 3), W_std=W_std), Conv(4, (3, 3)))
+    return serial(FanOut(2), branches, FanInConcat(1), Flatten(), Dense(1))
+
+
+@pytest.mark.parametrize("network", [attention, concatenation])
+def test_functions_of_kernels_are_compiled_once(network):
+    """Each as one, between two programs."""
+    jax.clear_caches()
+    COMPILED.clear()
+    first = network(1.5)[2](X1, X2, "ntk")
+    assert len(COMPILED) == 3
+    again, other = network(1.5)[2](X1, X2, "ntk"), network(2.5)[2](X1, X2, "ntk")
+    assert len(COMPILED) == 3
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
 
@@ -105,13 +134,13 @@ def test_decisions_follow_the_environment(monkeypatch):
     jax.clear_caches()
     for value, expected in (("", "cpu"), ("xla", "xla"), ("mosaic_gpu, xla", "xla")):
         monkeypatch.setenv("NT_IMPLEMENTATION", value)
-        kernel_fn(X1[:, 0, 0], None, "nngp")
+        kernel_fn(X1, None, "nngp")
         assert chosen[-1] == expected
     monkeypatch.setenv("NT_IMPLEMENTATION", "gpu")
     with pytest.raises(ValueError, match="Unknown implementation 'gpu'"):
-        kernel_fn(X1[:, 0, 0], None, "nngp")
+        kernel_fn(X1, None, "nngp")
     with pytest.raises(ValueError, match="`implementation` is empty: name one of cpu, "):
-        kernel_fn(X1[:, 0, 0], None, "nngp", implementation=())
+        kernel_fn(X1, None, "nngp", implementation=())
 
 
 def test_coefficients_may_be_traced_in_networks_built_within():
@@ -119,8 +148,8 @@ def test_coefficients_may_be_traced_in_networks_built_within():
 
     def ntk(W_std):
         kernel_fn = fcn(W_std)[2]
-        kernel_fn(X1[:, 0, 0], None, "ntk")
-        return kernel_fn(X1[:, 0, 0], None, "ntk")[0, 1]
+        kernel_fn(X1, None, "ntk")
+        return kernel_fn(X1, None, "ntk")[0, 1]
 
     with jax.checking_leaks():
         derivative = jax.jit(jax.grad(ntk))(1.5)

@@ -73,8 +73,13 @@ class Masks:
 
     def unmasked(self, spec: Spec) -> tuple[Array, Array | None]:
         """Returns for both batches where they are not masked, as `(n, *space)`. See `mask_of_positions`."""
-        second = None if self.second is None else ~mask_of_positions(self.second, spec.shape2, spec)
-        return ~mask_of_positions(self.first, spec.shape1, spec), second
+        return _unmasked(self.first, self.second, spec)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _unmasked(first: Array, second: Array | None, spec: Spec) -> tuple[Array, Array | None]:
+    second = None if second is None else ~mask_of_positions(second, spec.shape2, spec)
+    return ~mask_of_positions(first, spec.shape1, spec), second
 
 
 def mask_of_positions(mask: Array, shape: tuple[int, ...], spec: Spec) -> Array:

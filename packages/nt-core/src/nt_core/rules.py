@@ -275,8 +275,13 @@ def _propagate_masks(rule: Rule, before: Any, after: Any) -> Any:
     masks1 = rule.mask_fn(nt_tree_map(lambda k: k.mask1, before), nt_tree_map(lambda k: k.shape1, before))
     masks2 = rule.mask_fn(nt_tree_map(lambda k: k.mask2, before), nt_tree_map(lambda k: k.shape2, before))
     if rule.remask:
-        return _map_with(Kernel, lambda k, m1, m2: k.mask(m1, m2), after, masks1, masks2)
+        return _map_with(Kernel, _masked, after, masks1, masks2)
     return _map_with(Kernel, lambda k, m1, m2: k.replace(mask1=m1, mask2=m2), after, masks1, masks2)
+
+
+@jax.jit
+def _masked(kernel: Kernel, mask1: Array | None, mask2: Array | None) -> Kernel:
+    return kernel.mask(mask1, mask2)
 
 
 def _map_with(leaf: type, fn: Callable[..., Any], tree: Any, *others: Any) -> Any:

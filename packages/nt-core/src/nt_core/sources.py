@@ -49,33 +49,24 @@ class Inputs:
 
     def kernel(self, ntk: bool) -> Kernel:
         """Forms the covariance: `x1 x2^T / n_channels`, uncentred."""
-        spec = self.spec
-        a, b = self.first(), self.second()
         return Kernel.from_spec(
-            spec,
-            nngp=_covariance(a, b, spec, same_sample=False),
-            ntk=jnp.zeros((), a.dtype) if ntk else None,
-            cov1=_covariance(a, a, spec, same_sample=spec.diagonal_batch),
-            cov2=None if self.x2 is None else _covariance(b, b, spec, same_sample=spec.diagonal_batch),
-            x1_is_x2=self.same_inputs(),
-            mask1=self.mask1,
-            mask2=self.mask2,
+            self.spec, **_covariances(self, ntk), x1_is_x2=self.same_inputs(), mask1=self.mask1, mask2=self.mask2
         )
 
     def same_inputs(self) -> bool | Array:
         """Whether both batches are the same samples to dropout; traced where only the values tell."""
-        return self._compare(lambda x1, x2: jnp.abs(x1 - x2) < SAME_INPUT_TOLERANCE)
+        return self._compare(_all_close)
 
     def identical(self) -> bool | Array:
         """Whether both batches are equal, bit for bit: the covariances of equal samples are then their variances."""
-        return self._compare(jnp.equal)
+        return self._compare(_all_equal)
 
     def _compare(self, close: Callable[[Array, Array], Array]) -> bool | Array:
         if self.x2 is None or self.x2 is self.x1:
             return True
         if self.x1.shape != self.x2.shape:
             return False
-        return jnp.all(close(self.x1, self.x2))
+        return close(self.x1, self.x2)
 
 
 register_dataclass(Inputs, data_fields=["x1", "x2", "mask1", "mask2"], meta_fields=["spec"])
@@ -99,6 +90,30 @@ def masks_of(source: Source) -> Masks | None:
     """Returns where both batches of a source are masked."""
     has_one = source.x2 is None if isinstance(source, Inputs) else source.cov2 is None
     return Masks.of(source.mask1, source.mask2, has_one and source.spec.n1 == source.spec.n2)
+
+
+# Compiled, each as one: they are also called outside of programs.
+
+
+@functools.partial(jax.jit, static_argnames="ntk")
+def _covariances(inputs: Inputs, ntk: bool) -> dict[str, Array | None]:
+    spec, a, b = inputs.spec, inputs.first(), inputs.second()
+    return {
+        "nngp": _covariance(a, b, spec, same_sample=False),
+        "ntk": jnp.zeros((), a.dtype) if ntk else None,
+        "cov1": _covariance(a, a, spec, same_sample=spec.diagonal_batch),
+        "cov2": None if inputs.x2 is None else _covariance(b, b, spec, same_sample=spec.diagonal_batch),
+    }
+
+
+@jax.jit
+def _all_close(x1: Array, x2: Array) -> Array:
+    return jnp.all(jnp.abs(x1 - x2) < SAME_INPUT_TOLERANCE)
+
+
+@jax.jit
+def _all_equal(x1: Array, x2: Array) -> Array:
+    return jnp.all(x1 == x2)
 
 
 def same_batches(sources: tuple[Source, ...]) -> bool | Array:

@@ -5,6 +5,7 @@ import enum
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 from jax.core import Tracer
-from nt_core import Bool, Diagonal, Kernel, Rule, layer, supports_masking
+from nt_core import Bool, Diagonal, Kernel, Rule, Spec, layer, supports_masking
 from nt_core.authoring import combine, from_positions, to_positions
 
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
@@ -193,23 +194,14 @@ def GlobalSelfAttention(
                 "With linear_scaling=False the infinite-width limit is known for attention_mechanism='IDENTITY' only, "
                 f"got '{mechanism.name}'. Use linear_scaling=True for other mechanisms."
             )
-        plain = _prepared(kernel)
-        joint = plain if embedding is None else embedding.join_kernel(plain, kernel.spec.space)
-        values = joint if val_pos_emb else plain
-        if linear_scaling:
-            attended = _attend_with_fixed_gates(joint, values, mechanism, qk_std)
-        else:
-            attended = _attend_with_random_gates(joint, values) * qk_std
-        outputs = attended * ov_std
-        if b_std is not None:
-            outputs = (outputs + b_std).add_to_ntk(b_std**2)
-        outputs = outputs.replace(
-            is_gaussian=True,
-            is_input=False,
-            shape1=_resized(plain.shape1, {2: n_chan_out}),
-            shape2=_resized(plain.shape2, {2: n_chan_out}),
+        return _attended(
+            kernel,
+            None if embedding is None else embedding.covariance(kernel.spec),
+            (qk_std, ov_std, b_std),
+            fixed_gates=mechanism if linear_scaling else None,
+            val_pos_emb=val_pos_emb,
+            n_chan_out=n_chan_out,
         )
-        return kernel.from_matrices(outputs)
 
     rule = Rule(
         "GlobalSelfAttention",
@@ -251,25 +243,18 @@ class _Embedding:
         embedding = jnp.broadcast_to(self.std * embedding, (*x.shape[:2], embedding.shape[-1]))
         return jnp.concatenate([x, embedding], axis=-1) if self.concat else x + embedding
 
-    def join_kernel(self, kernel: Kernel, space: tuple[int, ...]) -> Kernel:
-        """Returns the kernel of the joined inputs: covariances are sums, or averages over the channels of both.
+    def covariance(self, spec: Spec) -> tuple[float, Any, Array]:
+        """Returns `(share, factor, correlation)`: a covariance of inputs becomes `share K + factor correlation`.
 
-        Args:
-          kernel: that of `Kernel.matrices`.
-          space: sizes of the spatial axes.
+        This is a sum, or an average over the channels of inputs and embeddings.
         """
-        n_in = kernel.spec.n_channels
+        n_in = spec.n_channels
         n_embedding = self.n_channels_for(n_in)
         n = n_in + n_embedding
         share, embedding_share = (n_in / n, n_embedding / n) if self.concat else (1.0, 1.0)
-        correlation = self.correlation(space)
+        correlation = self.correlation(spec.space)
         _cholesky(correlation)  # is it one?
-
-        def join(k: Array) -> Array:
-            added = embedding_share * self.std**2 * correlation
-            return share * k + added.reshape((1,) * (k.ndim - 2) + added.shape)
-
-        return kernel.map(join).mask(kernel.mask1, kernel.mask2)
+        return share, embedding_share * self.std**2, correlation
 
     def correlation(self, space: tuple[int, ...]) -> Array:
         """Returns the correlation of the embeddings of all pairs of positions, `(positions, positions)`."""
@@ -310,6 +295,56 @@ def _gates(logits: Array, masked_keys: Array | None, mechanism: AttentionMechani
         nothing = jnp.finfo(logits.dtype).min if mechanism is AttentionMechanism.SOFTMAX else 0
         logits = jnp.where(masked_keys, nothing, logits)
     return mechanism.fn()(logits)
+
+
+@partial(jax.jit, static_argnames=("fixed_gates", "val_pos_emb", "n_chan_out"))
+def _attended(
+    kernel: Kernel,
+    embedding: tuple[float, Any, Array] | None,
+    stds: tuple[Any, Any, Any],
+    *,
+    fixed_gates: AttentionMechanism | None,
+    val_pos_emb: bool,
+    n_chan_out: int,
+) -> Kernel:
+    """Returns the kernel of the outputs.
+
+    Args:
+      kernel: of the inputs.
+      embedding: as `_Embedding.covariance` returns it.
+      stds: of queries times keys, of outputs times values, and of biases.
+      fixed_gates: what makes gates of the covariance of each sample with itself; None for gates that are random.
+      val_pos_emb: whether the values have embeddings too.
+      n_chan_out: number of output channels.
+    """
+    qk_std, ov_std, b_std = stds
+    plain = _prepared(kernel)
+    joint = plain if embedding is None else _with_embedding(plain, *embedding)
+    values = joint if val_pos_emb else plain
+    if fixed_gates is not None:
+        attended = _attend_with_fixed_gates(joint, values, fixed_gates, qk_std)
+    else:
+        attended = _attend_with_random_gates(joint, values) * qk_std
+    outputs = attended * ov_std
+    if b_std is not None:
+        outputs = (outputs + b_std).add_to_ntk(b_std**2)
+    outputs = outputs.replace(
+        is_gaussian=True,
+        is_input=False,
+        shape1=_resized(plain.shape1, {2: n_chan_out}),
+        shape2=_resized(plain.shape2, {2: n_chan_out}),
+    )
+    return kernel.from_matrices(outputs)
+
+
+def _with_embedding(kernel: Kernel, share: float, factor: Any, correlation: Array) -> Kernel:
+    """Returns the kernel of inputs joined with embeddings, of that of `Kernel.matrices`."""
+
+    def join(k: Array) -> Array:
+        added = factor * correlation
+        return share * k + added.reshape((1,) * (k.ndim - 2) + added.shape)
+
+    return kernel.map(join).mask(kernel.mask1, kernel.mask2)
 
 
 def _prepared(kernel: Kernel) -> Kernel:

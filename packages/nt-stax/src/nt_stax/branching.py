@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from nt_core import Builder, Kernel, Rule, Run, Spec, Value, layer, steps, supports_masking
@@ -189,17 +190,24 @@ def _concatenate_apart(kernels: Sequence[Kernel], axis: int) -> Kernel:
             stacklevel=2,
         )
 
-    def concatenate(*covariances: Array) -> Array:
-        stored, is_pair = _stored_axis(first.spec, axis, covariances[0].ndim)
-        return _block_diagonal(covariances, stored) if is_pair else jnp.concatenate(covariances, stored)
-
-    return combine(concatenate, kernels).replace(
+    return _combined(kernels, axis).replace(
         shape1=_concatenated_shape([kernel.shape1 for kernel in kernels], axis),
         shape2=_concatenated_shape([kernel.shape2 for kernel in kernels], axis),
         is_gaussian=all(kernel.is_gaussian for kernel in kernels),
         is_reversed=reverse,
         is_input=False,
     )
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _combined(kernels: Sequence[Kernel], axis: int) -> Kernel:
+    """Returns the first kernel with the covariances of all, concatenated."""
+
+    def concatenate(*covariances: Array) -> Array:
+        stored, is_pair = _stored_axis(kernels[0].spec, axis, covariances[0].ndim)
+        return _block_diagonal(covariances, stored) if is_pair else jnp.concatenate(covariances, stored)
+
+    return combine(concatenate, kernels)
 
 
 def _stored_axis(spec: Spec, axis: int, ndim: int) -> tuple[int, bool]:

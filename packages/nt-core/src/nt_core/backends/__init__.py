@@ -39,7 +39,7 @@ def register_backend(backend: Backend) -> None:
     Raises:
       ValueError: there is a backend of this name.
     """
-    if backend.name in _BACKENDS:  # compiled programs are told apart by the names of their backends
+    if backend.name in _BACKENDS:
         raise ValueError(f"There is a backend {backend.name!r} already; give this one another name.")
     others = dict(_BACKENDS)
     _BACKENDS.clear()
