@@ -15,7 +15,7 @@ from nt_core.layer import kernel_fields, request_for, rules_of
 from nt_core.masks import get_masked_array
 from nt_core.program import Program, prune
 from nt_core.requirements import in_series, resolve
-from nt_core.rules import Run, Stage, first_stage
+from nt_core.rules import Run, Segment, first_segment
 from nt_core.sources import Source, make_inputs
 from nt_core.trees import nt_tree_map
 
@@ -115,25 +115,25 @@ def compare(
     n_programs, n_values = 0, 0
     refusals: dict[str, None] = {}
     while rules:
-        stage, rules = first_stage(rules, state, run)
+        segment, rules = first_segment(rules, state, run)
         n_programs += 1
-        for value, step, first, second in _values(stage, implementations, refusals):
+        for value, step, first, second in _values(segment, implementations, refusals):
             n_values += 1
             field, index, entries, relative = _largest_difference(first, second)
             if relative > tolerance:
                 found = Difference(n_programs, value, step, field, index, entries, relative)
                 return Comparison(implementations, tolerance, n_values, found, tuple(refusals))
-        state = stage.apply()
+        state = segment.apply()
     return Comparison(implementations, tolerance, n_values, None, tuple(refusals))
 
 
 def _values(
-    stage: Stage, implementations: tuple[str, str], refusals: dict[str, None]
+    segment: Segment, implementations: tuple[str, str], refusals: dict[str, None]
 ) -> Iterator[tuple[int, str, Kernel, Kernel]]:
     """Computes the values that both backends take, in order. Appends why one does not take a value to `refusals`."""
-    if stage.collected is None:  # a function of kernels, which has no backend
+    if segment.collected is None:  # a function of kernels, which has no backend
         return
-    program, sources, request = stage.collected.program, stage.sources, stage.run.request
+    program, sources, request = segment.collected.program, segment.sources, segment.run.request
     for value, step in enumerate(str(program).splitlines()[: program.n_values]):
         until_here = prune(Program(program.sources, program.nodes, (value,)))
         refused = [_refusal(until_here, sources, request, name) for name in implementations]

@@ -12,7 +12,7 @@ from nt_core.get import Get
 from nt_core.layer import kernel_fields, request_for, rules_of
 from nt_core.program import Node, Program
 from nt_core.requirements import in_series, resolve
-from nt_core.rules import Run, Stage, first_stage, materialise
+from nt_core.rules import Run, Segment, first_segment, materialise
 from nt_core.sources import make_inputs
 from nt_core.spec import Spec
 from nt_core.steps import Conv, Dual, Normalize, Pool
@@ -61,12 +61,12 @@ def explain(
     def trace(x1: Any, x2: Any) -> Any:
         x2 = nt_tree_map(lambda _: None, x1) if x2 is None else x2
         state = nt_tree_map(lambda a, b: make_inputs(a, b, layout), x1, x2)
-        rest, n_stages = rules, 0
+        rest, n_segments = rules, 0
         while rest:
-            stage, rest = first_stage(rest, state, Run(last, implementation, {"pattern": None}))
-            n_stages += 1
-            lines.extend(_describe(stage, f"program {n_stages}"))
-            state = stage.apply()
+            segment, rest = first_segment(rest, state, Run(last, implementation, {"pattern": None}))
+            n_segments += 1
+            lines.extend(_describe(segment, f"program {n_segments}"))
+            state = segment.apply()
         return nt_tree_map(materialise, state)
 
     arrays1 = _abstract(shape1)
@@ -74,11 +74,11 @@ def explain(
     return "\n".join(lines)
 
 
-def _describe(stage: Stage, title: str) -> list[str]:
-    if stage.collected is None:
-        return [f"{title}: {stage.rules[0].name}, a function of materialised kernels"]
-    program, request = stage.collected.program, stage.run.request
-    backend, refusals = backends.choose(program, stage.sources, request, stage.run.implementation)
+def _describe(segment: Segment, title: str) -> list[str]:
+    if segment.collected is None:
+        return [f"{title}: {segment.rules[0].name}, a function of materialised kernels"]
+    program, request = segment.collected.program, segment.run.request
+    backend, refusals = backends.choose(program, segment.sources, request, segment.run.implementation)
     return [
         f"{title}, on {backend.name}",
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),

@@ -92,13 +92,13 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Segment:
     """Layers that are applied together, as one program; or one layer on its own.
 
     Attributes:
       rules: of the layers.
       state: tree of sources.
-      run: what is asked of this stage.
+      run: what is asked of this segment.
       collected: the program, or None for a layer on its own.
     """
 
@@ -122,12 +122,12 @@ class Stage:
 def apply_rules(rules: Sequence[Rule], state: Any, run: Run) -> Any:
     """Carries a tree of sources through layers. Returns a tree of `Kernel`s."""
     while rules:
-        stage, rules = first_stage(rules, state, run)
-        state = stage.apply()
+        segment, rules = first_segment(rules, state, run)
+        state = segment.apply()
     return nt_tree_map(lambda source: materialise(source, run.request.ntk), state)
 
 
-def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Sequence[Rule]]:
+def first_segment(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Segment, Sequence[Rule]]:
     """Returns the layers that are to be applied first, as many as there can be, and those that remain."""
     collected = _collect(rules, state, run)
     if not collected.n_rules:
@@ -137,7 +137,7 @@ def first_stage(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Stage, Seq
     n = 1 if collected is None else collected.n_rules
     if n < len(rules):  # what follows reads the variances
         run = dataclasses.replace(run, request=dataclasses.replace(run.request, covariances=True))
-    return Stage(rules[:n], state, run, collected), rules[n:]
+    return Segment(rules[:n], state, run, collected), rules[n:]
 
 
 def collect(
