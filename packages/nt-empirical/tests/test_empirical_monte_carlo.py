@@ -246,8 +246,8 @@ def test_numbers_of_samples_are_checked():
 
 
 def test_devices_and_implementations_are_checked():
-    with pytest.raises(NotImplementedError, match="`device_count` must be -1, 0 or 1, got 2"):
-        monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, device_count=2)
+    with pytest.raises(ValueError, match=r"`device_count` must be -1 .* got 99"):
+        monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, device_count=99)
     with pytest.raises(NotImplementedError, match="JACOBIAN_CONTRACTION"):
         monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, implementation=3)
     with pytest.raises(ValueError, match="`batch_size` must be positive, or 0"):
@@ -264,8 +264,13 @@ def test_what_cannot_be_cut_into_blocks():
         return monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, batch_size=2, **options)
 
     for axes in ({"trace_axes": (0,)}, {"diagonal_axes": -2}):
-        with pytest.raises(ValueError, match="first axis of the outputs holds the samples"):
+        with pytest.raises(ValueError, match=r"must have these as its first axes|the first axis of the outputs"):
             blocks(**axes)(X1, X1)
+    kernel_fn = monte_carlo_kernel_fn(
+        init_fn, lambda p, x, **kwargs: apply_fn(p, x).T, KEY, 1, 2, trace_axes=0, vmap_axes=(0, 1, None)
+    )
+    with pytest.raises(ValueError, match="samples are along the first axis of all inputs and outputs"):
+        kernel_fn(X1, X2)
     with pytest.raises(ValueError, match="the array `weights` must be given as a tuple of two arrays"):
         blocks()(X1, X2, weights=np.ones(5))
     with pytest.raises(ValueError, match=r"same size along their first axis, got sizes \[4, 5\]"):

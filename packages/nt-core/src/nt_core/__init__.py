@@ -6,6 +6,7 @@ The pieces: `Kernel`, the covariances themselves; `steps` and `Program`, what a 
 
 from nt_core import activations, steps
 from nt_core.backends import Backend, Request, propagate, register_backend
+from nt_core.batch import batch
 from nt_core.compare import Comparison, Difference, compare
 from nt_core.explain import explain
 from nt_core.kernel import Kernel
@@ -38,6 +39,7 @@ __all__ = [
     "Value",
     "activations",
     "apply_rules",
+    "batch",
     "compare",
     "explain",
     "layer",

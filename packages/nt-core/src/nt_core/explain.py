@@ -1,5 +1,6 @@
 """Says how the kernel of a network will be computed, without computing it."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,7 @@ def explain(
     """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
 
     Args:
-      kernel_fn: of a layer or network.
+      kernel_fn: of a layer or network; made by `batch`, its cells and devices are described too.
       shape1, shape2: shapes of the inputs (or nested lists of shapes); `shape2=None` for `x2=None`.
       get: as for `kernel_fn`.
       implementation: as for `kernel_fn`.
@@ -49,7 +50,8 @@ def explain(
       return %1
       about 64 operations, 128 bytes of results in float32
     """
-    rules = rules_of(kernel_fn)
+    batching = getattr(kernel_fn, "batching", None)
+    rules = rules_of(inspect.unwrap(kernel_fn, stop=lambda fn: not hasattr(fn, "batching")))
     names = kernel_fields(get)
     last = request_for(names)
     layout = resolve(in_series(*(rule.requirements for rule in rules)))
@@ -69,6 +71,10 @@ def explain(
             state = segment.apply()
         return nt_tree_map(materialise, state)
 
+    if batching is not None:
+        shapes = (shape1, shape1 if shape2 is None else shape2)
+        n1, n2 = (_first_shape(shape)[layout["batch_axis"]] for shape in shapes)
+        lines.append(f"for all samples at once; cell by cell it is {batching.describe(n1, n2, shape2 is None)}")
     arrays1 = _abstract(shape1)
     jax.eval_shape(trace, arrays1, None if shape2 is None else _abstract(shape2))
     return "\n".join(lines)
@@ -120,6 +126,10 @@ def _entries(spec: Spec) -> int:
 
 def _n_pairs(spec: Spec) -> int:
     return spec.n1 * spec.n2
+
+
+def _first_shape(shape: Any) -> Any:
+    return shape if all(isinstance(n, int) for n in shape) else _first_shape(shape[0])
 
 
 def _abstract(shape: Any) -> Any:

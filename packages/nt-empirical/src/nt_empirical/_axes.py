@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from nt_core.cells import NotCut
+from nt_core.grid import swapped
 
 Axes = int | Sequence[int]
 
@@ -65,19 +67,18 @@ class OutputAxes:
         )
         kernel = products / math.prod(a.shape[axis] for axis in self.traced)
         # A matrix product may round an entry and its mirror image differently.
-        return (kernel + self.swap(kernel)) / 2 if b is a else kernel
+        return (kernel + swapped(kernel, self.pairs())) / 2 if b is a else kernel
 
-    def swap(self, kernel: jax.Array) -> jax.Array:
-        """Returns the kernel of `(x2, x1)`, given that of `(x1, x2)`."""
-        order, axis = [], 0
+    def pairs(self) -> list[tuple[int, int]]:
+        """Returns the axes of a kernel that are a pair, of which the kernel of `(x2, x1)` has them exchanged."""
+        pairs, axis = [], 0
         for output_axis in range(self.ndim):
             if output_axis in self.diagonal:
-                order.append(axis)
                 axis += 1
             elif output_axis not in self.traced:
-                order += [axis + 1, axis]
+                pairs.append((axis, axis + 1))
                 axis += 2
-        return jnp.transpose(kernel, order)
+        return pairs
 
     def _check_sizes(self, shape1: tuple[int, ...], shape2: tuple[int, ...]) -> None:
         for axis in (*self.traced, *self.diagonal):
@@ -90,9 +91,35 @@ class OutputAxes:
             raise ValueError(f"Outputs of shape {shape1} have no entries along the traced axes {self.traced}.")
 
 
+def axis_pairs(kernel_ndim: int, trace_axes: Axes, diagonal_axes: Axes) -> list[tuple[int, int]] | None:
+    """Returns the pairs of axes of a kernel; None if negative axes leave it open where its diagonal axes are.
+
+    Raises:
+      NotCut: the samples, along the first axis of the outputs, have no pair of axes.
+    """
+    found = []
+    for ndim in range(1, kernel_ndim + len(_as_tuple(trace_axes)) + 1):
+        try:
+            axes = OutputAxes.of(ndim, trace_axes, diagonal_axes)
+        except ValueError:  # axes that outputs with so many do not have
+            continue
+        if 2 * (ndim - len(axes.traced)) - len(axes.diagonal) == kernel_ndim:
+            found.append(axes)
+    if all(0 in (*axes.traced, *axes.diagonal) for axes in found):
+        raise NotCut(
+            "Cell by cell, the first axis of the outputs holds the samples, and can be neither a trace nor a diagonal "
+            f"axis; got trace_axes={trace_axes} and diagonal_axes={diagonal_axes}."
+        )
+    first, *others = (axes.pairs() for axes in found)
+    return first if all(other == first for other in others) else None
+
+
+def _as_tuple(axes: Axes) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
 def _non_negative(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    return tuple(sorted({non_negative_axis(axis, ndim, name) for axis in axes}))
+    return tuple(sorted({non_negative_axis(axis, ndim, name) for axis in _as_tuple(axes)}))
 
 
 def non_negative_axis(axis: int, ndim: int, name: str) -> int:

@@ -5,43 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from nt_core.keywords import is_absent, is_array, split_kwargs
+from nt_core.keywords import is_absent, split_kwargs
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs of a network, and the keywords that it takes for them.
-
-    A pytree, of which arrays are the leaves: keywords that are anything else, such as flags, stay what they are under
-    `jit`.
-    """
+    """Inputs of a network, and the keywords that it takes for them."""
 
     x: Any
     kwargs: dict[str, Any]
-
-    def with_rng(self, rng: jax.Array) -> "Batch":
-        """Returns the batch with this value of the keyword `rng`."""
-        return Batch(self.x, {**self.kwargs, "rng": rng})
-
-    def tree_flatten(self) -> tuple[tuple[Any, list[Any]], tuple[Any, tuple[Any, ...]]]:
-        """Returns the inputs and the arrays among the keywords, and the rest."""
-        leaves, structure = jax.tree.flatten(self.kwargs)
-        arrays = [leaf for leaf in leaves if is_array(leaf)]
-        return (self.x, arrays), (structure, tuple(_Array() if is_array(leaf) else leaf for leaf in leaves))
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, tuple[Any, ...]], children: tuple[Any, list[Any]]) -> "Batch":
-        """Inverts `tree_flatten`."""
-        (structure, leaves), (x, arrays) = static, children
-        remaining = iter(arrays)
-        kwargs = structure.unflatten(next(remaining) if isinstance(leaf, _Array) else leaf for leaf in leaves)
-        return cls(x, kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """Stands where an array was."""
 
 
 def make_batches(x1: Any, x2: Any, kwargs: dict[str, Any]) -> tuple[Batch, Batch]:

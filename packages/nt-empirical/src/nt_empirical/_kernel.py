@@ -7,9 +7,9 @@ import jax
 from nt_core.get import Get, as_named, parse_get
 
 from nt_empirical._axes import Axes
-from nt_empirical._batches import Batch, make_batches
+from nt_empirical._batches import make_batches
 from nt_empirical._nngp import nngp
-from nt_empirical._ntk import NtkImplementation, check_implementation, ntk
+from nt_empirical._ntk import NtkImplementation, check_implementation, ntk, pairs_of_axes
 from nt_empirical._vmap import BatchAxes, VMapAxes
 
 KERNELS = ("nngp", "ntk")
@@ -51,38 +51,20 @@ def empirical_kernel_fn(
       >>> print(kernel.nngp, kernel.ntk)
       [[9.]] [[2.]]
     """
-    kernels_fn = make_kernels_fn(f, trace_axes, diagonal_axes, vmap_axes, implementation)
-
-    def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:
-        names = parse_get(get, KERNELS)
-        return select(get, names, kernels_fn(names, params, *make_batches(x1, x2, kwargs)))
-
-    return kernel_fn
-
-
-def make_kernels_fn(
-    f: Callable[..., Any],
-    trace_axes: Axes,
-    diagonal_axes: Axes,
-    vmap_axes: VMapAxes,
-    implementation: NtkImplementation | int,
-) -> Callable[[tuple[str, ...], Any, Batch, Batch], list[Any]]:
-    """Returns `kernels_fn(names, params, batch1, batch2)`, which returns the named kernels."""
     check_implementation(implementation)
     batch_axes = BatchAxes.of(vmap_axes)
 
-    def kernels_fn(names: tuple[str, ...], params: Any, batch1: Batch, batch2: Batch) -> list[Any]:
+    def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:
+        names = parse_get(get, KERNELS)
+        batch1, batch2 = make_batches(x1, x2, kwargs)
         kernel_fns = {
             "nngp": lambda: nngp(f, params, batch1, batch2, trace_axes, diagonal_axes),
             "ntk": lambda: ntk(f, params, batch1, batch2, trace_axes, diagonal_axes, batch_axes),
         }
-        return [kernel_fns[name]() for name in names]
+        kernels = [kernel_fns[name]() for name in names]
+        return jax.tree.map(
+            lambda *values: as_named(get, "EmpiricalKernel", dict(zip(names, values, strict=True))), *kernels
+        )
 
-    return kernels_fn
-
-
-def select(get: Get, names: tuple[str, ...], kernels: list[Any]) -> Any:
-    """Returns the bare kernel if `get` is a string, else named tuples of all."""
-    return jax.tree.map(
-        lambda *values: as_named(get, "EmpiricalKernel", dict(zip(names, values, strict=True))), *kernels
-    )
+    kernel_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
+    return kernel_fn

@@ -1,20 +1,19 @@
 """Kernels of infinite networks, estimated by finite ones."""
 
-import functools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core import batch
+from nt_core.batch import Batching
 from nt_core.get import Get, parse_get
 from nt_core.keywords import split_kwargs
 
-from nt_empirical._axes import Axes, OutputAxes
-from nt_empirical._batches import Batch, make_batches
-from nt_empirical._kernel import KERNELS, make_kernels_fn, select
+from nt_empirical._axes import Axes
+from nt_empirical._kernel import KERNELS, empirical_kernel_fn
 from nt_empirical._ntk import NtkImplementation
-from nt_empirical._tiles import check_tileable, tiled_kernels
 from nt_empirical._vmap import VMapAxes
 
 
@@ -44,28 +43,26 @@ def monte_carlo_kernel_fn(
       apply_fn: ``apply_fn(params, x, **kwargs)``, returns an array or a pytree of arrays. It gets a keyword ``rng``.
       key: key of ``jax.random``. The same key draws the same parameters, whatever the other arguments.
       n_samples: number of networks, or several numbers for estimates on the way.
-      batch_size: if positive, kernels are computed in blocks of at most so many rows and columns, and the samples are
-        along the first axis of inputs and outputs.
-      device_count: accepted for compatibility; -1, 0 and 1 all mean the default device.
-      store_on_device: whether kernels stay on the device; otherwise they are moved to the memory of the CPU, block by
-        block.
+      batch_size, device_count, store_on_device: how the kernel of each network is computed cell by cell, as for
+        :func:`nt_core.batch`. The samples are along the first axis of inputs and outputs; where they are not, and
+        ``batch_size`` is 0, there is one cell.
       trace_axes, diagonal_axes, vmap_axes, implementation: as for :func:`empirical_ntk_fn`; so are the private ones.
 
     Returns:
       ``kernel_fn(x1, x2=None, get=None, **kwargs)``. ``get`` is ``'nngp'`` or ``'ntk'``, for the bare estimate; or a
       tuple of them, for a named tuple ``EmpiricalKernel``; None is both. If ``n_samples`` is an iterable, the result
       is a generator of these, one for each number in increasing order. A pytree of outputs gives pytrees of these.
-      Keywords go to ``apply_fn``; a 2-tuple has a value for each of ``x1`` and ``x2``. With a positive
-      ``batch_size``, arrays among them must be such 2-tuples. Values that are not arrays are compiled in.
+      Keywords go to ``apply_fn``; a 2-tuple has a value for each of ``x1`` and ``x2``. With several cells, arrays
+      among them must be such 2-tuples. Values that are not arrays are compiled in.
 
-      In networks with dropout the masks depend on ``batch_size``, as the samples of a block share a key; the
-      expectation does not.
+      In networks with dropout the masks depend on the cells, as the samples of a block share a key; the expectation
+      does not.
 
     Raises:
       TypeError: ``n_samples`` is neither an integer nor iterable; ``rng`` is given to ``kernel_fn``.
-      ValueError: ``n_samples`` has numbers that are no positive integers; ``batch_size`` is negative, or blocks
-        cannot be computed on their own; and as :func:`empirical_kernel_fn`.
-      NotImplementedError: ``device_count`` is larger than 1; and as :func:`empirical_kernel_fn`.
+      ValueError: ``n_samples`` has numbers that are no positive integers; as :func:`nt_core.batch`, and as
+        :func:`empirical_kernel_fn`.
+      NotImplementedError: as :func:`empirical_kernel_fn`.
 
     Example:
       >>> import jax
@@ -81,50 +78,22 @@ def monte_carlo_kernel_fn(
        [1. 2.]]
     """
     counts = _sample_counts(n_samples)
-    _check_batching(batch_size, device_count)
-    kernels_fn = make_kernels_fn(apply_fn, trace_axes, diagonal_axes, vmap_axes, implementation)
-    cpu = None if store_on_device else jax.devices("cpu")[0]
+    empirical = empirical_kernel_fn(apply_fn, trace_axes, diagonal_axes, vmap_axes, implementation)
+    sample_fn = batch(empirical, batch_size, device_count, store_on_device, progress=False)
 
     @jax.jit
-    def draw(sample_key: jax.Array, x1: Any, x2: Any) -> tuple[Any, jax.Array, jax.Array]:
+    def draw(sample_key: jax.Array, x1: Any, x2: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         init_key, dropout_key = jax.random.split(sample_key)
         _, params = init_fn(init_key, jax.tree.map(jnp.shape, x1))
         kwargs1, kwargs2 = split_kwargs({"rng": dropout_key}, x1, x2)
-        return params, kwargs1["rng"], kwargs2["rng"]
+        return params, (kwargs1["rng"], kwargs2["rng"])
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def block(names: tuple[str, ...], params: Any, batch1: Batch, batch2: Batch | None) -> list[Any]:
-        return kernels_fn(names, params, batch1, batch1 if batch2 is None else batch2)
-
-    def sample(
-        names: tuple[str, ...], sample_key: jax.Array, batch1: Batch, batch2: Batch, output_axes: Any
-    ) -> list[Any]:
-        x2 = None if batch2 is batch1 else batch2.x
-        params, rng1, rng2 = draw(sample_key, batch1.x, x2)
-        first = batch1.with_rng(rng1)
-        second = first if batch2 is batch1 else batch2.with_rng(rng2)
-
-        def stored_block(rows: Batch, columns: Batch) -> list[Any]:
-            kernels = block(names, params, rows, None if columns is rows else columns)
-            return kernels if cpu is None else jax.device_put(kernels, cpu)
-
-        if batch_size == 0:
-            return stored_block(first, second)
-        return tiled_kernels(stored_block, output_axes, first, second, batch_size)
-
-    def axes_of_outputs(batch: Batch) -> Any:
-        def outputs(batch: Batch) -> Any:
-            params, rng, _ = draw(key, batch.x, None)
-            return apply_fn(params, batch.x, **batch.with_rng(rng).kwargs)
-
-        shapes = jax.eval_shape(outputs, batch)
-        return jax.tree.map(lambda y: OutputAxes.of(y.ndim, trace_axes, diagonal_axes), shapes)
-
-    def estimates(names: tuple[str, ...], batch1: Batch, batch2: Batch, output_axes: Any) -> Iterator[list[Any]]:
+    def estimates(x1: Any, x2: Any, get: Get, kwargs: dict[str, Any]) -> Iterator[Any]:
         next_key, total = key, None
         for n in range(1, counts[-1] + 1):
             next_key, sample_key = jax.random.split(next_key)
-            kernels = sample(names, sample_key, batch1, batch2, output_axes)
+            params, rng = draw(sample_key, x1, x2)
+            kernels = sample_fn(x1, x2, get, params, rng=rng, **kwargs)
             # Sums in half precision would stop growing.
             wide = jax.tree.map(lambda k: k.astype(jnp.promote_types(k.dtype, jnp.float32)), kernels)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
@@ -134,15 +103,27 @@ def monte_carlo_kernel_fn(
     def kernel_fn(x1: Any, x2: Any = None, get: Get = None, **kwargs: Any) -> Any:
         if "rng" in kwargs:
             raise TypeError("`rng` is drawn for each network from the `key` given to `monte_carlo_kernel_fn`.")
-        names = parse_get(get, KERNELS)
-        batch1, batch2 = make_batches(x1, x2, kwargs)
-        output_axes = None
-        if batch_size > 0:
-            output_axes = axes_of_outputs(batch1)
-            check_tileable(kwargs, output_axes)
-        results = (select(get, names, kernels) for kernels in estimates(names, batch1, batch2, output_axes))
+        parse_get(get, KERNELS)  # at once, not when iterated over
+        results = estimates(x1, x2, get, kwargs)
         return next(results) if isinstance(n_samples, numbers.Integral) else results
 
+    def batched(batching: Batching) -> Callable[..., Any]:
+        """Returns the same estimates cell by cell: for `nt_core.batch`."""
+        return monte_carlo_kernel_fn(
+            init_fn,
+            apply_fn,
+            key,
+            n_samples,
+            batching.batch_size,
+            batching.device_count,
+            batching.store_on_device,
+            trace_axes,
+            diagonal_axes,
+            vmap_axes,
+            implementation,
+        )
+
+    kernel_fn.batched = batched  # type: ignore[attr-defined]
     return kernel_fn
 
 
@@ -154,12 +135,3 @@ def _sample_counts(n_samples: int | Iterable[int]) -> list[int]:
     if not counts or not all(isinstance(n, numbers.Integral) and int(n) > 0 for n in counts):
         raise ValueError(f"`n_samples` must consist of positive integers, got {counts}.")
     return sorted({int(n) for n in counts})
-
-
-def _check_batching(batch_size: int, device_count: int) -> None:
-    if batch_size < 0:
-        raise ValueError(f"`batch_size` must be positive, or 0 for no blocks, got {batch_size}.")
-    if device_count not in (-1, 0, 1):
-        raise NotImplementedError(
-            f"Kernels are estimated on one device: `device_count` must be -1, 0 or 1, got {device_count}."
-        )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from nt_empirical._axes import Axes, OutputAxes
+from nt_empirical._axes import Axes, OutputAxes, axis_pairs
 from nt_empirical._batches import Batch, check_same_structure, checked_outputs, make_batches
 
 
@@ -46,6 +46,7 @@ def empirical_nngp_fn(f: Callable[..., Any], trace_axes: Axes = (-1,), diagonal_
     def nngp_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
         return nngp(f, params, *make_batches(x1, x2, kwargs), trace_axes, diagonal_axes)
 
+    nngp_fn.axis_pairs = lambda ndim: axis_pairs(ndim, trace_axes, diagonal_axes)  # type: ignore[attr-defined]
     return nngp_fn
 
 

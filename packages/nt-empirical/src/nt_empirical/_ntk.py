@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nt_empirical._axes import Axes, OutputAxes
+from nt_empirical._axes import Axes, OutputAxes, axis_pairs
 from nt_empirical._batches import Batch, check_same_structure, make_batches
 from nt_empirical._jacobian import Differentiated, differentiate
-from nt_empirical._vmap import BatchAxes, VMapAxes
+from nt_empirical._vmap import BatchAxes, VMapAxes, check_first
 
 
 class NtkImplementation(enum.IntEnum):
@@ -88,6 +88,7 @@ def empirical_ntk_fn(
     def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
         return ntk(f, params, *make_batches(x1, x2, kwargs), trace_axes, diagonal_axes, batch_axes)
 
+    ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
     return ntk_fn
 
 
@@ -146,6 +147,18 @@ def empirical_ntk_vp_fn(f: Callable[..., Any], x1: Any, x2: Any, params: Any, **
     _, push_forward = jax.linearize(lambda p: f(p, batch1.x, **batch1.kwargs), params)
     _, pull_back = jax.vjp(lambda p: f(p, batch2.x, **batch2.kwargs), params)
     return lambda v: push_forward(*pull_back(v))
+
+
+def pairs_of_axes(
+    trace_axes: Axes, diagonal_axes: Axes, batch_axes: BatchAxes | None = None
+) -> Callable[[int], list[tuple[int, int]] | None]:
+    """Returns what `nt_core.batch` asks of a kernel function: which axes of its kernels are pairs."""
+
+    def pairs(kernel_ndim: int) -> list[tuple[int, int]] | None:
+        check_first(batch_axes)
+        return axis_pairs(kernel_ndim, trace_axes, diagonal_axes)
+
+    return pairs
 
 
 def check_implementation(implementation: NtkImplementation | int) -> None:

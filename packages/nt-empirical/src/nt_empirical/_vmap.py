@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from nt_core.cells import NotCut
 from nt_core.keywords import is_array
 
 from nt_empirical._axes import non_negative_axis
@@ -41,6 +42,16 @@ class BatchAxes(NamedTuple):
         if isinstance(self.kwargs, dict):
             return {name: self.kwargs.get(name) for name in kwargs}
         return {name: self.kwargs if name != "rng" and _is_arrays(kwargs[name]) else None for name in kwargs}
+
+
+def check_first(axes: BatchAxes | None) -> None:
+    """Raises `NotCut` unless samples are along the first axis of everything that has them."""
+    given = [] if axes is None else jax.tree.leaves((axes.inputs, axes.outputs), is_leaf=lambda axis: axis is None)
+    if any(axis != 0 for axis in given):
+        raise NotCut(
+            "Cell by cell, samples are along the first axis of all inputs and outputs, but `vmap_axes` has others: "
+            f"{axes}."
+        )
 
 
 def map_samples(fn: Callable[[Batch], Any], batch: Batch, axes: BatchAxes) -> Any:
