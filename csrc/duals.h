@@ -322,22 +322,19 @@ class Exp {
   V amplitude_, square_;  // a^2, b^2
 };
 
+// The table says how many numbers each wants to have.
+#define NT_ACTIVATION(name, coefficients, planes) \
+  static_assert(name<float>::kPlanes == planes && name<double>::kPlanes == planes);
+#include "table.def"
+
 // Calls a function with a nonlinearity.
 template <class T, class Call>
 void with_dual(Activation activation, const T* coefficients, const Call& call) {
   switch (activation) {
-    case Activation::kAbRelu:
-      return call(AbRelu<T>(coefficients));
-    case Activation::kErf:
-      return call(Erf<T>(coefficients));
-    case Activation::kGelu:
-      return call(Gelu<T>(coefficients));
-    case Activation::kSin:
-      return call(Sin<T>(coefficients));
-    case Activation::kRbf:
-      return call(Rbf<T>(coefficients));
-    case Activation::kExp:
-      return call(Exp<T>(coefficients));
+#define NT_ACTIVATION(name, n_coefficients, planes) \
+  case Activation::k##name:                         \
+    return call(name<T>(coefficients));
+#include "table.def"
   }
 }
 

@@ -69,15 +69,15 @@ void propagate(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRet
 ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   ffi::Span<const int64_t> code) {
   try {
-    const Prepared prepared = prepare(decode_program(code.begin(), static_cast<int64_t>(code.size())));
+    const auto program = prepared(code.begin(), static_cast<int64_t>(code.size()));
     const auto first = args.get<ffi::AnyBuffer>(0);
     if (!first.has_value()) throw std::invalid_argument("there are no operands");
     switch (first->element_type()) {
       case ffi::DataType::F32:
-        propagate<float>(pool, args, rets, prepared);
+        propagate<float>(pool, args, rets, *program);
         break;
       case ffi::DataType::F64:
-        propagate<double>(pool, args, rets, prepared);
+        propagate<double>(pool, args, rets, *program);
         break;
       default:
         throw std::invalid_argument("it computes in float32 and float64 only");

@@ -26,15 +26,33 @@ struct Source {
   const T* own2 = nullptr;
 };
 
+// Numbers of the samples of both batches that come with a step, (n, positions).
 template <class T>
-struct Job {
-  const Prepared& prepared;
-  const T* coefficients = nullptr;  // the first one says whether both batches are the same samples
-  std::vector<Source<T>> sources{};
+struct Numbers {
+  const T* first = nullptr;
+  const T* second = nullptr;
+};
+
+// The first coefficients: whether both batches hold equal samples, so that their deficits are 0, and whether they hold
+// the same ones to dropout.
+inline constexpr int kIdentical = 0, kSame = 1;
+
+// Numbers of an output.
+template <class T>
+struct Result {
   T* nngp = nullptr;  // (n1, n2[, positions[, positions]])
   T* ntk = nullptr;   // or null
   T* cov1 = nullptr;  // (n1[, positions[, positions]]), or null
   T* cov2 = nullptr;  // or null
+};
+
+template <class T>
+struct Job {
+  const Prepared& prepared;
+  const T* coefficients = nullptr;
+  std::vector<Source<T>> sources{};
+  std::vector<Numbers<T>> numbers{};  // of every value
+  std::vector<Result<T>> results{};   // of every output
 };
 
 template <class T, class Argument>
@@ -61,20 +79,33 @@ Source<T> source_of(const Program& program, const Value& value, const Argument& 
 }
 
 // A job whose arrays come, one after another, from `argument(size, name)` and `result(size, name)`.
-template <class T, class Argument, class Result>
-Job<T> make_job(const Prepared& prepared, const Argument& argument, const Result& result) {
+template <class T, class Argument, class TakeResult>
+Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeResult& result) {
   const Program& program = prepared.program;
   Job<T> job{prepared};
   job.coefficients = argument(program.n_coefficients, "coefficients");
   for (int s = 0; s < program.n_sources; ++s) {
     job.sources.push_back(source_of<T>(program, program.values[s], argument));
   }
-  const int64_t per_pair = n_position_pairs(program.values[program.output].space, !program.all_pairs);
-  job.nngp = result(program.n1 * program.n2 * per_pair, "nngp");
-  if (program.ntk) job.ntk = result(program.n1 * program.n2 * per_pair, "ntk");
-  if (program.covariances) {
-    job.cov1 = result(program.n1 * per_pair, "cov1");
-    if (!program.symmetric) job.cov2 = result(program.n2 * per_pair, "cov2");
+  for (const Value& value : program.values) {
+    Numbers<T> numbers;
+    if (has_numbers(value)) {
+      const int64_t positions = n_positions(value.space);
+      numbers.first = argument(program.n1 * positions, "numbers");
+      numbers.second = program.symmetric ? numbers.first : argument(program.n2 * positions, "numbers");
+    }
+    job.numbers.push_back(numbers);
+  }
+  for (const Output& output : program.outputs) {
+    const int64_t per_pair = n_position_pairs(program.values[output.value].space, !output.all_pairs);
+    Result<T> numbers;
+    numbers.nngp = result(program.n1 * program.n2 * per_pair, "nngp");
+    if (output.ntk) numbers.ntk = result(program.n1 * program.n2 * per_pair, "ntk");
+    if (program.covariances) {
+      numbers.cov1 = result(program.n1 * per_pair, "cov1");
+      if (!program.symmetric) numbers.cov2 = result(program.n2 * per_pair, "cov2");
+    }
+    job.results.push_back(numbers);
   }
   return job;
 }

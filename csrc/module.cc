@@ -19,6 +19,19 @@ py::dict registrations() {
   return handlers;
 }
 
+// The numbers that programs are written in.
+py::dict schema() {
+  py::dict ops, activations;
+  for (int i = 0; i < nt::kNOps; ++i) ops[nt::kOps[i].name] = i;
+  for (int i = 0; i < nt::kNActivations; ++i) activations[nt::kActivations[i].name] = i;
+  py::dict schema;
+  schema["encoding"] = nt::kEncoding;
+  schema["max_axes"] = nt::kAxes;
+  schema["ops"] = ops;
+  schema["activations"] = activations;
+  return schema;
+}
+
 template <class T>
 using Numbers = py::array_t<T, py::array::c_style>;
 
@@ -26,10 +39,10 @@ using Numbers = py::array_t<T, py::array::c_style>;
 template <class T>
 py::tuple dual(int activation, Numbers<T> coefficients, Numbers<T> variance1, Numbers<T> variance2,
                Numbers<T> deficit) {
-  if (activation < 0 || activation > static_cast<int>(nt::Activation::kExp)) throw std::invalid_argument("activation");
+  if (activation < 0 || activation >= nt::kNActivations) throw std::invalid_argument("activation");
   const auto which = static_cast<nt::Activation>(activation);
   const auto n = deficit.size();
-  if (coefficients.size() != nt::sizes_of(which).coefficients || variance1.size() != n || variance2.size() != n) {
+  if (coefficients.size() != nt::info(which).coefficients || variance1.size() != n || variance2.size() != n) {
     throw std::invalid_argument("sizes of arrays");
   }
   Numbers<T> variance_out(n), deficit_out(n), factor(n);
@@ -57,6 +70,7 @@ PYBIND11_MODULE(_native, m) {
       "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "The (major, minor) version of the XLA FFI that the handlers were compiled for.");
   m.def("registrations", &registrations, "The handlers: FFI target name -> capsule.");
+  m.def("schema", &schema, "The encoding of programs: its version, and the numbers of operations and activations.");
   m.def("choose_level", &nt::choose_level,
         "Lowers the instruction set to the named one (baseline, avx2 or avx512; '' for the best that there is).");
   const char* about_dual =

@@ -5,9 +5,11 @@
 // carried out once for every offset d that the readout needs, pass after pass, each pass row by row.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "program.h"
@@ -17,12 +19,13 @@ namespace nt {
 // What one sample contributes to pairs: `kHalfVariance` etc. are planes over the positions of a value.
 enum class Statistic {
   kHalfVariance,    // var / 2
-  kHalfAverage,     // of a linear step: half the average of its input's variances over each window
+  kHalfAverage,     // of a tied map: half the average of its input's variances over each window
   kDual,            // of a dual: what it wants to know, several planes
-  kNormalizer,      // of a normalization: 1 / sqrt(mean(var + eps))
-  kNormalizedHalf,  // of a normalization: var / 2 times the normalizer
+  kScale,           // of a rescaling: what the activations are multiplied by
+  kScaledHalf,      // of a rescaling: var / 2 times the scale
   kOwnDeficit,      // of a pool: the pooled deficit of each window with itself
   kPooledVariance,  // of a pool: sum of the variances over each window
+  kCount
 };
 
 // Where a sample's statistics are, in positions from the start of its record.
@@ -41,7 +44,7 @@ class Record {
   int64_t size() const { return size_; }
 
  private:
-  using Starts = std::array<int64_t, 7>;
+  using Starts = std::array<int64_t, static_cast<int>(Statistic::kCount)>;
   static Starts none() {
     Starts starts;
     starts.fill(-1);
@@ -51,31 +54,19 @@ class Record {
   int64_t size_ = 0;
 };
 
-// A set of offsets d with |d| < space on every axis.
+// A set of offsets d with |d| < space on every axis. What is added may be there already.
 class Offsets {
  public:
-  explicit Offsets(const Index3& space)
-      : space_(space), member_((2 * space[0] - 1) * int64_t{2 * space[1] - 1} * (2 * space[2] - 1)) {}
-
-  bool contains(const Index3& d) const {
-    for (int a = 0; a < kAxes; ++a) {
-      if (d[a] <= -space_[a] || d[a] >= space_[a]) return false;
-    }
-    return member_[index(d)];
+  void add(const Index3& d) { all_.push_back(d); }
+  // In lexicographic order, each once.
+  const std::vector<Index3>& list() {
+    std::sort(all_.begin(), all_.end());
+    all_.erase(std::unique(all_.begin(), all_.end()), all_.end());
+    return all_;
   }
-  void add(const Index3& d) { member_[index(d)] = true; }
-  int64_t index(const Index3& d) const {
-    return ((d[0] + space_[0] - 1) * int64_t{2 * space_[1] - 1} + d[1] + space_[1] - 1) * (2 * space_[2] - 1) + d[2] +
-           space_[2] - 1;
-  }
-  int64_t capacity() const { return static_cast<int64_t>(member_.size()); }
-  const Index3& space() const { return space_; }
-  // In lexicographic order.
-  std::vector<Index3> list() const;
 
  private:
-  Index3 space_;
-  std::vector<bool> member_;
+  std::vector<Index3> all_;
 };
 
 using Flags3 = std::array<bool, kAxes>;
@@ -95,7 +86,7 @@ struct Rectangle {
 };
 
 // A value in the geometry in which a stage needs it: at `scale` times the offset of the stage.
-enum class Kind { kLoad, kLinear, kDual, kNormalize, kCombine, kMultiply, kToCovariance };
+enum class Kind { kLoad, kTied, kDual, kRescale, kDropout, kSum, kProduct, kAsCovariance };
 struct Instance {
   Kind kind;
   int value;
@@ -107,24 +98,41 @@ struct Instance {
 };
 
 struct Pass {
-  int head = -1;             // a kLoad, or a kLinear with windows, that produces rows; or none
+  int head = -1;             // a kLoad, or a kTied with windows, that produces rows; or none
   int fused_dual = -1;       // a kDual that is applied to the head's rows at once
   std::vector<int> row_ops;  // instances, evaluated on every row in turn
   int geometry = -1;         // an instance of the geometry that all of them share
 };
 
-// Covariances after a readout, for each offset of `offsets` the plane from `start[offsets.index(d)]` on (or -1).
+// Covariances after a readout: the planes of the offsets that later stages want, one after another.
 struct Tensor {
   int value = -1;
   bool deficit = false;
   bool has_ntk = false;
-  Offsets offsets{Index3{1, 1, 1}};
-  std::vector<int64_t> start;
-  int64_t size = 0;
+  Index3 space{1, 1, 1};
+  std::vector<Index3> offsets;  // in lexicographic order
+  int64_t size = 0;             // of all planes, in positions
+
+  // Lays the planes of these offsets out.
+  void allocate(std::vector<Index3> wanted);
+  // Returns where the plane of an offset starts, or -1.
+  int64_t find(const Index3& d) const {
+    int64_t at = 0;
+    for (int a = 0; a < kAxes; ++a) {
+      if (d[a] < low_[a] || d[a] > high_[a]) return -1;
+      at = at * (high_[a] - low_[a] + 1) + d[a] - low_[a];
+    }
+    return start_[at];
+  }
+
+ private:
+  Index3 low_{0, 0, 0}, high_{-1, -1, -1};  // the box of all offsets
+  std::vector<int64_t> start_;              // for each offset of the box
 };
 
 struct Stage {
-  int readout = -1;                 // value number of a pool or Flatten; -1 for the output
+  int readout = -1;                 // value number of a pool or Flatten; or -1 and
+  int output = -1;                  // number of an output
   int root = -1;                    // instance that is read out
   std::vector<Instance> instances;  // in an order of evaluation
   std::vector<Pass> passes;
@@ -155,6 +163,9 @@ struct Prepared {
 
 // Throws std::invalid_argument where the program reads what its sources do not hold.
 Prepared prepare(Program program);
+
+// Decodes and prepares a program, or finds it among those that were prepared last.
+std::shared_ptr<const Prepared> prepared(const int64_t* code, int64_t length);
 
 // Number of positions inside each window of an axis of the given size.
 std::vector<int> window_counts(const Window& window, int size, int count);

@@ -9,8 +9,6 @@
 namespace nt {
 namespace {
 
-constexpr int64_t kEncoding = 2;  // changes with the layout of the code, here and in nt_core/backends/cpu/encode.py
-
 [[noreturn]] void malformed(const std::string& what) {
   throw std::invalid_argument("Malformed covariance program: " + what + ".");
 }
@@ -81,17 +79,24 @@ void read_windows(Reader& reader, Value& value) {
 
 int coefficients_of(const Value& value) {
   switch (value.op) {
-    case Op::kLinear:
+    case Op::kTied:
       return 4;
     case Op::kDual:
-      return sizes_of(value.activation).coefficients;
+      return info(value.activation).coefficients;
     case Op::kNormalize:
+    case Op::kDropout:
       return 1;
-    case Op::kCombine:
+    case Op::kSum:
       return static_cast<int>(value.inputs.size());
-    default:
+    case Op::kInputs:
+    case Op::kMaterialised:
+    case Op::kPool:
+    case Op::kFlatten:
+    case Op::kScale:
+    case Op::kProduct:
       return 0;
   }
+  return 0;
 }
 
 // Checks that the windows fit, so that no position outside of a plane and its padding is ever read.
@@ -101,7 +106,7 @@ void check_windows(const Value& value, const Index3& space) {
     const int64_t room = int64_t{space[a]} + w.low + w.high - w.extent();
     if (room < 0 || room / w.stride + 1 != value.space[a]) malformed("a window and the size of its output disagree");
     // Or offsets of the output would be larger than the image before.
-    if (value.op == Op::kLinear && int64_t{value.space[a] - 1} * w.stride >= space[a]) malformed("too much padding");
+    if (value.op == Op::kTied && int64_t{value.space[a] - 1} * w.stride >= space[a]) malformed("too much padding");
   }
 }
 
@@ -117,8 +122,10 @@ void check_sizes(const Program& program) {
       product({program.n1, program.n2, per_pair, int64_t{sizeof(double)}}, "covariances");
     }
   }
-  const int64_t per_pair = n_position_pairs(program.values[program.output].space, !program.all_pairs);
-  product({program.n1, program.n2, per_pair, int64_t{sizeof(double)}}, "covariances");
+  for (const Output& output : program.outputs) {
+    const int64_t per_pair = n_position_pairs(program.values[output.value].space, !output.all_pairs);
+    product({program.n1, program.n2, per_pair, int64_t{sizeof(double)}}, "covariances");
+  }
 }
 
 void check(const Program& program) {
@@ -131,26 +138,32 @@ void check(const Program& program) {
     if (static_cast<int>(i) < program.n_sources) continue;
     const Index3& space = program.values[value.inputs[0]].space;
     switch (value.op) {
-      case Op::kLinear:
+      case Op::kTied:
       case Op::kPool:
         check_windows(value, space);
         break;
       case Op::kFlatten:
         if (n_positions(value.space) != 1) malformed("positions are left after Flatten");
         break;
-      default:
+      case Op::kInputs:
+      case Op::kMaterialised:
+      case Op::kDual:
+      case Op::kNormalize:
+      case Op::kScale:
+      case Op::kDropout:
+      case Op::kSum:
+      case Op::kProduct:
         for (int input : value.inputs) {
           if (program.values[input].space != value.space) malformed("sizes of images disagree");
         }
     }
-    const bool joins = value.op == Op::kCombine || value.op == Op::kMultiply;
+    const bool joins = value.op == Op::kSum || value.op == Op::kProduct;
     if (!joins && value.inputs.size() != 1) malformed("a step reads more than one value");
     for (int input : value.inputs) {
       const bool reads_variance = value.needs || value.op == Op::kDual || value.op == Op::kNormalize;
       if (reads_variance && !program.values[input].needs) malformed("variances are missing");
     }
   }
-  if (program.values[program.output].needs) malformed("the output is a deficit");
 }
 
 }  // namespace
@@ -162,16 +175,21 @@ Program decode_program(const int64_t* code, int64_t length) {
   program.n1 = reader.next(0, std::numeric_limits<int>::max(), "the size of a batch");
   program.n2 = reader.next(0, std::numeric_limits<int>::max(), "the size of a batch");
   program.symmetric = reader.flag("symmetric");
-  program.ntk = reader.flag("ntk");
   program.covariances = reader.flag("covariances");
-  program.all_pairs = reader.flag("all_pairs");
-  program.n_coefficients = reader.next(1, kMaxSize, "the number of coefficients");
+  program.n_coefficients = reader.next(2, kMaxSize, "the number of coefficients");
   program.n_sources = reader.next(1, kMaxSize, "the number of sources");
   const int n_values = reader.next(program.n_sources, kMaxSize, "the number of values");
-  program.output = reader.next(0, n_values - 1, "the output");
+  const int n_outputs = reader.next(1, kMaxSize, "the number of outputs");
+  for (int k = 0; k < n_outputs; ++k) {
+    Output output;
+    output.value = reader.next(0, n_values - 1, "an output");
+    output.all_pairs = reader.flag("all_pairs");
+    output.ntk = reader.flag("ntk");
+    program.outputs.push_back(output);
+  }
   for (int i = 0; i < n_values; ++i) {
     Value value;
-    value.op = static_cast<Op>(reader.next(0, static_cast<int>(Op::kMultiply), "a step"));
+    value.op = static_cast<Op>(reader.next(0, kNOps - 1, "a step"));
     const bool is_source = value.op == Op::kInputs || value.op == Op::kMaterialised;
     if (is_source != (i < program.n_sources)) malformed("sources come first");
     value.needs = reader.flag("needs");
@@ -190,12 +208,12 @@ Program decode_program(const int64_t* code, int64_t length) {
         value.has_own = reader.flag("has_own");
         value.same_position = reader.flag("same_position");
         break;
-      case Op::kLinear:
+      case Op::kTied:
         value.bias_follows_weights = reader.flag("bias_follows_weights");
         read_windows(reader, value);
         break;
       case Op::kDual:
-        value.activation = static_cast<Activation>(reader.next(0, static_cast<int>(Activation::kExp), "an activation"));
+        value.activation = static_cast<Activation>(reader.next(0, kNActivations - 1, "an activation"));
         break;
       case Op::kPool:
         value.mean = reader.flag("mean");
@@ -203,9 +221,14 @@ Program decode_program(const int64_t* code, int64_t length) {
         read_windows(reader, value);
         break;
       case Op::kNormalize:
+        value.weighted = reader.flag("weighted");
         for (bool& axis : value.normalized) axis = reader.flag("a normalized axis");
         break;
-      default:
+      case Op::kFlatten:
+      case Op::kScale:
+      case Op::kDropout:
+      case Op::kSum:
+      case Op::kProduct:
         break;
     }
     program.values.push_back(std::move(value));

@@ -20,19 +20,43 @@ struct Window {
   int extent() const { return (taps - 1) * dilation + 1; }  // the decoder bounds it
 };
 
-enum class Op { kInputs, kMaterialised, kLinear, kDual, kPool, kFlatten, kNormalize, kCombine, kMultiply };
-
-enum class Activation { kAbRelu, kErf, kGelu, kSin, kRbf, kExp };
-
-// How many coefficients it has, and how many numbers it wants to have of each sample and position.
-struct ActivationSizes {
-  int coefficients, planes;
+// clang-format off
+enum class Op {
+#define NT_OP(name) k##name,
+#include "table.def"
 };
-inline constexpr ActivationSizes kActivationSizes[] = {{2, 2}, {3, 5}, {0, 6}, {5, 2}, {1, 1}, {2, 2}};
 
-inline constexpr ActivationSizes sizes_of(Activation activation) {
-  return kActivationSizes[static_cast<int>(activation)];
+enum class Activation {
+#define NT_ACTIVATION(name, coefficients, planes) k##name,
+#include "table.def"
+};
+// clang-format on
+
+struct OpInfo {
+  const char* name;
+};
+inline constexpr OpInfo kOps[] = {
+#define NT_OP(name) {#name},
+#include "table.def"
+};
+inline constexpr int kNOps = sizeof(kOps) / sizeof(kOps[0]);
+
+struct ActivationInfo {
+  const char* name;
+  int coefficients;
+  int planes;  // numbers that it wants to have of each sample and position
+};
+inline constexpr ActivationInfo kActivations[] = {
+#define NT_ACTIVATION(name, coefficients, planes) {#name, coefficients, planes},
+#include "table.def"
+};
+inline constexpr int kNActivations = sizeof(kActivations) / sizeof(kActivations[0]);
+
+inline constexpr const ActivationInfo& info(Activation activation) {
+  return kActivations[static_cast<int>(activation)];
 }
+
+inline constexpr int64_t kEncoding = 3;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {
@@ -41,32 +65,47 @@ struct Value {
   std::vector<int> inputs;  // numbers of earlier values
   int coefficient = 0;      // where its coefficients start
   Index3 space{1, 1, 1};
-  std::array<Window, kAxes> window;   // kLinear, kPool
-  bool bias_follows_weights = false;  // kLinear: its own tangent kernel is its covariance
+  std::array<Window, kAxes> window;   // kTied, kPool
+  bool bias_follows_weights = false;  // kTied: its own tangent kernel is its covariance
   bool mean = false;                  // kPool
   bool normalize_edges = false;       // kPool
   Activation activation = Activation::kAbRelu;
   std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
+  bool weighted = false;                 // kNormalize: by numbers of each sample and position
   int channels = 1;                      // kInputs
   bool has_ntk = false;                  // kMaterialised
   bool has_own = false;                  // kMaterialised: so are covariances of each sample with itself
   bool same_position = false;            // kMaterialised: only pairs of equal positions are stored
 };
 
+// Whether numbers of each sample and position come with it.
+inline bool has_numbers(const Value& value) {
+  return value.op == Op::kScale || (value.op == Op::kNormalize && value.weighted);
+}
+
 inline bool has_windows(const Value& value) {
   return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });
 }
 
+// A value that is returned.
+struct Output {
+  int value = 0;
+  bool all_pairs = false;  // of positions, not just equal ones
+  bool ntk = false;        // and its tangent kernel
+};
+
 struct Program {
   int64_t n1 = 0, n2 = 0;
   bool symmetric = false;    // the second batch is the first
-  bool ntk = false;          // the tangent kernel is wanted
-  bool covariances = false;  // so are the covariances of each sample with itself
-  bool all_pairs = false;    // the output holds all pairs of positions, not just equal ones
+  bool covariances = false;  // those of each sample with itself are wanted
   int n_sources = 0;
   int n_coefficients = 0;
   std::vector<Value> values;  // sources first; each reads only values before it
-  int output = 0;
+  std::vector<Output> outputs;
+
+  bool ntk() const {
+    return std::any_of(outputs.begin(), outputs.end(), [](const Output& output) { return output.ntk; });
+  }
 };
 
 inline int64_t n_positions(const Index3& space) {

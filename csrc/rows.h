@@ -79,11 +79,11 @@ struct DualRows {
   }
 };
 
-// A linear step in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
+// A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
 // over the window is wanted, `weight` is w_var divided by the size of the window.
 template <class T, bool kWide, bool kNtk, bool kCovariance, int kRows>
-void linear_relu(int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
-                 DualRows<T, AbRelu<T>::kPlanes> rows, Vec<T>* d_out, Vec<T>* t_out) {
+void tied_relu(int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
+               DualRows<T, AbRelu<T>::kPlanes> rows, Vec<T>* d_out, Vec<T>* t_out) {
   using V = Vec<T>;
   const V w = broadcast(weight);
   const V* const rows_d[3] = {d[0], kRows > 1 ? d[1] : nullptr, kRows > 2 ? d[2] : nullptr};

@@ -24,10 +24,8 @@ namespace {
 struct Network {
   const char* name;
   std::vector<std::vector<int64_t>> values;
-  int n_coefficients;
-  nt::Index3 space;
-  int channels;
   bool all_pairs;
+  std::vector<int> outputs = {};  // besides the last value
 };
 
 constexpr int kCoefficients = 10;
@@ -51,7 +49,7 @@ std::vector<int64_t> inputs(bool needs, nt::Index3 s, int channels) {
   return join({value(nt::Op::kInputs, needs, 0, s, {}), {channels}});
 }
 std::vector<int64_t> linear(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
-  return join({value(nt::Op::kLinear, needs, 1, s, {input}), {1}, kNoWindow, y, x});
+  return join({value(nt::Op::kTied, needs, 1, s, {input}), {1}, kNoWindow, y, x});
 }
 std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, int input) {
   return join({value(nt::Op::kDual, needs, 5, s, {input}), {static_cast<int64_t>(activation)}});
@@ -62,11 +60,13 @@ std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
 std::vector<int64_t> pool(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({value(nt::Op::kPool, needs, 0, s, {input}), {1, 0}, kNoWindow, y, x});
 }
-std::vector<int64_t> sum(bool needs, nt::Index3 s, int a, int b) {
-  return value(nt::Op::kCombine, needs, 7, s, {a, b});
+std::vector<int64_t> rescale(nt::Op op, bool needs, nt::Index3 s, int input) {
+  return join({value(op, needs, 2, s, {input}),
+               op == nt::Op::kNormalize ? std::vector<int64_t>{1, 0, 1, 1} : std::vector<int64_t>{}});
 }
+std::vector<int64_t> sum(bool needs, nt::Index3 s, int a, int b) { return value(nt::Op::kSum, needs, 7, s, {a, b}); }
 std::vector<int64_t> product(bool needs, nt::Index3 s, int a, int b) {
-  return value(nt::Op::kMultiply, needs, 0, s, {a, b});
+  return value(nt::Op::kProduct, needs, 0, s, {a, b});
 }
 
 const std::vector<int64_t> kThree = {3, 1, 1, 1, 1, 0}, kStrided = {3, 2, 1, 1, 1, 0}, kDilated = {2, 1, 2, 1, 1, 0};
@@ -78,42 +78,43 @@ std::vector<Network> networks() {
   return {
       {"fully connected",
        {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), relu(false, one, 1)},
-       kCoefficients,
-       one,
-       7,
        false},
       {"two pools",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kDilated), relu(true, image, 1),
         pool(true, small, 2, {2, 2, 1, 0, 0, 0}, {2, 2, 1, 0, 0, 0}), linear(true, small, 3, kThree, kThree),
         relu(false, small, 4), pool(false, one, 5, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
-       kCoefficients,
-       image,
-       3,
        false},
       {"overlapping pool, full output",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         pool(true, half, 2, {3, 2, 1, 1, 1, 0}, {3, 2, 1, 1, 1, 0}), linear(true, half, 3, kThree, kThree),
         relu(false, half, 4)},
-       kCoefficients,
-       image,
-       3,
        true},
       {"residual",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         linear(true, strided, 2, kStrided, kStrided), linear(true, strided, 1, kStrided, kStrided),
         sum(true, strided, 3, 4), relu(false, strided, 5), pool(false, one, 6, {3, 1, 1, 0, 0, 0}, {3, 1, 1, 0, 0, 0})},
-       kCoefficients,
-       image,
-       3,
        false},
       {"circular, a product",
        {inputs(true, even, 2), linear(true, even, 0, kRound, kRound), relu(true, even, 1),
         linear(true, quarter, 2, kRoundStrided, kRoundStrided), relu(true, quarter, 3), product(true, quarter, 3, 4),
         pool(true, quarter, 5, kThree, kThree), linear(false, quarter, 6, kRound, kRound)},
-       kCoefficients,
-       even,
-       2,
        true},
+      {"a circular pool",
+       {inputs(true, image, 2), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
+        pool(true, half, 2, {3, 2, 1, 1, 1, 1}, {3, 2, 1, 1, 1, 1}), linear(true, half, 3, kThree, kThree),
+        relu(false, half, 4)},
+       true},
+      {"masks and dropout",
+       {inputs(true, small, 3), rescale(nt::Op::kScale, true, small, 0), linear(true, small, 1, kThree, kThree),
+        rescale(nt::Op::kNormalize, true, small, 2), relu(true, small, 3), rescale(nt::Op::kDropout, true, small, 4),
+        linear(true, small, 5, kThree, kThree), relu(false, small, 6), rescale(nt::Op::kDropout, false, small, 7),
+        rescale(nt::Op::kScale, false, small, 8)},
+       true},
+      {"several outputs",
+       {inputs(true, image, 3), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
+        pool(true, one, 2, {6, 1, 1, 0, 0, 0}, {5, 1, 1, 0, 0, 0}), relu(false, one, 3), relu(false, image, 1)},
+       true,
+       {0, 3, 4}},
       {"smooth nonlinearities",
        {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), dual(nt::Activation::kErf, true, small, 1),
         linear(true, small, 2, kThree, kThree), dual(nt::Activation::kGelu, true, small, 3),
@@ -121,25 +122,16 @@ std::vector<Network> networks() {
         linear(true, small, 6, kThree, kThree), dual(nt::Activation::kRbf, true, small, 7),
         linear(true, small, 8, kThree, kThree), dual(nt::Activation::kExp, false, small, 9),
         pool(false, one, 10, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
-       kCoefficients,
-       small,
-       3,
        false},
   };
 }
 
 std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric) {
-  std::vector<int64_t> code = {2,
-                               n1,
-                               n2,
-                               symmetric,
-                               1,
-                               1,
-                               network.all_pairs,
-                               network.n_coefficients,
-                               1,
-                               static_cast<int64_t>(network.values.size()),
-                               static_cast<int64_t>(network.values.size()) - 1};
+  const int64_t n_values = static_cast<int64_t>(network.values.size());
+  std::vector<int64_t> code = {nt::kEncoding, n1, n2, symmetric, 1, kCoefficients, 1, n_values};
+  code.push_back(static_cast<int64_t>(network.outputs.size()) + 1);
+  for (int output : network.outputs) code.insert(code.end(), {output, 0, 1});
+  code.insert(code.end(), {n_values - 1, network.all_pairs, 1});
   for (const auto& value : network.values) code.insert(code.end(), value.begin(), value.end());
   return code;
 }
@@ -296,9 +288,6 @@ bool fuzz(const Network& network) {
 bool known_faults() {
   Network wide{"a window whose extent overflows 32 bits",
                {inputs(false, {1, 1, 3}, 2), linear(false, {1, 1, 3}, 0, kNoWindow, {65537, 1, 65536, 0, 0, 0})},
-               kCoefficients,
-               {1, 1, 3},
-               2,
                false};
   try {
     prepare(encode(wide, 1, 1, false));
@@ -311,11 +300,26 @@ bool known_faults() {
   const Network mixed{
       "circular beside padded",
       {inputs(true, image, 2), linear(true, image, 0, {3, 1, 1, 1, 1, 0}, {3, 1, 1, 1, 1, 1}), relu(false, image, 1)},
-      kCoefficients,
-      image,
-      2,
       true};
   return check<double>(mixed, 2, 2, false, 1e-12);
+}
+
+// Programs are prepared once, and only so many are kept.
+bool prepared_once() {
+  const Network network = networks()[0];
+  const auto get = [&](int n1) {
+    const auto code = encode(network, n1, 1, false);
+    return nt::prepared(code.data(), static_cast<int64_t>(code.size()));
+  };
+  const auto first = get(1);
+  if (get(1) != first) {
+    std::printf("a program was prepared twice\n");
+    return false;
+  }
+  for (int n1 = 2; n1 < 1000; ++n1) get(n1);
+  const bool kept = first.use_count() > 1;
+  if (kept) std::printf("a program is kept for ever\n");
+  return !kept;
 }
 
 // A schedule that fails after the first helper: run() throws when no helper is at work any more.
@@ -357,6 +361,7 @@ int main() {
     ok = fuzz(network) && ok;
   }
   ok = known_faults() && ok;
+  ok = prepared_once() && ok;
   ok = throwing_schedule() && ok;
   std::printf(ok ? "ok\n" : "failed\n");
   return ok ? 0 : 1;

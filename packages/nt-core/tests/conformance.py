@@ -149,9 +149,13 @@ def spec_of(x1, x2, **kwargs):
     return Spec(x1.shape, x2.shape, 0, x1.ndim - 1, **kwargs)
 
 
-def run(program, x1, x2, request=EVERYTHING, implementation=None):
+def run_all(program, x1, x2, request=EVERYTHING, implementation=None):
     source = Inputs(jnp.asarray(x1), None if x2 is None else jnp.asarray(x2), program.sources[0])
-    (kernel,) = propagate(program, [source], request, implementation)
+    return propagate(program, [source], request, implementation)
+
+
+def run(program, x1, x2, request=EVERYTHING, implementation=None):
+    (kernel,) = run_all(program, x1, x2, request, implementation)
     return kernel
 
 

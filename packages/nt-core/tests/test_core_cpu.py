@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conformance import (
     ABS,
-    CHAINS,
     MEAN,
     RELU,
     SUM,
@@ -18,47 +17,22 @@ from conformance import (
     conv,
     dense,
     inputs,
-    masked,
-    masks,
     pool,
     residual,
     run,
+    run_all,
     spec_of,
 )
 from nt_core import Builder, Request, Spec, _native, activations, propagate, steps
 from nt_core.backends.cpu.encode import encode
 from nt_core.sources import Inputs
 
-REFUSED = {
-    "after global pool": "CIRCULAR convolutions and others share",
-    "circular strides": "CIRCULAR convolutions and others share",
-    "circular pool": "pools with CIRCULAR padding",
-}
 LEVELS = ["baseline", "avx2", "avx512"]
 POOLED = [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]
 
 
 class TestCpu(Conformance):
     implementation = "cpu"
-
-    @pytest.mark.parametrize("name", CHAINS)
-    def test_chain(self, name, x64):
-        if name not in REFUSED:
-            return super().test_chain(name, x64)
-        space, layers = CHAINS[name]
-        x1, x2 = inputs(space, 3, 2, "float64")
-        with pytest.raises(NotImplementedError, match=REFUSED[name]):
-            run(chain(spec_of(x1, x2), layers), x1, x2, implementation="cpu")
-
-    def test_masks(self, x64):
-        (x1, x2), (mask1, mask2) = inputs((4, 4), 3, 2, "float64"), masks((4, 4), 3, 2)
-        with pytest.raises(NotImplementedError, match="does not know the step Scale"):
-            run(masked(spec_of(x1, x2), mask1, mask2), x1, x2, implementation="cpu")
-
-    def test_dropout(self, x64):
-        x1, x2 = inputs((4, 4), 3, 2, "float64")
-        with pytest.raises(NotImplementedError, match="does not know the step Dropout"):
-            run(chain(spec_of(x1, x2), [conv(), steps.Dropout(0.6), conv(), RELU]), x1, x2, implementation="cpu")
 
 
 def agree(actual, expected, tolerance):
@@ -193,6 +167,23 @@ CIRCULAR = {
         + [steps.GlobalPool(MEAN)],
     ),
     "after a padded one": ((4, 6), [conv(), RELU, pool(), conv(padding="CIRCULAR"), RELU, conv(padding="CIRCULAR")]),
+    "before a padded one": (
+        (4, 5),
+        [conv(padding="CIRCULAR"), RELU, conv(), RELU, conv(padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "a stride that divides no circle": (
+        (5, 4),
+        [conv(), RELU, conv((3, 2), (2, 3), "CIRCULAR"), RELU, conv(padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "a circular pool": (
+        (5, 4),
+        [conv(), RELU, pool((3, 2), (2, 1), "CIRCULAR"), conv(padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "a pool around the image": (
+        (3, 4),
+        [conv(padding="CIRCULAR"), RELU, pool((5, 3), (1, 2), "CIRCULAR", SUM), dense(), RELU, steps.GlobalPool(MEAN)],
+    ),
+    "one position": ((1, 1), [conv(), RELU, conv((2, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (5, 4),
         [conv((3, 1), padding="CIRCULAR"), RELU, conv((1, 3)), RELU, conv((3, 1), padding="CIRCULAR")],
@@ -230,7 +221,7 @@ def test_malformed_calls_are_errors():
     program = chain(spec_of(x1, x2), [dense(), RELU, dense()])
     run(program, x1, x2, Request(), "cpu")  # registers the handler
     source = Inputs(x1, x2, program.sources[0])
-    encoded = encode(program, (source,), Request(True, False), 0.0)
+    encoded = encode(program, (source,), Request(True, False))
     code, coefficients = encoded.code, jnp.asarray(encoded.coefficients, jnp.float32)
     good = call(code, coefficients, x1, x2)
     np.testing.assert_array_equal(good[1], run(program, x1, x2, Request(True, False), "cpu").ntk)
@@ -310,3 +301,29 @@ def test_branches_with_pools_of_their_own(x64):
     y = builder.add(steps.Combine((0.5, 2.0)), *branches)
     program = builder.build(builder.add(steps.GlobalPool(MEAN), y))
     agree(run(program, x1, x2, Request(), "cpu"), run(program, x1, x2, Request(), "xla"), 1e-12)
+
+
+def test_circular_beside_padded_branches(x64):
+    """Neither branch mixes both; their sum does."""
+    x1, x2 = inputs((4, 3), 3, 2, "float64")
+    builder = Builder()
+    x = builder.add(RELU, builder.add(conv(), builder.source(spec_of(x1, x2))))
+    branches = [builder.add(RELU, builder.add(conv(padding=padding), x)) for padding in ("SAME", "CIRCULAR")]
+    y = builder.add(steps.Combine((0.5, 2.0)), *branches)
+    y = builder.add(ABS, builder.add(dense(), y))
+    program = builder.build(builder.add(steps.GlobalPool(MEAN), y))
+    agree(run(program, x1, x2, Request(), "cpu"), run(program, x1, x2, Request(), "xla"), 1e-12)
+
+
+def test_several_outputs(x64):
+    """Before any parameters, between two pools, all pairs of positions, and what is read further."""
+    x1, x2 = inputs((4, 4), 3, 18, "float64")
+    for second in (x2, None):
+        builder = Builder()
+        x = builder.source(spec_of(x1, x1 if second is None else second))
+        y = builder.add(RELU, builder.add(conv(), x))
+        z = builder.add(RELU, builder.add(conv(), builder.add(pool(), y)))
+        program = builder.build(x, y, builder.add(steps.Flatten(), z), builder.add(steps.GlobalPool(MEAN), z))
+        kernels, expected = (run_all(program, x1, second, Request(), name) for name in ("cpu", "xla"))
+        for kernel, wanted in zip(kernels, expected, strict=True):
+            agree(kernel, wanted, 1e-12)

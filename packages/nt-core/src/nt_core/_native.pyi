@@ -14,3 +14,9 @@ def dual(
     activation: int, coefficients: np.ndarray, variance1: np.ndarray, variance2: np.ndarray, deficit: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A nonlinearity by itself, for tests: (variance1 after it, deficit after it, factor of the tangent kernel)."""
+
+def schema() -> dict[str, Any]:
+    """The encoding of programs: its version, and the numbers of operations and activations."""
+
+def choose_level(name: str) -> None:
+    """Lowers the instruction set to the named one (baseline, avx2 or avx512; '' for the best that there is)."""

@@ -1,6 +1,7 @@
 """The native backend for CPUs: covariance programs in C++ (csrc), one XLA custom call for a program."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from nt_core.backends.xla import XlaBackend
 from nt_core.evaluation.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
+from nt_core.lowering import Form
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, dtype_of, identical_batches, is_symmetric, same_batches
+from nt_core.sources import Inputs, Source, dtype_of, same_batches
 from nt_core.spec import Spec
 
 _TARGET = "nt_propagate"
@@ -33,32 +35,36 @@ class CpuBackend:
         dtypes = {dtype_of(source).name for source in sources}
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             return f"it computes in float32 or float64, not in {', '.join(sorted(dtypes))}"
+        reason = native.refusal()
+        if reason is not None:
+            return reason
         try:
-            encode(program, sources, request, 0.0)
+            encode(program, sources, request)
         except Refused as refused:
             return str(refused)
-        return native.refusal()
+        return None
 
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
-        spec = program.spec(program.outputs[0])
-        nngp, ntk, cov1, cov2 = _differentiable(request)(program, sources)
         same = same_batches(sources)
-        return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=same),)
+        return tuple(
+            Kernel.from_spec(program.spec(value), **arrays, x1_is_x2=same)
+            for value, arrays in zip(program.outputs, _differentiable(request)(program, sources), strict=True)
+        )
 
 
-_Arrays = tuple[Array, Array | None, Array | None, Array | None]
+_Arrays = dict[str, Array | None]  # of a kernel, by the names of its fields
 
 
 def _differentiable(request: Request) -> Any:
-    """Returns the native computation of a `Kernel`'s arrays, with the derivatives of the `xla` backend."""
+    """Returns the native computation of the outputs' arrays, with the derivatives of the `xla` backend."""
 
     @jax.custom_jvp
-    def compute(program: Program, sources: tuple[Source, ...]) -> _Arrays:
+    def compute(program: Program, sources: tuple[Source, ...]) -> list[_Arrays]:
         return _call(program, sources, request)
 
-    def reference(program: Program, sources: tuple[Source, ...]) -> _Arrays:
-        (kernel,) = XlaBackend().propagate(program, sources, request)
-        return kernel.nngp, kernel.ntk, kernel.cov1, kernel.cov2
+    def reference(program: Program, sources: tuple[Source, ...]) -> list[_Arrays]:
+        kernels = XlaBackend().propagate(program, sources, request)
+        return [{name: getattr(k, name) for name in ("nngp", "ntk", "cov1", "cov2")} for k in kernels]
 
     @compute.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -68,50 +74,64 @@ def _differentiable(request: Request) -> Any:
     return compute
 
 
-def _call(program: Program, sources: tuple[Source, ...], request: Request) -> _Arrays:
-    encoded = encode(program, sources, request, identical_batches(sources))
-    spec, dtype = program.spec(program.outputs[0]), dtype_of(sources[0])
-    symmetric = all(is_symmetric(source) for source in sources)
+def _call(program: Program, sources: tuple[Source, ...], request: Request) -> list[_Arrays]:
+    encoded = encode(program, sources, request)
+    dtype = dtype_of(sources[0])
     operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
-    for source, needs in zip(sources, encoded.needs, strict=True):
-        operands.extend(_operands(source, needs, encoded, symmetric))
-    sizes = tuple(spec.space[encoded.axes.index(a)] for a in sorted(encoded.axes))
-    positions = (math.prod(sizes),) * (2 if encoded.all_pairs else 1)
-    shapes = [(spec.n1, spec.n2)] * (1 + encoded.has_ntk)
-    if request.covariances:
-        shapes += [(spec.n1,)] if symmetric else [(spec.n1,), (spec.n2,)]
-    outputs = [jax.ShapeDtypeStruct(shape + positions, dtype) for shape in shapes]
+    for source, form in zip(sources, encoded.forms, strict=False):
+        operands.extend(_operands(source, form, encoded))
+    operands.extend(numbers.astype(dtype) for numbers in encoded.numbers)
+    specs = [program.spec(value) for value in program.outputs]
+    forms = [encoded.forms[value] for value in program.outputs]
+    shapes: list[tuple[int, ...]] = []
+    for spec, form, all_pairs in zip(specs, forms, encoded.all_pairs, strict=True):
+        batches = [(spec.n1, spec.n2)] * (1 + form.has_ntk)
+        if request.covariances:
+            batches += [(spec.n1,)] if encoded.symmetric else [(spec.n1,), (spec.n2,)]
+        positions = (math.prod(spec.space),) * (2 if all_pairs else 1)
+        shapes.extend(batch + positions for batch in batches)
+    outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     computed = jax.ffi.ffi_call(_TARGET, outputs, vmap_method="sequential")(*operands, code=encoded.code)
     # JAX does not know over which axes of a mesh the results of a custom call vary: adding this 0 tells it.
     results = iter([result + constant((), 0, dtype, operands) for result in computed])
+    return [
+        _take(results, spec, form, request, encoded.symmetric, dtype) for spec, form in zip(specs, forms, strict=True)
+    ]
+
+
+def _take(results: Iterator[Array], spec: Spec, form: Form, request: Request, symmetric: bool, dtype: Any) -> _Arrays:
+    """Takes the arrays of an output from the results, in the order of `make_job` in csrc/job.h."""
+    assert form.axes is not None
+    axes = form.axes
 
     def stored(n_batch: int) -> Array:
-        return _as_stored(next(results), spec, sizes, encoded, n_batch)
+        return _as_stored(next(results), spec, axes, n_batch)
 
     nngp = stored(2)
     ntk = None
     if request.ntk:
-        ntk = stored(2) if encoded.has_ntk else jnp.zeros((), dtype)  # zero: no parameters seen yet
+        ntk = stored(2) if form.has_ntk else jnp.zeros((), dtype)  # zero: no parameters seen yet
     cov1 = stored(1) if request.covariances else None
     cov2 = stored(1) if request.covariances and not symmetric else None
-    return nngp, ntk, cov1, cov2
+    return {"nngp": nngp, "ntk": ntk, "cov1": cov1, "cov2": cov2}
 
 
-def _operands(source: Source, needs: bool, encoded: Encoded, symmetric: bool) -> list[Array]:
+def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:
     """The arrays of a source, in the order of `source_of` in csrc/job.h."""
     if isinstance(source, Inputs):
-        return [source.first()] if symmetric else [source.first(), source.second()]
+        return [source.first()] if encoded.symmetric else [source.first(), source.second()]
     spec = source.spec
     arrays = [_positions_last(source.nngp, spec, 2)]
-    if encoded.has_ntk and source.ntk is not None and source.ntk.ndim > 0:
+    if form.has_ntk:
+        assert source.ntk is not None
         arrays.append(_positions_last(source.ntk, spec, 2))
-    if not needs and not encoded.owns:
+    if not form.deficit and not encoded.owns:
         return arrays
     assert source.cov1 is not None, "refused by the encoder"
     covariances = [_own(source.cov1, spec)]
-    if not symmetric:
+    if not encoded.symmetric:
         covariances.append(covariances[0] if source.cov2 is None else _own(source.cov2, spec))
-    if needs:
+    if form.deficit:
         arrays.extend(_variances(c, spec) for c in covariances)
     if encoded.owns:
         arrays.extend(_positions_last(c, spec, 1) for c in covariances)
@@ -137,14 +157,15 @@ def _positions_last(x: Array, spec: Spec, n_batch: int) -> Array:
     return unzip_axes(reverse_zipped(x, n_batch) if spec.is_reversed else x, n_batch)
 
 
-def _as_stored(x: Array, spec: Spec, sizes: tuple[int, ...], encoded: Encoded, n_batch: int) -> Array:
+def _as_stored(x: Array, spec: Spec, axes: tuple[int, ...], n_batch: int) -> Array:
     """`(*batch, positions[, positions])` in the axes of the sources to the layout of a `Kernel`."""
     batch = x.shape[:n_batch]
+    sizes = tuple(spec.space[axes.index(a)] for a in sorted(axes))
     if spec.diagonal_spatial or not spec.space:
         x = x.reshape(batch + sizes)
-        return jnp.transpose(x, (*range(n_batch), *(n_batch + a for a in encoded.axes)))
+        return jnp.transpose(x, (*range(n_batch), *(n_batch + a for a in axes)))
     n_space = len(sizes)
     x = x.reshape(batch + sizes + sizes)
-    order = [n_batch + half + a for half in (0, n_space) for a in encoded.axes]
+    order = [n_batch + half + a for half in (0, n_space) for a in axes]
     x = zip_axes(jnp.transpose(x, (*range(n_batch), *order)), n_batch)
     return reverse_zipped(x, n_batch) if spec.is_reversed else x

@@ -1,26 +1,24 @@
 """Encodes covariance programs for the native engine, and says which ones it does not take.
 
-The layout of the code is that of `decode_program` in csrc/program.cc.
+The layout of the code is that of `decode_program` in csrc/program.cc; the numbers in it come from the compiled module.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from nt_core.activations import ABRelu, Activation, Erf, Exp, Gelu, Rbf, Sin
 from nt_core.backends.base import Request
-from nt_core.lowering import lower
-from nt_core.program import Node, Program
-from nt_core.sources import Inputs, Source, is_symmetric
-from nt_core.spec import Spec
-from nt_core.steps import Combine, Conv, Dual, Flatten, GlobalPool, Linear, Multiply, Normalize, Pool, window_pads
+from nt_core.backends.cpu import native
+from nt_core.lowering import Form, LoweredNode, Windows, lower
+from nt_core.lowering.primitives import Dropout, Dual, Flatten, Normalize, Pool, Product, Rescale, Scale, Sum, Tied
+from nt_core.program import Program
+from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, same_batches
 
-_ENCODING = 2
-_INPUTS, _MATERIALISED, _LINEAR, _DUAL, _POOL, _FLATTEN, _NORMALIZE, _COMBINE, _MULTIPLY = range(9)
-_MAX_AXES = 3
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
 _MAX_POOLED_PAIRS = 2**21
 
@@ -31,282 +29,332 @@ class Encoded:
 
     Attributes:
       code: its structure.
-      coefficients: the numbers in it, which may be traced. The first says whether both batches are the same samples.
-      needs: whether each source is read as a deficit, so that its variances are needed.
+      coefficients: the numbers in it, which may be traced. The first two say whether both batches hold equal samples,
+        and whether they hold the same ones to dropout.
+      numbers: those of each sample and position that come with steps, `(n, positions)`.
+      symmetric: the second batch is the first.
       owns: whether the covariance of each sample with itself is needed, for sources that are materialised.
-      has_ntk: whether the tangent kernel is computed.
-      axes: which spatial axis of the sources stands at each spatial axis of the output.
-      all_pairs: whether the output holds all pairs of positions.
+      forms: of all values of the program.
+      all_pairs: for each output, whether it holds all pairs of positions.
     """
 
     code: np.ndarray
     coefficients: list[Any]
-    needs: tuple[bool, ...]
+    numbers: list[Array]
+    symmetric: bool
     owns: bool
-    has_ntk: bool
-    axes: tuple[int, ...]
-    all_pairs: bool
+    forms: tuple[Form, ...]
+    all_pairs: tuple[bool, ...]
 
 
 class Refused(Exception):
     """The engine does not take this program, for the reason given."""
 
 
-def encode(program: Program, sources: tuple[Source, ...], request: Request, same_inputs: Any) -> Encoded:
+def encode(program: Program, sources: tuple[Source, ...], request: Request) -> Encoded:
     """Encodes a program. Raises `Refused`."""
-    return _Encoder(program, sources, request).encode(same_inputs)
+    return _Encoder(program, sources, request).encode()
+
+
+class _Window(NamedTuple):
+    """Windows along one axis, as the engine reads them."""
+
+    taps: int = 1
+    stride: int = 1
+    dilation: int = 1
+    low: int = 0
+    high: int = 0
+    circular: bool = False
+
+    @property
+    def is_trivial(self) -> bool:
+        return self.taps == 1 and self.stride == 1 and self.low == 0 and self.high == 0
+
+    def without_stride(self) -> "_Window":
+        """The same circular windows, one at each position."""
+        return self._replace(stride=1, high=(self.taps - 1) * self.dilation - self.low)
 
 
 class _Encoder:
     def __init__(self, program: Program, sources: tuple[Source, ...], request: Request) -> None:
-        if len(program.outputs) != 1:
-            raise Refused("the program has several outputs")
-        self._program = program
+        schema = native.schema()
+        self._encoding, self._ops, self._n_axes = schema["encoding"], schema["ops"], schema["max_axes"]
         self._sources = sources
         self._request = request
-        self._n_sources = len(sources)
-        (self._output,) = program.outputs
-        self._needs = [form.deficit for form in lower(program, sources, ntk=False, covariances=False).forms]
-        self._apart = _pairs_of_different_positions(program)
-        self._number: list[int] = []  # in the code, of every value of the program
-        self._axes: list[tuple[int, ...]] = []
-        self._values: list[list[int]] = []
-        self._coefficients: list[Any] = []
-        # Axes of windows since the last readout, and whether they are circular.
+        self._lowered = lower(program, sources, ntk=request.ntk, covariances=False)
+        self._forms = self._lowered.forms
+        self._check()
+        self._symmetric = all(is_symmetric(source) for source in sources)
         self._wrapping: list[set[tuple[int, bool]]] = []
+        self._cut = self._find_cuts()
+        # What is written so far.
+        self._number: list[int] = []  # in the code, of every value of the program
+        self._separated: dict[int, int] = {}  # the same, of values behind a cut
+        self._values: list[list[int]] = []
+        self._spaces: list[tuple[int, ...]] = []
+        self._coefficients: list[Any] = [identical_batches(sources), same_batches(sources)]
+        self._numbers: list[Array] = []
 
-    def encode(self, same_inputs: Any) -> Encoded:
-        program, spec = self._program, self._program.spec(self._output)
-        self._coefficients = [same_inputs]
+    def encode(self) -> Encoded:
         owns = self._needs_own_covariances()
         for number, source in enumerate(self._sources):
-            self._axes.append(tuple(range(len(source.spec.space))))
-            self._number.append(len(self._values))
-            self._wrapping.append(set())
-            self._source(number, source, owns)
-        for number, node in enumerate(program.nodes, self._n_sources):
-            self._axes.append(self._axes_after(node))
-            self._wrapping.append(self._wrapping_after(node))
-            self._node(number, node)
-        has_ntk = self._request.ntk and self._has_parameters()
-        all_pairs = math.prod(spec.space) > 1 and not spec.diagonal_spatial
-        if all_pairs:
-            self._check_wrapping(self._output)
-        symmetric = all(is_symmetric(source) for source in self._sources)
+            self._number.append(self._source(number, source, owns))
+        for number, node in self._lowered.numbered_nodes():
+            self._number.append(self._node(number, node))
+        outputs = [self._forms[value] for value in self._lowered.outputs]
+        all_pairs = tuple(not _stores_equal_positions(form) for form in outputs)
+        spec = self._sources[0].spec
         header = [
-            _ENCODING,
+            self._encoding,
             spec.n1,
             spec.n2,
-            symmetric,
-            has_ntk,
+            self._symmetric,
             self._request.covariances,
-            all_pairs,
             len(self._coefficients),
-            self._n_sources,
+            len(self._sources),
             len(self._values),
-            self._number[self._output],
+            len(outputs),
         ]
+        for value, form, pairs in zip(self._lowered.outputs, outputs, all_pairs, strict=True):
+            header += [self._number[value], pairs, form.has_ntk]
         return Encoded(
             code=np.array([*header, *(number for value in self._values for number in value)], np.int64),
             coefficients=self._coefficients,
-            needs=tuple(self._needs[: self._n_sources]),
+            numbers=self._numbers,
+            symmetric=self._symmetric,
             owns=owns,
-            has_ntk=has_ntk,
-            axes=self._axes[self._output],
+            forms=self._forms,
             all_pairs=all_pairs,
         )
 
+    # What is known of all values before any is written
+
+    def _check(self) -> None:
+        for source in self._sources:
+            if len(source.spec.space) > self._n_axes:
+                raise Refused(f"inputs have {len(source.spec.space)} spatial axes, it takes up to {self._n_axes}")
+        if any(form.axes is None for form in self._forms):
+            raise Refused("branches order their spatial axes differently")
+
+    def _find_cuts(self) -> set[int]:
+        """Returns the nodes before which the program is cut.
+
+        Circular convolutions mix offset planes that all others keep apart. Where both meet on one axis, a pool with
+        windows of one position stands between them: what is after a pool is kept plane by plane. `_wrapping` has, for
+        each value, the axes of windows since the last pool, and whether they are circular.
+        """
+        self._wrapping = [set() for _ in self._sources]
+        cut = set()
+        for number, node in self._lowered.numbered_nodes():
+            own = set()
+            if isinstance(node.primitive, Tied):
+                windows, sizes = self._windows(node, node.primitive.windows), self._canonical(node.inputs[0])
+                own = {(a, w.circular) for a, w in enumerate(windows) if sizes[a] > 1 and not w.is_trivial}
+            before = set().union(*(self._wrapping[i] for i in node.inputs))
+            together = before | own
+            if self._forms[number].apart and any((a, not circular) in together for a, circular in together):
+                cut.add(number)
+                before = set()
+            is_pool = isinstance(node.primitive, Pool | Flatten) or self._subsampled(number, node)
+            self._wrapping.append(set() if is_pool else before | own)
+        return cut
+
+    def _subsampled(self, number: int, node: LoweredNode) -> list[int]:
+        """Axes of a circular convolution whose strides do not divide the circle.
+
+        Offset planes are closed without its strides, so these are taken by a pool with windows of one position.
+        """
+        if not isinstance(node.primitive, Tied) or not self._forms[number].apart:
+            return []
+        windows = self._windows(node, node.primitive.windows)
+        sizes, counts = self._canonical(node.inputs[0]), self._canonical(number)
+        return [a for a, w in enumerate(windows) if w.circular and 1 != sizes[a] != counts[a] * w.stride]
+
     def _needs_own_covariances(self) -> bool:
-        pools = (number for number, node in enumerate(self._program.nodes, self._n_sources) if _is_pool(node))
-        return self._request.covariances or any(self._needs[number] for number in pools)
+        """Pools mix positions: for variances after them the covariances of each sample with itself are needed."""
+        needed = [self._request.covariances]
+        for number, node in self._lowered.numbered_nodes():
+            if isinstance(node.primitive, Pool) or self._subsampled(number, node):
+                needed.append(self._forms[number].deficit)
+            if number in self._cut:
+                needed.extend(self._forms[i].deficit for i in node.inputs)
+        return any(needed)
 
-    def _has_parameters(self) -> bool:
-        has = [not isinstance(s, Inputs) and s.ntk is not None and s.ntk.ndim > 0 for s in self._sources]
-        for node in self._program.nodes:
-            has.append(isinstance(node.step, Linear) or any(has[i] for i in node.inputs))
-        return has[self._output]
+    # Values of the code
 
-    def _source(self, number: int, source: Source, owns: bool) -> None:
-        spec = source.spec
-        if len(spec.space) > _MAX_AXES:
-            raise Refused(f"inputs have {len(spec.space)} spatial axes, it takes up to {_MAX_AXES}")
+    def _source(self, number: int, source: Source, owns: bool) -> int:
+        spec, form = source.spec, self._forms[number]
         if 0 in spec.space or spec.n_channels == 0:
             raise Refused(f"inputs of shape {spec.shape1} are empty")
         if self._request.covariances and not spec.diagonal_batch:
             raise Refused("covariances between all samples of one batch are asked for")
+        space = self._canonical(number)
         if not isinstance(source, Inputs):
-            if (self._needs[number] or owns) and source.cov1 is None:
+            if (form.deficit or owns) and source.cov1 is None:
                 raise Refused("variances are needed, and the kernel it starts from holds none")
-            has_ntk = self._request.ntk and source.ntk is not None and source.ntk.ndim > 0
-            same_position = spec.diagonal_spatial or math.prod(spec.space) == 1
-            self._add(_MATERIALISED, number, spec.space, [], [has_ntk, owns, same_position])
-            return
+            parameters = [form.has_ntk, owns, _stores_equal_positions(form)]
+            return self._add("Materialised", form.deficit, space, [], parameters)
         if self._flattened(number):  # positions are channels from the start
-            self._add(_INPUTS, number, (), [], [spec.n_channels * math.prod(spec.space)])
-        else:
-            self._add(_INPUTS, number, spec.space, [], [spec.n_channels])
+            n_channels = spec.n_channels * math.prod(spec.space)
+            return self._add("Inputs", form.deficit, (1,) * self._n_axes, [], [n_channels])
+        return self._add("Inputs", form.deficit, space, [], [spec.n_channels])
 
     def _flattened(self, source: int) -> bool:
-        readers = [node for node in self._program.nodes if source in node.inputs]
-        return source != self._output and all(isinstance(node.step, Flatten) for node in readers)
+        readers = [node for node in self._lowered.nodes if source in node.inputs]
+        return source not in self._lowered.outputs and all(isinstance(node.primitive, Flatten) for node in readers)
 
-    def _node(self, number: int, node: Node) -> None:
-        step, before = node.step, self._program.spec(node.inputs[0])
-        single = math.prod(before.space) == 1 or self._values[self._number[node.inputs[0]]][3:6] == [1, 1, 1]
-        if single and isinstance(step, Flatten | GlobalPool):  # changes the shape, and no number
-            self._number.append(self._number[node.inputs[0]])
-            return
-        self._number.append(len(self._values))
-        space = self._canonical(node.spec.space, number)
-        match step:
-            case Linear():
-                self._linear(number, node, step, before, space)
+    def _node(self, number: int, node: LoweredNode) -> int:
+        primitive, deficit, space = node.primitive, self._forms[number].deficit, self._canonical(number)
+        inputs = [self._separate(i) if number in self._cut else self._number[i] for i in node.inputs]
+        is_whole = isinstance(primitive, Flatten) or (isinstance(primitive, Pool) and not primitive.keeps_axes)
+        if is_whole and math.prod(self._spaces[inputs[0]]) == 1:
+            return inputs[0]  # changes the shape, and no number
+        match primitive:
+            case Tied():
+                return self._tied(number, node, primitive, inputs)
             case Dual():
-                self._dual(number, node, step, space)
-            case Pool() | GlobalPool():
-                self._pool(number, node, step, before, space)
+                activation, coefficients = encode_activation(primitive.activation)
+                return self._add("Dual", deficit, space, inputs, [activation], coefficients)
+            case Pool():
+                if self._lowered.input_form(node).same_position:
+                    raise Refused("a pool over same-position covariances")
+                windows = self._windows(node, primitive.windows)
+                return self._add_pool(deficit, space, inputs[0], windows, primitive.mean, primitive.normalize_edges)
             case Flatten():
-                self._add(_FLATTEN, number, space, node.inputs, [])
+                return self._add("Flatten", deficit, space, inputs)
+            case Scale():
+                self._add_numbers(number, primitive)
+                return self._add("Scale", deficit, space, inputs)
             case Normalize():
-                if step.first is not None:
-                    raise Refused("a normalisation over positions of which some are masked")
-                axes = [self._axes[node.inputs[0]][a] for a in step.space_axes]
-                lead = _MAX_AXES - len(before.space)
-                flags = [a - lead in axes for a in range(_MAX_AXES)]
-                self._add(_NORMALIZE, number, space, node.inputs, flags, [step.eps])
-            case Combine():
-                self._add(_COMBINE, number, space, node.inputs, [], step.weights)
-            case Multiply():
-                self._add(_MULTIPLY, number, space, node.inputs, [])
+                weighted = primitive.first is not None
+                if weighted:
+                    self._add_numbers(number, primitive)
+                axes = {self._canonical_axis(number, a) for a in primitive.space_axes}
+                flags = [a in axes for a in range(self._n_axes)]
+                return self._add("Normalize", deficit, space, inputs, [weighted, *flags], [primitive.eps])
+            case Dropout():
+                return self._add("Dropout", deficit, space, inputs, [], [primitive.rate])
+            case Sum():
+                return self._add("Sum", deficit, space, inputs, [], primitive.weights)
+            case Product():
+                return self._add("Product", deficit, space, inputs)
             case _:
-                raise Refused(f"it does not know the step {type(step).__name__}")
+                raise Refused(f"it does not know the primitive {type(primitive).__name__}")
 
-    def _linear(self, number: int, node: Node, step: Linear, before: Spec, space: tuple[int, ...]) -> None:
-        b_var = 0.0 if step.b_var is None else step.b_var
-        coefficients = [step.w_var, b_var, *step.ntk_coefficients(before)]
-        windows = _trivial_windows()
-        if isinstance(step, Conv):
-            windows = self._windows(node, step, step.dilation, before)
-            for w, size, count in zip(windows, self._canonical(before.space, node.inputs[0]), space, strict=True):
-                if (count - 1) * w[1] >= size:
-                    raise Refused(f"the padding {step.padding} of Conv is larger than the image of {before.space}")
-                if w[5] and size > 1 and self._apart[number] and count * w[1] != size:
-                    raise Refused(f"a CIRCULAR convolution whose stride {w[1]} does not divide {size} positions")
-        follows = step.parameterization == "ntk"
-        self._add(_LINEAR, number, space, node.inputs, [follows, *(i for w in windows for i in w)], coefficients)
+    def _tied(self, number: int, node: LoweredNode, primitive: Tied, inputs: list[int]) -> int:
+        deficit, space, sizes = self._forms[number].deficit, self._canonical(number), self._canonical(node.inputs[0])
+        windows = self._windows(node, primitive.windows)
+        if any((count - 1) * w.stride >= size for w, size, count in zip(windows, sizes, space, strict=True)):
+            raise Refused(f"the padding of a convolution is larger than the image of {sizes}")
+        strides, convolved = [_Window()] * self._n_axes, list(space)
+        subsampled = self._subsampled(number, node)
+        for a in subsampled:
+            strides[a], convolved[a] = _Window(stride=windows[a].stride), sizes[a]
+            windows[a] = windows[a].without_stride()
+        b_var = 0.0 if primitive.b_var is None else primitive.b_var
+        coefficients = [primitive.w_var, b_var, primitive.own_w, primitive.own_b]
+        parameters = [primitive.follows, *_flat(windows)]
+        value = self._add("Tied", deficit, tuple(convolved), inputs, parameters, coefficients)
+        return self._add_pool(deficit, space, value, strides) if subsampled else value
 
-    def _dual(self, number: int, node: Node, step: Dual, space: tuple[int, ...]) -> None:
-        activation, coefficients = encode_activation(step.activation)
-        self._add(_DUAL, number, space, node.inputs, [activation], coefficients)
+    def _separate(self, number: int) -> int:
+        """The value behind a cut."""
+        if not self._wrapping[number]:
+            return self._number[number]
+        if number not in self._separated:
+            deficit, space = self._forms[number].deficit, self._canonical(number)
+            windows = [_Window()] * self._n_axes
+            self._separated[number] = self._add_pool(deficit, space, self._number[number], windows)
+        return self._separated[number]
 
-    def _pool(self, number: int, node: Node, step: Pool | GlobalPool, before: Spec, space: tuple[int, ...]) -> None:
-        if before.diagonal_spatial:
-            raise Refused("a pool over same-position covariances")
+    def _canonical_axis(self, number: int, axis: int) -> int:
+        """The axis of the engine that a spatial axis of a value is."""
+        form = self._forms[number]
+        assert form.axes is not None
+        return self._n_axes - len(form.space) + form.axes[axis]
+
+    def _windows(self, node: LoweredNode, along: Windows) -> list[_Window]:
+        """Windows along the axes of the engine."""
+        windows = [_Window()] * self._n_axes
+        for axis, w in enumerate(along):
+            at = self._canonical_axis(node.inputs[0], axis)
+            windows[at] = _Window(w.taps, w.stride, w.dilation, w.low, w.high, w.circular)
+        return windows
+
+    def _canonical(self, number: int) -> tuple[int, ...]:
+        """Sizes of a value along the axes of the engine."""
+        sizes = [1] * self._n_axes
+        for axis, size in enumerate(self._forms[number].space):
+            sizes[self._canonical_axis(number, axis)] = size
+        return tuple(sizes)
+
+    def _add_numbers(self, number: int, primitive: Rescale) -> None:
+        """Appends the numbers of the samples of each batch, with positions in the order of the engine."""
+        order = np.argsort([self._canonical_axis(number, a) for a in range(len(self._forms[number].space))])
+        for which in (1,) if self._symmetric else (1, 2):
+            numbers = primitive.sample_numbers(which)
+            assert numbers is not None
+            in_order = jnp.transpose(numbers, (0, *(1 + int(a) for a in order)))
+            self._numbers.append(in_order.reshape(numbers.shape[0], -1))
+
+    def _add_pool(
+        self,
+        deficit: bool,
+        space: tuple[int, ...],
+        value: int,
+        windows: list[_Window],
+        mean: bool = True,
+        normalize_edges: bool = False,
+    ) -> int:
         if math.prod(space) ** 2 > _MAX_POOLED_PAIRS:
             raise Refused(
                 f"a pool leaves {math.prod(space)} positions, whose pairs are too many for its scratch memory"
             )
-        self._check_wrapping(node.inputs[0])
-        normalize_edges = False
-        if isinstance(step, GlobalPool):
-            windows = [[size, 1, 1, 0, 0, 0] for size in self._canonical(before.space, node.inputs[0])]
-        else:
-            if step.padding == "CIRCULAR":
-                raise Refused("pools with CIRCULAR padding")
-            windows = self._windows(node, step, (1,) * len(step.window), before)
-            normalize_edges = step.normalize_edges
-        self._add(_POOL, number, space, node.inputs, [step.mean, normalize_edges, *(i for w in windows for i in w)])
-
-    def _windows(self, node: Node, step: Conv | Pool, dilation: tuple[int, ...], before: Spec) -> list[list[int]]:
-        """Windows along the axes of the sources: taps, stride, dilation, low, high, circular."""
-        pads = window_pads(before.space, step.window, step.strides, step.padding, dilation)
-        windows = _trivial_windows()
-        lead = _MAX_AXES - len(before.space)
-        for i, axis in enumerate(self._axes[node.inputs[0]]):
-            circular = step.padding == "CIRCULAR"
-            windows[lead + axis] = [step.window[i], step.strides[i], dilation[i], *pads[i], circular]
-        return windows
-
-    def _axes_after(self, node: Node) -> tuple[int, ...]:
-        before = [self._axes[i] for i in node.inputs]
-        if len(set(before)) > 1:
-            raise Refused("branches order their spatial axes differently")
-        if isinstance(node.step, Conv):
-            return tuple(before[0][i] for i in node.step.space_order(self._program.spec(node.inputs[0])))
-        return before[0][: len(node.spec.space)]
-
-    def _wrapping_after(self, node: Node) -> set[tuple[int, bool]]:
-        if isinstance(node.step, Pool | GlobalPool | Flatten):
-            return set()
-        wrapping = set().union(*(self._wrapping[i] for i in node.inputs))
-        if isinstance(node.step, Conv):
-            windows = self._windows(node, node.step, node.step.dilation, self._program.spec(node.inputs[0]))
-            wrapping |= {(a, bool(w[5])) for a, w in enumerate(windows) if w[:5] != [1, 1, 1, 0, 0]}
-        return wrapping
-
-    def _check_wrapping(self, number: int) -> None:
-        """Circular convolutions mix the offset planes that all others keep apart."""
-        if any((axis, True) in self._wrapping[number] and (axis, False) in self._wrapping[number] for axis in range(3)):
-            raise Refused("CIRCULAR convolutions and others share their offset planes")
-
-    def _canonical(self, space: tuple[int, ...], number: int) -> tuple[int, ...]:
-        """Sizes along the axes of the sources, with leading ones."""
-        sizes = [1] * _MAX_AXES
-        lead = _MAX_AXES - len(space)
-        for size, axis in zip(space, self._axes[number], strict=True):
-            sizes[lead + axis] = size
-        return tuple(sizes)
+        return self._add("Pool", deficit, space, [value], [mean, normalize_edges, *_flat(windows)])
 
     def _add(
         self,
-        op: int,
-        number: int,
+        op: str,
+        deficit: bool,
         space: tuple[int, ...],
-        inputs: tuple[int, ...] | list[int],
-        parameters: list[Any],
+        inputs: list[int],
+        parameters: list[Any] | tuple[()] = (),
         coefficients: Any = (),
-    ) -> None:
-        space = (1,) * (_MAX_AXES - len(space)) + tuple(space)
+    ) -> int:
+        """Appends a value, and returns its number in the code."""
         start = len(self._coefficients)
         self._coefficients.extend(coefficients)
-        numbers = [self._number[i] for i in inputs]
-        count = [len(numbers)] if op not in (_INPUTS, _MATERIALISED) else []
-        self._values.append([op, self._needs[number], start, *space, *count, *numbers, *map(int, parameters)])
+        count = [len(inputs)] if inputs else []
+        self._values.append([self._ops[op], deficit, start, *space, *count, *inputs, *map(int, parameters)])
+        self._spaces.append(space)
+        return len(self._values) - 1
 
 
 def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
     """The number of an activation and its coefficients, as the classes of csrc/duals.h expect them."""
     match activation:
         case ABRelu(a, b):
-            return 0, [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
+            name, coefficients = "AbRelu", [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
         case Erf(a, b, c):
-            return 1, [a * a * (2 / math.pi), 2 * b * b, c * c]
+            name, coefficients = "Erf", [a * a * (2 / math.pi), 2 * b * b, c * c]
         case Gelu():
-            return 2, []
+            name, coefficients = "Gelu", []
         case Sin(a, b, c):
-            return 3, [a * a / 2, b * b, jnp.cos(2 * c), 2 * jnp.cos(c) ** 2, jnp.sin(c) ** 2]
+            name = "Sin"
+            coefficients = [a * a / 2, b * b, jnp.cos(2 * c), 2 * jnp.cos(c) ** 2, jnp.sin(c) ** 2]
         case Rbf(gamma):
-            return 4, [2 * gamma]
+            name, coefficients = "Rbf", [2 * gamma]
         case Exp(a, b):
-            return 5, [a * a, b * b]
-    raise Refused(f"the dual of {type(activation).__name__} is not native")
+            name, coefficients = "Exp", [a * a, b * b]
+        case _:
+            raise Refused(f"the dual of {type(activation).__name__} is not native")
+    return native.schema()["activations"][name], coefficients
 
 
-def _pairs_of_different_positions(program: Program) -> list[bool]:
-    """Says for each value whether pairs of different positions are needed of it."""
-    apart = [False] * program.n_values
-    for output in program.outputs:
-        spec = program.spec(output)
-        apart[output] = not spec.diagonal_spatial and math.prod(spec.space) > 1
-    for number, node in reversed(list(enumerate(program.nodes, len(program.sources)))):
-        for i in node.inputs:
-            apart[i] |= _is_pool(node) or (apart[number] and not isinstance(node.step, Flatten))
-    return apart
+def _flat(windows: list[_Window]) -> list[int]:
+    return [int(number) for window in windows for number in window]
 
 
-def _is_pool(node: Node) -> bool:
-    return isinstance(node.step, Pool | GlobalPool)
-
-
-def _trivial_windows() -> list[list[int]]:
-    return [[1, 1, 1, 0, 0, 0] for _ in range(_MAX_AXES)]
+def _stores_equal_positions(form: Form) -> bool:
+    """Whether the engine holds pairs of equal positions only."""
+    return form.same_position or math.prod(form.space) == 1

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import warnings
+from typing import Any
 
 import jax
 
@@ -38,6 +39,12 @@ def refusal() -> str | None:
     for name, handler in module.registrations().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """Returns how programs are encoded: the numbers of operations and activations, as the module was compiled with."""
+    return importlib.import_module(_MODULE).schema()
 
 
 def runtime_ffi_version() -> tuple[int, int]:

@@ -1,0 +1,260 @@
+// Stages: the instances that lead to a readout, in passes over rows, and the buffers that their planes go to.
+#include "stages.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+#include <utility>
+
+namespace nt {
+namespace {
+
+// Builds the instances of one stage, the readout's input last.
+class StageBuilder {
+ public:
+  StageBuilder(const Program& program, const Plan& plan, Stage& stage)
+      : program_(program), plan_(plan), stage_(stage) {}
+
+  int build(int value, const Index3& scale, bool deficit) {
+    const int found = instance(value, scale);
+    if (!stage_.instances[found].deficit || deficit) return found;
+    return as_covariance(found);
+  }
+
+ private:
+  using Key = std::tuple<int, Index3, bool>;
+
+  int as_covariance(int from) {
+    const Key key{stage_.instances[from].value, stage_.instances[from].scale, false};
+    const auto known = made_.find(key);
+    if (known != made_.end()) return known->second;
+    Instance made = stage_.instances[from];
+    made.kind = Kind::kAsCovariance;
+    made.inputs = {from};
+    made.deficit = false;
+    return add(key, std::move(made));
+  }
+
+  int instance(int number, const Index3& scale) {
+    const Value& value = program_.values[number];
+    const Key key{number, scale, value.needs};
+    const auto known = made_.find(key);
+    if (known != made_.end()) return known->second;
+    Instance made;
+    made.value = number;
+    made.space = value.space;
+    made.scale = scale;
+    made.deficit = value.needs;
+    if (is_source(value.op)) {
+      made.kind = Kind::kLoad;
+      made.has_ntk = plan_.ntk && value.has_ntk;
+      return add(key, std::move(made));
+    }
+    if (is_readout(value.op)) {
+      made.kind = Kind::kLoad;
+      made.has_ntk = plan_.tensors[plan_.tensor_of[number]].has_ntk;
+      return add(key, std::move(made));
+    }
+    Index3 before = scale;
+    // A dual reads deficits whatever it returns; the others read what they return.
+    bool reads_deficit = value.needs;
+    switch (value.op) {
+      case Op::kTied:
+        made.kind = Kind::kTied;
+        for (int a = 0; a < kAxes; ++a) {
+          // One position has the offset 0 alone, whatever the scale: so products of strides stay below sizes of images.
+          before[a] = value.space[a] == 1 ? 1 : before[a] * value.window[a].stride;
+        }
+        break;
+      case Op::kDual:
+        made.kind = Kind::kDual;
+        reads_deficit = true;
+        break;
+      case Op::kNormalize:
+      case Op::kScale:
+        made.kind = Kind::kRescale;
+        break;
+      case Op::kDropout:
+        made.kind = Kind::kDropout;
+        break;
+      case Op::kSum:
+        made.kind = Kind::kSum;
+        break;
+      case Op::kProduct:
+        made.kind = Kind::kProduct;
+        break;
+      case Op::kInputs:
+      case Op::kMaterialised:
+      case Op::kPool:
+      case Op::kFlatten:
+        break;  // loads, see above
+    }
+    made.has_ntk = plan_.ntk && value.op == Op::kTied;
+    for (int input : value.inputs) {
+      made.inputs.push_back(build(input, before, reads_deficit));
+      made.has_ntk |= stage_.instances[made.inputs.back()].has_ntk;
+    }
+    return add(key, std::move(made));
+  }
+
+  int add(const Key& key, Instance made) {
+    stage_.instances.push_back(std::move(made));
+    const int number = static_cast<int>(stage_.instances.size()) - 1;
+    made_[key] = number;
+    return number;
+  }
+
+  const Program& program_;
+  const Plan& plan_;
+  Stage& stage_;
+  std::map<Key, int> made_;
+};
+
+bool is_head(const Program& program, const Instance& instance) {
+  return instance.kind == Kind::kLoad || (instance.kind == Kind::kTied && has_windows(program.values[instance.value]));
+}
+
+bool same_geometry(const Instance& a, const Instance& b) { return a.space == b.space && a.scale == b.scale; }
+
+int count_uses(const Stage& stage, int instance) {
+  int uses = instance == stage.root;
+  for (const Instance& other : stage.instances) {
+    uses += static_cast<int>(std::count(other.inputs.begin(), other.inputs.end(), instance));
+  }
+  return uses;
+}
+
+// A tied map and the dual of the ReLU family after it are one loop, if nothing else reads what is between them.
+bool can_fuse(const Program& program, const Stage& stage, int tied, int dual) {
+  const Instance& a = stage.instances[tied];
+  const Instance& b = stage.instances[dual];
+  return a.kind == Kind::kTied && b.kind == Kind::kDual && b.inputs[0] == tied && a.deficit &&
+         (!a.has_ntk || program.values[a.value].bias_follows_weights) && count_uses(stage, tied) == 1 &&
+         program.values[b.value].activation == Activation::kAbRelu;
+}
+
+void schedule(const Program& program, Stage& stage) {
+  for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
+    const Instance& instance = stage.instances[i];
+    const bool head = is_head(program, instance);
+    if (!head && !stage.passes.empty() && same_geometry(stage.instances[stage.passes.back().geometry], instance)) {
+      Pass& pass = stage.passes.back();
+      if (pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0 && can_fuse(program, stage, pass.head, i)) {
+        pass.fused_dual = i;
+      } else {
+        pass.row_ops.push_back(i);
+      }
+      continue;
+    }
+    Pass pass;
+    pass.geometry = i;
+    if (head) {
+      pass.head = i;
+    } else {
+      pass.row_ops.push_back(i);
+    }
+    stage.passes.push_back(pass);
+  }
+}
+
+// Whether rows of the output may overwrite those of the input: each is read by the time it is written, since a window
+// without gaps reads at its own position at the latest.
+bool can_overwrite(const Value& tied, const Index3& space_in) {
+  if (tied.space != space_in) return false;
+  return std::all_of(tied.window.begin(), tied.window.end(), [](const Window& w) {
+    return w.stride == 1 && w.dilation == 1 && w.low >= 0 && w.taps - 1 - w.low >= 0 && !w.circular;
+  });
+}
+
+class BufferAllocator {
+ public:
+  BufferAllocator(const Program& program, Stage& stage) : program_(program), stage_(stage) {
+    for (size_t i = 0; i < stage.instances.size(); ++i) uses_.push_back(count_uses(stage, static_cast<int>(i)));
+  }
+
+  void run() {
+    for (const Pass& pass : stage_.passes) {
+      int kept = -1;  // read by the head until the pass is over, unless rows may be overwritten
+      if (pass.head >= 0) {
+        Instance& head = stage_.instances[pass.head];
+        const int target = pass.fused_dual >= 0 ? pass.fused_dual : pass.head;
+        if (head.kind == Kind::kTied) {
+          const int input = head.inputs[0];
+          --uses_[input];
+          if (can_overwrite(program_.values[head.value], stage_.instances[input].space)) {
+            if (uses_[input] == 0) {
+              stage_.instances[target].buffer = stage_.instances[input].buffer;
+            }
+          } else {
+            kept = input;
+            ++uses_[input];
+          }
+        }
+        if (stage_.instances[target].buffer < 0) stage_.instances[target].buffer = take();
+      }
+      for (int op : pass.row_ops) {
+        Instance& instance = stage_.instances[op];
+        for (int input : instance.inputs) {
+          if (--uses_[input] > 0) continue;
+          const int buffer = stage_.instances[input].buffer;
+          if (instance.buffer < 0) {
+            instance.buffer = buffer;
+          } else {
+            free_.push_back(buffer);
+          }
+        }
+        if (instance.buffer < 0) instance.buffer = take();
+      }
+      if (kept >= 0 && --uses_[kept] == 0) free_.push_back(stage_.instances[kept].buffer);
+    }
+  }
+
+ private:
+  int take() {
+    if (free_.empty()) return stage_.n_buffers++;
+    const int buffer = free_.back();
+    free_.pop_back();
+    return buffer;
+  }
+
+  const Program& program_;
+  Stage& stage_;
+  std::vector<int> uses_;
+  std::vector<int> free_;
+};
+
+void measure(const Program& program, Stage& stage) {
+  for (const Instance& instance : stage.instances) {
+    if (instance.kind != Kind::kTied) continue;
+    const Value& value = program.values[instance.value];
+    const Index3& space = stage.instances[instance.inputs[0]].space;
+    const Window& w = value.window[2];
+    stage.pad_low = std::max(stage.pad_low, w.low);
+    stage.pad_high = std::max(stage.pad_high, (value.space[2] - 1) * w.stride + w.extent() - w.low - space[2]);
+  }
+  for (const Instance& instance : stage.instances) {
+    const int64_t row = instance.space[2] + stage.pad_low + stage.pad_high;
+    stage.buffer_size = std::max(stage.buffer_size, instance.space[0] * int64_t{instance.space[1]} * row);
+    if (instance.kind != Kind::kTied) continue;
+    const Value& value = program.values[instance.value];
+    int64_t rows = value.window[1].extent();
+    if (!value.window[0].trivial()) {
+      rows = int64_t{value.window[0].extent()} *
+             ((value.space[1] - 1) * int64_t{value.window[1].stride} + value.window[1].extent());
+    }
+    stage.ring_size = std::max(stage.ring_size, rows * value.space[2]);
+  }
+}
+
+}  // namespace
+
+Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit) {
+  Stage stage;
+  stage.root = StageBuilder(program, plan, stage).build(root, {1, 1, 1}, deficit);
+  schedule(program, stage);
+  BufferAllocator(program, stage).run();
+  measure(program, stage);
+  return stage;
+}
+
+}  // namespace nt

@@ -1,0 +1,15 @@
+// How the stages of a plan are made.
+#pragma once
+
+#include "plan.h"
+
+namespace nt {
+
+inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten; }
+inline bool is_source(Op op) { return op == Op::kInputs || op == Op::kMaterialised; }
+
+// The stage that leads to value `root`, as a deficit or as a covariance. The plan has the tensors of all readouts
+// before.
+Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit);
+
+}  // namespace nt

@@ -1,0 +1,178 @@
+// Sums over the windows of convolutions: rows are summed horizontally once, kept in a ring, and added up vertically for
+// each row of the output. Beyond the ends of a row, and outside of a plane, stands its halo.
+#pragma once
+
+#include "primitives.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// The sums of one convolution over one plane.
+template <bool kWide, class T>
+class WindowSums {
+  using V = Vec<T>;
+
+ public:
+  WindowSums(const Work<T>& work, const Instance& tied)
+      : work_(work),
+        tied_(tied),
+        input_(work.input(tied)),
+        windows_(work.value(tied).window),
+        out_(work.plane(tied).r),
+        ring_(work.scratch.ring) {
+    const auto& w = windows_;
+    ring_.rows0 = w[0].trivial() ? 1 : w[0].extent();
+    ring_.rows1 = w[1].extent();
+    if (ring_.rows0 > 1) {  // whole planes are kept
+      ring_.rows1 = (out_.size[1] - 1) * w[1].stride + w[1].extent();
+    }
+    ring_.rows.assign(int64_t{ring_.rows0} * ring_.rows1, {-1, kNothing});
+    work.scratch.d.resize(std::max<size_t>(3, size_t(w[0].taps) * w[1].taps));
+    work.scratch.t.resize(work.scratch.d.size());
+  }
+
+  // For the row (z, y) of the output.
+  WindowRows<T> row(int z, int y) const {
+    const auto& w = windows_;
+    const V** rows_d = work_.scratch.d.data();
+    const V** rows_t = work_.scratch.t.data();
+    const V* no_tangents = work_.scratch.zeros.data();
+    int n_rows = 0;
+    // Rows of the input are numbered from the first one under the first window.
+    const int first0 = z * w[0].stride, first1 = y * w[1].stride;
+    const int slot0 = first0 % ring_.rows0, slot1 = ring_.rows0 == 1 ? first1 % ring_.rows1 : first1;
+    for (int kz = 0; kz < w[0].taps; ++kz) {
+      for (int ky = 0; ky < w[1].taps; ++ky) {
+        const int row0 = first0 + kz * w[0].dilation, row1 = first1 + ky * w[1].dilation;
+        const int s0 = slot0 + kz * w[0].dilation, s1 = slot1 + ky * w[1].dilation;
+        const int64_t slot = int64_t{s0 < ring_.rows0 ? s0 : s0 - ring_.rows0} * ring_.rows1 +
+                             (s1 < ring_.rows1 ? s1 : s1 - ring_.rows1);
+        V* sum_d = work_.ring + slot * work_.value(tied_).space[2];
+        V* sum_t = input_.has_ntk ? work_.tangent(sum_d) : nullptr;
+        auto& [known, state] = ring_.rows[slot];
+        const int64_t row = int64_t{row0} << 32 | row1;
+        if (known != row) {
+          known = row;
+          state = sum_along_row(row0 + out_.low[0] * w[0].stride - w[0].low,
+                                row1 + out_.low[1] * w[1].stride - w[1].low, sum_d, sum_t);
+        }
+        if (state == kNothing) continue;
+        rows_d[n_rows] = sum_d;
+        rows_t[n_rows++] = state == kBoth ? sum_t : no_tangents;
+      }
+    }
+    if (n_rows == 0) {
+      rows_d[0] = rows_t[0] = no_tangents;
+      n_rows = 1;
+    }
+    if (n_rows > 3) n_rows = add_up(n_rows);
+    WindowRows<T> rows{n_rows, input_.has_ntk, {}, {}};
+    std::copy(rows_d, rows_d + n_rows, rows.d);
+    std::copy(rows_t, rows_t + n_rows, rows.t);
+    return rows;
+  }
+
+ private:
+  // Replaces rows by their sum, which is one row.
+  int add_up(int n_rows) const {
+    const auto reduce = [&](std::vector<const V*>& rows, V* into) {
+      for (int x = 0; x < out_.size[2]; ++x) {
+        V total = rows[0][x];
+        for (int k = 1; k < n_rows; ++k) total += rows[k][x];
+        into[x] = total;
+      }
+      rows[0] = into;
+    };
+    reduce(work_.scratch.d, work_.scratch.total_d.data());
+    if (input_.has_ntk) reduce(work_.scratch.t, work_.scratch.total_t.data());
+    return 1;
+  }
+
+  // Sums one row of the input, inside or (for deficits) outside of the rectangle, over the windows along it.
+  RowState sum_along_row(int qz, int qy, V* sum_d, V* sum_t) const {
+    const Plane<T>& in = work_.plane(input_);
+    const Index3& space = input_.space;
+    const Window& w = windows_[2];
+    const int n = out_.size[2];
+    if (windows_[0].circular) qz = modulo(qz, space[0]);
+    if (windows_[1].circular) qy = modulo(qy, space[1]);
+    const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
+    const bool inside2 = is_inside(in.r.partner(0, qz), space[0]) && is_inside(in.r.partner(1, qy), space[1]);
+    const int z = qz - in.r.low[0], y = qy - in.r.low[1];
+    const bool both = is_inside(z, in.r.size[0]) && is_inside(y, in.r.size[1]);
+    if (!both && (!tied_.deficit || (!inside1 && !inside2))) return kNothing;
+    const int begin = out_.low[2] * w.stride - w.low;  // the first position under a window
+    const int end = (out_.low[2] + n - 1) * w.stride + w.extent() - w.low;
+    // Pointers to what stands at `begin`.
+    V* row_d = work_.scratch.halo.data();
+    V* row_t = nullptr;
+    int filled_begin = end, filled_end = end;  // what is there already
+    if (both) {
+      row_d = in.row_d(z, y) + (begin - in.r.low[2]);
+      row_t = input_.has_ntk ? in.row_t(z, y) + (begin - in.r.low[2]) : nullptr;
+      filled_begin = in.r.low[2];
+      filled_end = in.r.low[2] + in.r.size[2];
+    }
+    const auto fill = [&](int from, int to) {
+      if (from >= to) return;
+      if (row_t) std::fill(row_t + (from - begin), row_t + (to - begin), V{});
+      if (w.circular && both) {
+        for (int q = from; q < to; ++q) {
+          row_d[q - begin] = row_d[modulo(q, space[2]) - begin];
+          if (row_t) row_t[q - begin] = row_t[modulo(q, space[2]) - begin];
+        }
+      } else if (!tied_.deficit) {
+        std::fill(row_d + (from - begin), row_d + (to - begin), V{});
+      } else {
+        for (int q = from; q < to; ++q) row_d[q - begin] = halo(qz, qy, w.circular ? modulo(q, space[2]) : q);
+      }
+    };
+    fill(begin, std::min(filled_begin, end));
+    fill(std::max(filled_end, begin), end);
+    sum_along(row_d, sum_d, n, w.taps, w.stride, w.dilation);
+    if (!row_t) return kDeficitOnly;
+    sum_along(row_t, sum_t, n, w.taps, w.stride, w.dilation);
+    return kBoth;
+  }
+
+  // The deficit of a position that is inside one image only: half the variance there. Elsewhere 0.
+  V halo(int qz, int qy, int qx) const {
+    const Index3& space = input_.space;
+    const Rectangle& r = work_.plane(input_).r;
+    const Index3 p{qz, qy, qx}, partner{r.partner(0, qz), r.partner(1, qy), r.partner(2, qx)};
+    const auto inside = [&](const Index3& q) {
+      return is_inside(q[0], space[0]) && is_inside(q[1], space[1]) && is_inside(q[2], space[2]);
+    };
+    V value{};
+    if (inside(p)) value = get<kWide>(first<kWide>(work_, Statistic::kHalfVariance, input_.value, space, p), 0);
+    if (inside(partner)) value += get(second(work_, Statistic::kHalfVariance, input_.value, space, partner), 0);
+    return value;
+  }
+
+  const Work<T>& work_;
+  const Instance& tied_;
+  const Instance& input_;
+  const std::array<Window, kAxes>& windows_;
+  const Rectangle& out_;
+  Ring& ring_;
+};
+
+// A part of a row after a convolution.
+template <bool kWide, class T>
+void finish_convolution(const Work<T>& work, const Instance& tied, int fused, const Place& at, WindowRows<T> rows) {
+  for (int k = 0; k < rows.n; ++k) {
+    rows.d[k] += at.x;
+    rows.t[k] += at.x;
+  }
+  switch (rows.n) {
+    case 1:
+      return finish_tied<kWide, 1>(work, tied, fused, at, rows);
+    case 2:
+      return finish_tied<kWide, 2>(work, tied, fused, at, rows);
+    default:
+      return finish_tied<kWide, 3>(work, tied, fused, at, rows);
+  }
+}
+
+}  // namespace NT_LEVEL
+}  // namespace nt
