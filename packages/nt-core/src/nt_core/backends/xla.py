@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from nt_core.backends.base import Device, Request
 from nt_core.evaluation.block import Block
@@ -26,6 +26,7 @@ from nt_core.evaluation.samples import (
 )
 from nt_core.evaluation.statistics import Statistics
 from nt_core.evaluation.tiles import block_size, map_pairs, map_samples
+from nt_core.grid import mirrored
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped
 from nt_core.lowering import Pairs, fold_repeats, lower
@@ -144,25 +145,8 @@ def _batch_first(x: Array, spec: Spec, n_batch: int) -> Array:
 
 
 def _mirrored_pairs(pairs: Pairs, spec: Spec) -> Pairs:
+    """Makes covariances `(*pairs, n, n)` of a batch with itself exactly symmetric."""
     n_zipped = 0 if spec.diagonal_spatial else len(spec.space)
+    axes = [(-2, -1), *((axis, axis + 1) for axis in range(0, 2 * n_zipped, 2))]
     # Apart from what precedes it: XLA might compute both triangles anew, each with roundings of its own.
-    return jax.tree.map(lambda x: unfused(lambda x: _mirrored(x, n_zipped), x), pairs)
-
-
-def _mirrored(x: Array, n_zipped: int) -> Array:
-    """Makes covariances `(*pairs, n, n)` of a batch with itself exactly symmetric.
-
-    Of each two entries that must be equal, that with the earlier sample (or position, for a sample with itself) counts.
-
-    Args:
-      x: covariances, whose first axes are `n_zipped` zipped pairs of spatial axes.
-      n_zipped: 0 where only equal positions are stored.
-    """
-    swapped = list(range(x.ndim))
-    swapped[-2:] = x.ndim - 1, x.ndim - 2
-    swapped[: 2 * n_zipped] = [a ^ 1 for a in range(2 * n_zipped)]
-    later, equal = jnp.zeros((1,) * x.ndim, bool), jnp.ones((1,) * x.ndim, bool)
-    for axis in (x.ndim - 2, *range(0, 2 * n_zipped, 2)):
-        i, j = lax.broadcasted_iota(int, x.shape, axis), lax.broadcasted_iota(int, x.shape, axis + 1)
-        later, equal = later | (equal & (i > j)), equal & (i == j)
-    return jnp.where(later, jnp.transpose(x, swapped), x)
+    return jax.tree.map(lambda x: unfused(lambda x: mirrored(x, axes), x), pairs)
