@@ -44,6 +44,8 @@ def pools_planes(lowered: Lowered, number: int) -> bool:
         seen.add(i)
         if i == number and math.prod(lowered.input_form(node).space) < _MIN_POSITIONS_FOR_PLANES:
             return False
+        if isinstance(node.primitive, Pool) and any(w.is_dilated() for w in node.primitive.windows):
+            return False
         if isinstance(node.primitive, Tied | Pool) and not all(w.keeps_planes() for w in node.primitive.windows):
             return False
         pending.extend(node.inputs)

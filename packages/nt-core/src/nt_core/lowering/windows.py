@@ -31,6 +31,10 @@ class Window:
         """Whether every window is one position, and every position one window."""
         return self.taps == 1 and self.stride == 1 and self.low == 0 and self.high == 0
 
+    def is_dilated(self) -> bool:
+        """Whether positions under neighbouring taps are no neighbours."""
+        return self.taps > 1 and self.dilation > 1
+
     def keeps_planes(self) -> bool:
         """Whether pairs of positions a wrapped offset apart come from such pairs, for windows that move alike."""
         return self.size == self.stride * self.count

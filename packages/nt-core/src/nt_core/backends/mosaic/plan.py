@@ -311,6 +311,8 @@ class _StageBuilder:
             pool_windows = _two(primitive.windows)
         if pool_windows is not None and all(w.covers_axis() for w in pool_windows):
             pool_windows = None
+        if pool_windows is not None and any(w.is_dilated() for w in pool_windows):
+            raise Refused("pools whose windows are dilated")
         if pool_windows is not None and any(w.circular for w in pool_windows):
             raise Refused("pools with CIRCULAR padding")
         if pool_windows is not None and any(w.taps < w.stride for w in pool_windows):
