@@ -155,7 +155,8 @@ def _primitive(step: steps.Step, spec: Spec) -> Primitive:
         case steps.Pool():
             return Pool(windows_of(step, spec.space), step.mean, step.normalize_edges)
         case steps.GlobalPool():
-            whole = tuple(Window(n, 1, n, 1, 1, 0, 0, False) for n in spec.space)
+            # With the stride of its size, one window maps offset planes to offset planes.
+            whole = tuple(Window(n, 1, n, max(n, 1), 1, 0, 0, False) for n in spec.space)
             return Pool(whole, step.mean, False, keeps_axes=False)
         case steps.Flatten():
             return Flatten()
