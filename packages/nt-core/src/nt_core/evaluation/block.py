@@ -262,21 +262,21 @@ class Block:
     def _tied(
         self, number: int, node: LoweredNode, primitive: Tied, x: Pairs, before: Geometry, after: Geometry
     ) -> Pairs:
-        (source,), along, scale = node.inputs, primitive.windows, 1 / primitive.n_taps
+        (source,), along = node.inputs, primitive.windows
         as_deficit = self._is_deficit(number)
         variances = (self._first.variance[source], self._second.variance[source]) if as_deficit else None
-        average = Pairs(
-            before.convolve(x.value, along, variances) * scale,
-            None if x.ntk is None else before.convolve(x.ntk, along, None) * scale,
+        sums = Pairs(
+            before.convolve(x.value, along, variances),
+            None if x.ntk is None else before.convolve(x.ntk, along, None),
         )
-        average = average.map(partial(permute, geometry=before, order=primitive.order))
+        sums = sums.map(partial(permute, geometry=before, order=primitive.order))
 
         def variance_average() -> Array:
-            sums = (permute(window_sums(v, along), SamePosition(), primitive.order) for v in variances or ())
-            return Sides(after, *sums).mean * scale
+            of_samples = (permute(window_sums(v, along), SamePosition(), primitive.order) for v in variances or ())
+            return Sides(after, *of_samples).mean / primitive.n_taps
 
         after_it = self._variances(number, after) if as_deficit else None
-        return primitive.pairs(average, as_deficit, as_deficit, self._ntk, variance_average, after_it)
+        return primitive.pairs(sums, as_deficit, as_deficit, self._ntk, variance_average, after_it)
 
     # Primitives that mix pairs
 

@@ -100,7 +100,7 @@ class Tied(Primitive):
 
     def pairs(
         self,
-        average: Pairs,
+        sums: Pairs,
         is_deficit: bool,
         as_deficit: bool,
         has_ntk: bool,
@@ -110,18 +110,20 @@ class Tied(Primitive):
         """Returns pairs after the layer.
 
         Args:
-          average: over windows, before it.
-          is_deficit: that is of deficits.
+          sums: over windows, before it.
+          is_deficit: they are of deficits.
           as_deficit: deficits are wanted; only from deficits.
           has_ntk: so is the tangent kernel.
           variance_average: returns the mean, over both positions, of the averages of the variances before it. Called if
             `reads_average` says so.
           after: variances after it, where deficits are wanted.
         """
-        covariance = average.value
+        share = 1 / self.n_taps
+        weight, covariance = self.w_var * share, share * sums.value  # scaled once: each product is a rounding
+        value = weight * sums.value
         if self.reads_average(is_deficit, as_deficit, has_ntk):
-            covariance = variance_average() - average.value
-        value = self.w_var * (average.value if as_deficit else covariance)
+            covariance = variance_average() - covariance
+            value = value if as_deficit else self.w_var * covariance
         if self.b_var is not None and not as_deficit:
             value = value + self.b_var
         if not has_ntk:
@@ -133,7 +135,7 @@ class Tied(Primitive):
             own = after.mean - value  # the covariance after the layer
         else:
             own = value
-        return Pairs(value, own if average.ntk is None else self.w_var * average.ntk + own)
+        return Pairs(value, own if sums.ntk is None else weight * sums.ntk + own)
 
     def reads_average(self, is_deficit: bool, as_deficit: bool, has_ntk: bool) -> bool:
         """Whether `pairs` needs the covariance of averages, and has their deficits only."""

@@ -316,16 +316,16 @@ class _Piece:
         instance, (source,) = instances[i], instances[i].inputs
         before = instances[source]
         if instance.windows is None:
-            average = self.form(instances, source, phase, iteration, before.deficit)
+            sums = self.form(instances, source, phase, iteration, before.deficit)
         else:
-            average = _scaled(1 / primitive.n_taps, self._window_sum(before, instance, instance.windows, phase))
+            sums = self._window_sum(before, instance, instance.windows, phase)
 
         def variance_average() -> Array:
             first, second = (load(instance, "average", phase, iteration) for load in (self._first, self._second))
             return first + second  # halves
 
         after = _Sides(self, instances, i, phase, iteration)
-        return primitive.pairs(average, before.deficit, instance.deficit, instance.has_ntk, variance_average, after)
+        return primitive.pairs(sums, before.deficit, instance.deficit, instance.has_ntk, variance_average, after)
 
     def _window_sum(
         self, before: Instance, instance: Instance, along: tuple[Window, Window], phase: tuple[Int, Int]
@@ -597,7 +597,7 @@ def _split(position: Int, scale: int) -> tuple[Int, Int]:
     return lax.rem(shifted, jnp.int32(scale)), lax.div(shifted, jnp.int32(scale)) - _FAR
 
 
-def _scaled(factor: Array | float, x: Pairs) -> Pairs:
+def _scaled(factor: Array, x: Pairs) -> Pairs:
     return Pairs(factor * x.value, None if x.ntk is None else factor * x.ntk)
 
 
