@@ -107,9 +107,8 @@ def _variance_after(node: LoweredNode, variances: list[Array], scale: Array | No
     primitive, var = node.primitive, variances[0]
     match primitive:
         case Tied():
-            average = window_sums(var, primitive.windows) / primitive.n_taps
-            n_space = len(primitive.order)
-            return primitive.variance(jnp.transpose(average, (*primitive.order, *range(n_space, var.ndim))))
+            sums, n_space = window_sums(var, primitive.windows), len(primitive.order)
+            return primitive.variance(jnp.transpose(sums, (*primitive.order, *range(n_space, var.ndim))))
         case Rescale():
             assert scale is not None
             return primitive.variance(var, scale)

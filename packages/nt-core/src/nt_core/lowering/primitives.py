@@ -93,9 +93,9 @@ class Tied(Primitive):
     def keeps_order(self) -> bool:
         return self.order == tuple(range(len(self.order)))
 
-    def variance(self, average: Array) -> Array:
-        """Returns variances after the layer, from their averages over windows before it."""
-        scaled = self.w_var * average
+    def variance(self, sums: Array) -> Array:
+        """Returns variances after the layer, from their sums over windows before it."""
+        scaled = self.w_var * sums / self.n_taps
         return scaled if self.b_var is None else scaled + self.b_var
 
     def pairs(
