@@ -90,6 +90,17 @@ UNBIASED = {
     "Conv, SAME": Case(lambda width: stax.serial(conv(width), stax.Relu()), IMAGES),
     "Conv, VALID, strides": Case(lambda width: stax.serial(conv(width, "VALID", (2, 1)), stax.Erf()), IMAGES),
     "Conv, CIRCULAR": Case(lambda width: stax.serial(conv(width, "CIRCULAR"), stax.Relu()), IMAGES),
+    "ConvTranspose, masks": Case(
+        lambda width: stax.serial(stax.ConvTranspose(width, (2, 2), (2, 1), "SAME", 1.2, 0.4), stax.Cos()),
+        MASKED,
+        kwargs={"mask_constant": jnp.nan},
+    ),
+    "ConvTranspose, CIRCULAR": Case(
+        lambda width: stax.serial(stax.ConvTranspose(width, (3, 1), (2, 1), "CIRCULAR", 1.2, 0.4), stax.Relu()), IMAGES
+    ),
+    "ConvLocal": Case(
+        lambda width: stax.serial(stax.ConvLocal(width, (2, 2), (1, 2), "SAME", 1.2, 0.4), stax.Relu()), IMAGES
+    ),
     "AvgPool": Case(
         lambda width: stax.serial(conv(width), stax.Relu(), stax.AvgPool((2, 1), padding="SAME", normalize_edges=True)),
         IMAGES,

@@ -99,6 +99,11 @@ def _step(step: steps.Step, inputs: Sequence[Covariances], spec: Spec, same: Arr
             return k
         case steps.Pool():
             return Covariances(*(_pool(part, step, spec) for part in k))
+        case steps.Gather():
+            return Covariances(*(_gathered(part, step.positions) for part in k))
+        case steps.Untie():
+            equal = np.eye(int(np.prod(spec.space))).reshape(spec.space * 2)
+            return Covariances(*(part * equal for part in k))
         case steps.GlobalPool():
             axes = tuple(range(-2 * n_space, 0))
             return Covariances(*(part.mean(axes) if step.mean else part.sum(axes) for part in k))
@@ -189,6 +194,15 @@ def _dropout(rate: float, k: Covariances, space: tuple[int, ...], same: Array) -
 
 def _weighted(weights: Sequence[float], parts: Sequence[Array]) -> Array:
     return sum(w * part for w, part in zip(weights, parts, strict=True))  # type: ignore[return-value]
+
+
+def _gathered(k: Array, positions: tuple[tuple[int, ...], ...]) -> Array:
+    """Copies positions; zero where there is -1."""
+    start = k.ndim - 2 * len(positions)
+    for axis, from_ in enumerate(positions * 2, start):
+        copied = np.take(k, np.maximum(from_, 0), axis)
+        k = copied * np.expand_dims(np.array(from_) >= 0, [a for a in range(k.ndim) if a != axis])
+    return k
 
 
 def _diagonal(k: Array, n_space: int) -> Array:

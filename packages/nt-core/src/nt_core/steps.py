@@ -168,6 +168,43 @@ class Pool(Step):
 
 
 @step
+class Gather(Step):
+    """Every position becomes a copy of one that there was, or zero.
+
+    Attributes:
+      positions: for each spatial axis, which position is copied to each place; -1 for zero.
+    """
+
+    positions: tuple[tuple[int, ...], ...] = static()
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        if len(self.positions) != len(spec.space) or any(
+            not -1 <= p < n for n, positions in zip(spec.space, self.positions, strict=False) for p in positions
+        ):
+            raise ValueError(
+                f"Gather from activations of shape {spec.shape1} needs, for each of {len(spec.space)} spatial axes, "
+                f"positions along it or -1 for zero, got {self.positions}."
+            )
+        return spec.with_shape(tuple(map(len, self.positions)), spec.n_channels).replace(is_input=False)
+
+
+@step
+class Untie(Step):
+    """Makes different positions independent: their covariance becomes 0. So do weights of each position's own.
+
+    Attributes:
+      is_reversed: how pairs of spatial axes are stored then.
+    """
+
+    is_reversed: bool = static(default=False)
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        return spec.replace(is_reversed=self.is_reversed, is_input=False)
+
+
+@step
 class GlobalPool(Step):
     """Average or sum over all positions; the spatial axes vanish."""
 

@@ -11,6 +11,7 @@ from nt_core import Bool, Diagonal, MaskedArray, layer, requires, supports_maski
 from nt_stax.attention import AttentionMechanism, GlobalSelfAttention, PositionalEmbedding
 from nt_stax.branching import FanInConcat, FanInProd, FanInSum, FanOut
 from nt_stax.combinators import parallel, repeat, serial
+from nt_stax.convolutions import Conv, ConvLocal, ConvTranspose
 from nt_stax.elementwise import (
     ABRelu,
     Abs,
@@ -25,7 +26,7 @@ from nt_stax.elementwise import (
     Relu,
     Sin,
 )
-from nt_stax.linear import Conv, Dense, Dropout, Flatten, Identity
+from nt_stax.linear import Dense, Dropout, Flatten, Identity
 from nt_stax.normalization import LayerNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
 from nt_stax.windows import Padding
@@ -39,6 +40,8 @@ __all__ = [
     "AvgPool",
     "Bool",
     "Conv",
+    "ConvLocal",
+    "ConvTranspose",
     "Cos",
     "Dense",
     "Diagonal",

@@ -21,20 +21,29 @@ class Windows:
 
     Args:
       layer: its name, for messages.
-      window, strides: one number per spatial axis, in the order of the axes of the activations; `strides=None` for 1.
+      window, strides, dilation: one number per spatial axis, in the order of the axes of the activations; `strides` and
+        `dilation` may be None for 1.
       padding: a `Padding` or its value.
     """
 
     def __init__(
-        self, layer: str, window: Sequence[int], strides: Sequence[int] | None, padding: str | Padding
+        self,
+        layer: str,
+        window: Sequence[int],
+        strides: Sequence[int] | None,
+        padding: str | Padding,
+        dilation: Sequence[int] | None = None,
     ) -> None:
         self.layer = layer
         self.window = _sizes(layer, "window", window)
-        self.strides = _sizes(layer, "strides", (1,) * len(self.window) if strides is None else strides)
-        if len(self.strides) != len(self.window):
-            raise ValueError(
-                f"{layer}: strides {self.strides} and window {self.window} must have one number per spatial axis."
-            )
+        ones = (1,) * len(self.window)
+        self.strides = _sizes(layer, "strides", ones if strides is None else strides)
+        self.dilation = _sizes(layer, "rhs_dilation", ones if dilation is None else dilation)
+        for name, sizes in (("strides", self.strides), ("rhs_dilation", self.dilation)):
+            if len(sizes) != len(self.window):
+                raise ValueError(
+                    f"{layer}: {name} {sizes} and window {self.window} must have one number per spatial axis."
+                )
         try:
             self.padding: str = Padding(padding).value
         except ValueError:
@@ -42,18 +51,28 @@ class Windows:
                 f"{layer}: padding={padding!r} is unknown, use one of {', '.join(p.name for p in Padding)}."
             ) from None
 
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """How many positions lie between the ends of a window, its gaps included."""
+        return tuple((w - 1) * d + 1 for w, d in zip(self.window, self.dilation, strict=True))
+
+    def in_order(self, order: Sequence[int]) -> "Windows":
+        """Returns the windows with spatial axis `order[i]` in the place of axis `i`."""
+        window, strides, dilation = ([sizes[i] for i in order] for sizes in (self.window, self.strides, self.dilation))
+        return Windows(self.layer, window, strides, self.padding, dilation)
+
     def space(self, space: Sequence[int]) -> tuple[int, ...]:
         """Returns the number of windows along each axis, -1 along axes of unknown size (-1)."""
         return tuple(
-            -1 if n < 0 else steps.window_space((n,), (w,), (s,), self.padding, (1,), self.layer)[0]
-            for n, w, s in zip(space, self.window, self.strides, strict=True)
+            -1 if n < 0 else steps.window_space((n,), (w,), (s,), self.padding, (d,), self.layer)[0]
+            for n, w, s, d in zip(space, self.window, self.strides, self.dilation, strict=True)
         )
 
     def padded(self, x: Array, axes: Sequence[int]) -> tuple[Array, steps.Pads]:
         """Wraps the spatial axes of `x` around, if so asked. Returns also the zeros that are still to be padded."""
         space = [x.shape[a] for a in axes]
         self.space(space)  # raises where a window does not fit
-        pads = steps.window_pads(space, self.window, self.strides, self.padding, (1,) * len(self.window))
+        pads = steps.window_pads(space, self.window, self.strides, self.padding, self.dilation)
         if self.padding != Padding.CIRCULAR.value:
             return x, pads
         widths = [(0, 0)] * x.ndim
@@ -70,11 +89,12 @@ class Windows:
           axes: the spatial axes.
         """
         space = [shape[a] for a in axes]
-        pads = steps.window_pads(space, self.window, self.strides, self.padding, (1,) * len(self.window))
+        pads = steps.window_pads(space, self.window, self.strides, self.padding, self.dilation)
         index = [slice(None)] * mask.ndim
-        for axis, w, s, (low, _), count in zip(axes, self.window, self.strides, pads, self.space(space), strict=True):
+        counts = self.space(space)
+        for axis, extent, s, (low, _), count in zip(axes, self.extents, self.strides, pads, counts, strict=True):
             if mask.shape[axis] > 1:
-                first = (w - 1) // 2 - low
+                first = (extent - 1) // 2 - low
                 index[axis] = slice(first, first + (count - 1) * s + 1, s)
         return mask[tuple(index)]
 

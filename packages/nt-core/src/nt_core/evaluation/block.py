@@ -18,11 +18,13 @@ from nt_core.lowering.primitives import (
     Dropout,
     Dual,
     Flatten,
+    Gather,
     Pool,
     Product,
     Rescale,
     Sum,
     Tied,
+    Untie,
     as_covariance,
 )
 
@@ -54,7 +56,7 @@ def pools_planes(lowered: Lowered, number: int) -> bool:
 
 def mixes_pairs(primitive: Primitive) -> bool:
     """Whether a pair of positions after a primitive comes from pairs that lie differently far apart."""
-    return isinstance(primitive, Pool | Flatten)
+    return isinstance(primitive, Pool | Flatten | Gather | Untie)
 
 
 class Loader(Protocol):
@@ -101,7 +103,7 @@ class Block:
         self._ntk = ntk
         self._pool_sums = pool_sums or Block.pool_sums
         self._averages: dict[int, Pairs] = {}  # of pools, before their deficits are completed
-        self._mixed: dict[int, Pairs] = {}  # of pools and Flatten
+        self._mixed: dict[int, Pairs] = {}  # of what mixes pairs
 
     @property
     def statistics(self) -> Statistics:
@@ -133,11 +135,19 @@ class Block:
         return results[target]
 
     def mixed(self, number: int) -> Pairs:
-        """Returns the stored pairs of a pool or Flatten, evaluated once."""
+        """Returns the stored pairs of what mixes pairs, evaluated once."""
         if number not in self._mixed:
             node = self._lowered.node(number)
             assert node is not None
-            mix = self._flatten if isinstance(node.primitive, Flatten) else self._pool
+            match node.primitive:
+                case Flatten():
+                    mix = self._flatten
+                case Gather():
+                    mix = self._gather
+                case Untie():
+                    mix = self._untie
+                case _:
+                    mix = self._pool
             self._mixed[number] = mix(number, node)
         return self._mixed[number]
 
@@ -285,6 +295,38 @@ class Block:
         x = self._in_form(source, number, self.evaluate(source, SamePosition()), SamePosition())
         axes = tuple(range(len(self._lowered.forms[source].space)))
         return x.map(partial(jnp.mean, axis=axes))
+
+    def _gather(self, number: int, node: LoweredNode) -> Pairs:
+        primitive, (source,) = node.primitive, node.inputs
+        assert isinstance(primitive, Gather)
+        stored = _stored(self._lowered.forms[number])
+        in_pair = 2 if isinstance(stored, AllPairs) else 1
+
+        def copied(a: Array) -> Array:
+            for axis in range(in_pair * len(primitive.positions)):
+                a = primitive.copies(a, axis // in_pair, axis)
+            return a
+
+        x = self._in_form(source, number, self.evaluate(source, stored), stored)
+        x = unfused(lambda x: x.map(copied), x)
+        if not self._is_deficit(number):
+            return x
+        # A zero has no covariance with anything: the deficit is half the variance of the other.
+        is_copy = primitive.is_copy()
+        both = _trailing(stored.first(is_copy) & stored.second(is_copy), x.value.ndim)
+        return Pairs(jnp.where(both, x.value, self._variances(number, stored).mean), x.ntk)
+
+    def _untie(self, number: int, node: LoweredNode) -> Pairs:
+        (source,), form = node.inputs, self._lowered.forms[number]
+        stored = _stored(form)
+        x = self._in_form(source, number, self.evaluate(source, SamePosition()), SamePosition())
+        if isinstance(stored, SamePosition):
+            return x
+        position = jnp.arange(math.prod(form.space)).reshape(form.space)
+        same = _trailing(stored.first(position) == stored.second(position), len(form.space) + x.value.ndim)
+        independent = self._variances(number, stored).mean if self._is_deficit(number) else 0
+        value = jnp.where(same, stored.first(x.value), independent)
+        return Pairs(value, None if x.ntk is None else jnp.where(same, stored.first(x.ntk), 0))
 
     def _pool_of(self, number: int) -> Pool:
         node = self._lowered.node(number)

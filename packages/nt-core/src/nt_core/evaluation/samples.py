@@ -14,7 +14,7 @@ from nt_core.evaluation.statistics import Statistics
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, same_sample, zipped_diagonal
 from nt_core.lowering import Lowered, LoweredNode, Pairs, Repeated
-from nt_core.lowering.primitives import Dropout, Dual, Flatten, Pool, Product, Rescale, Sum, Tied
+from nt_core.lowering.primitives import Dropout, Dual, Flatten, Gather, Pool, Product, Rescale, Sum, Tied, Untie
 from nt_core.sources import Inputs, Source, dtype_of
 from nt_core.spec import Spec
 
@@ -112,8 +112,10 @@ def _variance_after(node: LoweredNode, variances: list[Array], scale: Array | No
         case Rescale():
             assert scale is not None
             return primitive.variance(var, scale)
-        case Dual() | Dropout() | Sum() | Product():
+        case Dual() | Dropout() | Sum() | Product() | Gather():
             return primitive.variance(*variances)
+        case Untie():
+            return var
         case Flatten():
             return jnp.mean(var, tuple(range(var.ndim - 1)))
         case Pool():

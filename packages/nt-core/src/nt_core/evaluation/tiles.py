@@ -12,7 +12,7 @@ from nt_core.evaluation.block import pools_planes
 from nt_core.evaluation.fusion import rematerialized
 from nt_core.grid import Grid, evenly
 from nt_core.lowering import Lowered, Pairs, Primitive, Repeated
-from nt_core.lowering.primitives import Flatten, Pool, Tied
+from nt_core.lowering.primitives import Flatten, Gather, Pool, Tied, Untie
 
 # Numbers in an array that stays in cache, and pairs of samples that fill vectors: so many go through windows together.
 _IN_CACHE = 2**18
@@ -37,7 +37,7 @@ def block_size(lowered: Lowered, n1: int, n2: int) -> tuple[int, int]:
 
 def _moves(primitive: Primitive) -> bool:
     """Whether a primitive reads other positions than it writes, or repeats."""
-    return isinstance(primitive, Pool | Repeated) or (isinstance(primitive, Tied) and bool(primitive.windows))
+    return isinstance(primitive, Pool | Repeated | Gather) or (isinstance(primitive, Tied) and bool(primitive.windows))
 
 
 def _numbers_per_pair(lowered: Lowered) -> int:
@@ -48,6 +48,10 @@ def _numbers_per_pair(lowered: Lowered) -> int:
             formed.add(number)
             if not pools_planes(lowered, number):
                 formed.update(node.inputs)
+        elif isinstance(node.primitive, Gather):
+            formed.update((number, *node.inputs))
+        elif isinstance(node.primitive, Untie):
+            formed.add(number)
         elif number in formed and not isinstance(node.primitive, Flatten):
             formed.update(node.inputs)
     sizes = [(math.prod(form.space), i in formed and not form.same_position) for i, form in enumerate(lowered.forms)]

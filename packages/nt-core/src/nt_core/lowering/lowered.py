@@ -15,6 +15,7 @@ from nt_core.lowering.primitives import (
     Dropout,
     Dual,
     Flatten,
+    Gather,
     Normalize,
     Pool,
     Primitive,
@@ -22,6 +23,7 @@ from nt_core.lowering.primitives import (
     Scale,
     Sum,
     Tied,
+    Untie,
 )
 from nt_core.lowering.windows import Window, Windows
 from nt_core.program import Program
@@ -158,6 +160,10 @@ def _primitive(step: steps.Step, spec: Spec) -> Primitive:
             # With the stride of its size, one window maps offset planes to offset planes.
             whole = tuple(Window(n, 1, n, max(n, 1), 1, 0, 0, False) for n in spec.space)
             return Pool(whole, step.mean, False, keeps_axes=False)
+        case steps.Gather():
+            return Gather(step.positions)
+        case steps.Untie():
+            return Untie()
         case steps.Flatten():
             return Flatten()
         case steps.Normalize():
@@ -203,9 +209,9 @@ def _apart(n_sources: int, nodes: tuple[LoweredNode, ...], specs: list[Spec], ou
     for output in outputs:
         apart[output] = not specs[output].diagonal_spatial and math.prod(specs[output].space) > 1
     for number, node in reversed(list(enumerate(nodes, n_sources))):
-        is_pool, is_flatten = isinstance(node.primitive, Pool), isinstance(node.primitive, Flatten)
+        is_pool, reads_equal = isinstance(node.primitive, Pool), isinstance(node.primitive, Flatten | Untie)
         for i in node.inputs:
-            apart[i] |= is_pool or (apart[number] and not is_flatten)
+            apart[i] |= is_pool or (apart[number] and not reads_equal)
     return apart
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from nt_core.activations import Activation
@@ -383,6 +384,43 @@ class Pool(Primitive):
             return deficit
         uneven = (inside.first - inside.second) / (2 * self.divides_by**2)
         return deficit + uneven.astype(pooled.dtype) * (sums.first - sums.second)
+
+
+@pytree_dataclass
+class Gather(Primitive):
+    """Every position is a copy of one that there was, or zero.
+
+    Attributes:
+      positions: along each spatial axis, which position is copied to each place; -1 for zero.
+    """
+
+    positions: tuple[tuple[int, ...], ...] = static()
+
+    def copies(self, x: Array, axis: int, position_axis: int) -> Array:
+        """Returns the copies along an axis of `x`, that is the spatial axis `axis` of the activations."""
+        positions = np.array(self.positions[axis], int)
+        copied = jnp.take(x, np.maximum(positions, 0), position_axis)
+        if (positions >= 0).all():
+            return copied
+        is_copy = windows.along_axis(jnp.array(positions >= 0), position_axis, x.ndim)
+        return jnp.where(is_copy, copied, jnp.zeros((), x.dtype))
+
+    def variance(self, variance: Array) -> Array:
+        """Returns variances `(*space, n)` after the step."""
+        for axis in range(len(self.positions)):
+            variance = self.copies(variance, axis, axis)
+        return variance
+
+    def is_copy(self) -> Array:
+        """Where there are copies, `(*space,)`."""
+        along = [jnp.array(positions) >= 0 for positions in self.positions]
+        pairs = (windows.along_axis(is_copy, axis, len(along)) for axis, is_copy in enumerate(along))
+        return functools.reduce(operator.and_, pairs, jnp.ones((1,) * len(along), bool))
+
+
+@pytree_dataclass
+class Untie(Primitive):
+    """Reads pairs of equal positions; those of different ones have covariance 0."""
 
 
 @pytree_dataclass
