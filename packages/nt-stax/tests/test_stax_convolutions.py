@@ -78,7 +78,7 @@ def test_transposed_function(window, padding, x64):
         assert_close(apply_fn((W, 0 * b), x), 1.5 / (2 * W[..., 0, 0].size) ** 0.5 * y)
 
 
-@pytest.mark.parametrize(("window", "padding"), zip(WINDOWS * 2, PADDINGS * 3, strict=False))  # 9 of all 15
+@pytest.mark.parametrize(("window", "padding"), list(zip(WINDOWS * 2, PADDINGS * 3, strict=False)))  # 9 of all 15
 def test_transposed_kernels(window, padding, finite_kernels, full, x64):
     filter_shape, strides, dilation = window
     x1, x2 = inputs(1, (2, 2, 3, 2)), inputs(2, (1, 2, 3, 2))
