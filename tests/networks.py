@@ -1,9 +1,11 @@
 """Networks from their descriptions in the reference data.
 
 A description is `{"layer": NAME, "args": [...], "kwargs": {...}}`, `{"serial": [...]}`, `{"parallel": [...]}` or
-`{"repeat": description, "n": N}`. Lists inside arguments stand for tuples.
+`{"repeat": description, "n": N}`. Lists inside arguments stand for tuples, `{"ellipsis": true}`, `{"slice": [a, b, c]}`
+and `{"array": [...]}` for these.
 """
 
+import numpy as np
 from neural_tangents import stax
 
 
@@ -19,7 +21,16 @@ def build(net):
 
 
 def argument(value):
-    return tuple(map(argument, value)) if isinstance(value, list) else value
+    match value:
+        case list():
+            return tuple(map(argument, value))
+        case {"ellipsis": _}:
+            return ...
+        case {"slice": bounds}:
+            return slice(*bounds)
+        case {"array": numbers}:
+            return np.array(numbers)
+    return value
 
 
 def layer_names(net):

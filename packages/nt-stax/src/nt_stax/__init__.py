@@ -26,6 +26,7 @@ from nt_stax.elementwise import (
     Relu,
     Sin,
 )
+from nt_stax.indexing import Index, Slice
 from nt_stax.linear import Dense, Dropout, Flatten, Identity
 from nt_stax.normalization import LayerNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
@@ -60,6 +61,7 @@ __all__ = [
     "GlobalSelfAttention",
     "GlobalSumPool",
     "Identity",
+    "Index",
     "LayerNorm",
     "LeakyRelu",
     "MaskedArray",
@@ -68,6 +70,7 @@ __all__ = [
     "Rbf",
     "Relu",
     "Sin",
+    "Slice",
     "SumPool",
     "layer",
     "parallel",
