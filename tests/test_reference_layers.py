@@ -39,7 +39,8 @@ NOT_NATIVE = {"ConvTranspose", "ConvLocal"}
 def test_every_layer_is_in_a_case():
     covered = set().union(*(layer_names(case["net"]) for case, _ in CASES if case["id"] not in SLOW))
     layers = {name for name in stax.__all__ if callable(getattr(stax, name)) and name[0].isupper()}
-    no_layers = {"AttentionMechanism", "Bool", "Diagonal", "MaskedArray", "Padding", "PositionalEmbedding"}
+    enums = {"AggregateImplementation", "AttentionMechanism", "Padding", "PositionalEmbedding"}
+    no_layers = {"Bool", "Diagonal", "MaskedArray"} | enums
     functions_as_arguments = {"Elementwise", "ElementwiseNumerical"}  # these have no description in the data
     assert layers - no_layers - functions_as_arguments <= covered
     assert len(CASES) >= 100
@@ -105,11 +106,15 @@ def check(case, arrays, dtype, tolerance=None):
     kwargs = {} if layer_names(case["net"]) & NOT_NATIVE else {"implementation": "cpu"}
     if case["mask_constant"] is not None:
         kwargs["mask_constant"] = case["mask_constant"]
+    own_kwargs = dict(kwargs)
+    if f"{case['id']}/pattern1" in arrays:
+        pattern1, pattern2 = (arrays[f"{case['id']}/pattern{n}"] for n in (1, 2))
+        kwargs["pattern"], own_kwargs["pattern"] = (pattern1, pattern2), (pattern1, pattern1)
     with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # layers that state their assumptions
         _, _, kernel_fn = build(case["net"])
         pair = kernel_fn(x1, x2, ("nngp", "ntk"), **kwargs)
-        own = kernel_fn(x1, None, ("nngp", "ntk"), **kwargs)
+        own = kernel_fn(x1, None, ("nngp", "ntk"), **own_kwargs)
     kernels = {"nngp": pair.nngp, "ntk": pair.ntk, "nngp_self": own.nngp, "ntk_self": own.ntk}
     tolerance = tolerance or TOLERANCE[dtype]
     for name, kernel in kernels.items():

@@ -26,6 +26,7 @@ from nt_stax.elementwise import (
     Relu,
     Sin,
 )
+from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
 from nt_stax.linear import Dense, Dropout, Flatten, Identity
 from nt_stax.normalization import LayerNorm
@@ -37,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ABRelu",
     "Abs",
+    "Aggregate",
+    "AggregateImplementation",
     "AttentionMechanism",
     "AvgPool",
     "Bool",
