@@ -29,6 +29,7 @@ from nt_stax.elementwise import (
 from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
 from nt_stax.linear import Dense, Dropout, Flatten, Identity
+from nt_stax.linear_maps import DotGeneral, ImageResize
 from nt_stax.normalization import LayerNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
 from nt_stax.windows import Padding
@@ -49,6 +50,7 @@ __all__ = [
     "Cos",
     "Dense",
     "Diagonal",
+    "DotGeneral",
     "Dropout",
     "Elementwise",
     "ElementwiseNumerical",
@@ -64,6 +66,7 @@ __all__ = [
     "GlobalSelfAttention",
     "GlobalSumPool",
     "Identity",
+    "ImageResize",
     "Index",
     "LayerNorm",
     "LeakyRelu",
