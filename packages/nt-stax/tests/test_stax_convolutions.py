@@ -8,7 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax, random
-from nt_stax import Conv, ConvLocal, ConvTranspose, Erf, Flatten, GlobalAvgPool, Relu, serial
+from nt_stax import (
+    AvgPool,
+    Conv,
+    ConvLocal,
+    ConvTranspose,
+    Dense,
+    Erf,
+    FanInConcat,
+    FanOut,
+    Flatten,
+    GlobalAvgPool,
+    Identity,
+    Relu,
+    parallel,
+    serial,
+)
 
 DIMENSION_NUMBERS = [("NHWC", "HWIO", "NHWC"), ("NWHC", "HWIO", "NCWH"), ("CHNW", "IWOH", "WNHC")]
 SHAPE = {"N": 2, "C": 2, "H": 2, "W": 3}
@@ -230,7 +245,30 @@ def test_dilated(padding, finite_kernels, full, x64):
     np.testing.assert_array_equal(mask, expected)
 
 
+# Groups
+
+
+@pytest.mark.parametrize("parameterization", ["ntk", "standard"])
+def test_groups(parameterization, x64):
+    """Of inputs whose groups are equal: every group sees what a convolution without groups does."""
+    z = inputs(1, (2, 3, 4, 2))
+    x = jnp.concatenate([z, z, z], -1)
+    arguments = 6, (2, 2), (1, 2), "SAME", 1.5, 0.5, None, parameterization, (2, 1)
+    (init_fn, apply_fn, kernel_fn), conv = Conv(*arguments, feature_group_count=3), Conv(*arguments)
+    shape, params = init_fn(random.key(0), x.shape)
+    assert shape == (2, 3, 2, 6) and params[0].shape == (2, 2, 2, 6)
+    assert_close(params[0], conv[0](random.key(0), z.shape)[1][0])
+    assert_close(apply_fn(params, x), conv[1](params, z))
+    kernel = Identity()[2](x)
+    kernel, expected = kernel_fn(kernel.replace(is_input=False)), conv[2](z)
+    assert_close(kernel.nngp, expected.nngp)
+    assert_close(kernel.ntk, expected.ntk)
+
+
 # Errors
+
+GROUPED = Conv(4, (2,), feature_group_count=2)
+CONCATENATED = serial(FanOut(2), parallel(Dense(4), serial(Dense(4), Erf())), FanInConcat(-1), AvgPool((2,)))
 
 
 @pytest.mark.parametrize(
@@ -243,9 +281,15 @@ def test_dilated(padding, finite_kernels, full, x64):
         (lambda: ConvLocal(3, (9,))[0](random.key(0), (2, 8, 3)), ValueError, "ConvLocal: a window"),
         (lambda: ConvLocal(3, (2,))[0](random.key(0), (2, -1, 3)), ValueError, "at every position"),
         (lambda: Conv(3, (3, 3), rhs_dilation=(2,)), ValueError, "rhs_dilation"),
+        (lambda: Conv(3, (3,), feature_group_count=2), ValueError, "divide the 3 output channels"),
+        (lambda: GROUPED[0](random.key(0), (2, 8, 3)), ValueError, "divide the 3 channels"),
+        (lambda: GROUPED[2](jnp.ones((2, 4, 4))), ValueError, "no kernel: groups of channels"),
+        (lambda: serial(AvgPool((2,)), GROUPED)[2](jnp.ones((2, 4, 4))), ValueError, "no kernel: groups of channels"),
+        (lambda: serial(CONCATENATED, GROUPED)[2](jnp.ones((2, 4, 4))), ValueError, "no kernel: groups"),
         (lambda: Conv(3, (3,), rhs_dilation=(0,)), ValueError, "rhs_dilation must be positive integers"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:FanInConcat")
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()

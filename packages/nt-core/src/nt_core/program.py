@@ -122,6 +122,11 @@ class Builder:
         n = len(self._sources)
         return None if number < n else self._nodes[number - n]
 
+    def spec(self, number: int) -> Spec:
+        """Returns the spec of a value."""
+        node = self.node(number)
+        return self._sources[number] if node is None else node.spec
+
     def build(self, *outputs: Value) -> Program:
         """Returns the program that computes `outputs`, without the steps that they do not need."""
         return prune(Program(tuple(self._sources), tuple(self._nodes), tuple(value.number for value in outputs)))

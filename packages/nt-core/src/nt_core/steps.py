@@ -48,6 +48,7 @@ class Linear(Step):
     out_dim: int
     parameterization: str
     s: tuple[int, int]
+    groups: int = 1
 
     @property
     def window_size(self) -> int:
@@ -61,7 +62,7 @@ class Linear(Step):
         """
         if self.parameterization == "ntk":
             return self.w_var, 0.0 if self.b_var is None else self.b_var
-        fan_in = spec.n_channels * self.window_size
+        fan_in = spec.n_channels // self.groups * self.window_size
         return fan_in / self.s[0], 0.0 if self.b_var is None else 1.0
 
 
@@ -88,6 +89,7 @@ class Conv(Linear):
       window, strides, dilation: one number per spatial axis, in the order of the input's axes.
       padding: 'SAME', 'VALID', 'CIRCULAR' or explicit `(low, high)` pairs.
       axes_out: which axis of the input stands at each axis of the output (batch and channel axes included).
+      groups: of channels: output channels read the input channels of their group only.
     """
 
     w_var: Scalar
@@ -100,6 +102,7 @@ class Conv(Linear):
     axes_out: tuple[int, ...] | None = static(default=None)
     parameterization: str = static(default="ntk")
     s: tuple[int, int] = static(default=(1, 1))
+    groups: int = static(default=1)
 
     @property
     def window_size(self) -> int:

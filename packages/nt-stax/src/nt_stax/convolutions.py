@@ -27,6 +27,7 @@ def Conv(
     parameterization: str = "ntk",
     s: tuple[int, int] = (1, 1),
     rhs_dilation: Sequence[int] | None = None,
+    feature_group_count: int = 1,
 ):
     """A convolution.
 
@@ -51,6 +52,12 @@ def Conv(
       s: width of the layer before this one, and of this one, see `Dense`.
       rhs_dilation: distance between neighbouring taps of the filter (arXiv:1511.07122), in the order of `filter_shape`.
         None for 1.
+      feature_group_count: number of groups of channels: output channels read the input channels of their group only,
+        and `fan_in` is divided by it. In the limit, where every group is infinitely wide, kernels are those without
+        groups.
+
+    Raises:
+      ValueError: the kernel of groups of channels that are not alike: of the inputs' channels, or of branches.
 
     >>> from nt_stax import Conv
     >>> init_fn, apply_fn, kernel_fn = Conv(128, (3,), padding="SAME")
@@ -58,7 +65,8 @@ def Conv(
     [[[0.6667 1.     1.     0.6667]]]
     """
     weights = Weights("Conv", out_chan, W_std, b_std, parameterization, s)
-    return _Conv("Conv", weights, filter_shape, strides, padding, dimension_numbers, rhs_dilation).functions()
+    groups = feature_group_count
+    return _Conv("Conv", weights, filter_shape, strides, padding, dimension_numbers, rhs_dilation, groups).functions()
 
 
 @layer
@@ -171,8 +179,14 @@ class _Conv:
         padding: str | Padding,
         dimension_numbers: tuple[str, str, str] | None,
         rhs_dilation: Sequence[int] | None,
+        groups: int = 1,
     ) -> None:
-        self.name, self.weights, self.n_taps = name, weights, math.prod(filter_shape)
+        self.name, self.weights, self.n_taps, self.groups = name, weights, math.prod(filter_shape), groups
+        if groups < 1 or weights.n_out % groups:
+            raise ValueError(
+                f"{name}: feature_group_count={groups} must be positive, and divide the {weights.n_out} output "
+                "channels."
+            )
         self.lhs, self.rhs, self.out = self.letters = _letters(name, dimension_numbers, len(filter_shape))
         self.batch_axis, self.channel_axis = self.lhs.index("N"), self.lhs.index("C")
         self.axes_out = tuple(self.lhs.index(letter) for letter in self.out)
@@ -191,7 +205,13 @@ class _Conv:
                     f"{self.name} with dimension_numbers={self.letters} and filter_shape={self.in_filter_order.window} "
                     f"takes inputs of rank {len(self.lhs)}, got input_shape={input_shape}."
                 )
-            n_in = n_channels_of(self.name, input_shape, self.channel_axis)
+            n_channels = n_channels_of(self.name, input_shape, self.channel_axis)
+            if n_channels % self.groups:
+                raise ValueError(
+                    f"{self.name}: feature_group_count={self.groups} must divide the {n_channels} channels of inputs "
+                    f"of shape {tuple(input_shape)}."
+                )
+            n_in = n_channels // self.groups
             space = dict(zip(_spatial(self.lhs), self.space([input_shape[a] for a in self.axes]), strict=True))
             W_sizes, b_sizes = self.sizes_of_weights(n_in, space)
             W_shape, b_shape = [W_sizes[letter] for letter in self.rhs], [b_sizes.get(letter, 1) for letter in self.out]
@@ -201,7 +221,7 @@ class _Conv:
 
         def apply_fn(params, inputs, **kwargs):
             W, b = params
-            fan_in = inputs.shape[self.channel_axis] * self.n_taps
+            fan_in = inputs.shape[self.channel_axis] // self.groups * self.n_taps
             dtype = jnp.result_type(inputs, W)
             outputs = self.convolve(inputs.astype(dtype), W.astype(dtype))
             return self.weights.scaled(outputs, b, fan_in)
@@ -226,7 +246,13 @@ class _Conv:
         windows = self.in_filter_order
         inputs, pads = windows.padded(inputs, self.axes_in_filter_order)
         return lax.conv_general_dilated(
-            inputs, W, windows.strides, pads, rhs_dilation=windows.dilation, dimension_numbers=self.letters
+            inputs,
+            W,
+            windows.strides,
+            pads,
+            rhs_dilation=windows.dilation,
+            dimension_numbers=self.letters,
+            feature_group_count=self.groups,
         )
 
     def mask(self, mask, input_shape):
@@ -234,6 +260,12 @@ class _Conv:
         return jnp.transpose(mask, self.axes_out)
 
     def emit(self, builder: Builder, value: Value) -> Value:
+        if self.groups > 1 and not _channels_are_alike(builder, value):
+            raise ValueError(
+                f"{self.name} with feature_group_count={self.groups} of the inputs' own channels, or of branches side "
+                "by side, has no kernel: groups of channels have different covariances. Put a Dense or Conv layer "
+                "before it."
+            )
         return builder.add(self.step(self.windows.strides, self.windows.padding), value)
 
     def step(self, strides: tuple[int, ...], padding: str | steps.Pads) -> steps.Conv:
@@ -244,6 +276,7 @@ class _Conv:
             padding=padding,
             dilation=self.windows.dilation,
             axes_out=None if self.out == self.lhs else self.axes_out,
+            groups=self.groups,
         )
 
 
@@ -347,6 +380,21 @@ class _Spread:
             places = [place % self.count for place in places]
         last = (self.n - 1) * self.stride
         return tuple(p // self.stride if 0 <= p <= last and p % self.stride == 0 else -1 for p in places)
+
+
+def _channels_are_alike(builder: Builder, value: Value) -> bool:
+    """Whether all channels of a value have the same covariance: weights have mixed them, and no branches are joined."""
+    pending = [value.number]
+    while pending:
+        node = builder.node(number := pending.pop())
+        if node is None:
+            if builder.spec(number).is_input:
+                return False
+        elif isinstance(node.step, steps.Combine) and node.step.concat and len(node.inputs) > 1:
+            return False
+        elif not isinstance(node.step, steps.Linear):
+            pending.extend(node.inputs)
+    return True
 
 
 def _spreads(windows: Windows, space: Sequence[int]) -> list[_Spread]:

@@ -30,7 +30,8 @@ def DotGeneral(
       lhs, rhs: the constant, as the left or the right operand. None for both makes the layer the identity.
       dimension_numbers: which axes of both operands are contracted, and which ones are shared, as in `lax.dot_general`.
         Of the inputs' axes that of the channels is not among them; that of the batch may be contracted in the last
-        layer of a network. Axes come out as those of `lax.dot_general`: shared ones first, then those of the left operand.
+        layer of a network. Axes come out as those of `lax.dot_general`: shared ones first, then those of the left
+        operand.
       precision: of the finite network's product, as in `lax.dot_general`.
       batch_axis: batch axis of the inputs.
       channel_axis: channel axis of the inputs.
