@@ -71,6 +71,13 @@ NONLINEARITIES = {
     "Rbf": stax.Rbf(0.5),
     "Gelu": stax.Gelu(),
     "Exp": stax.Exp(0.8, 0.5),
+    "Sigmoid_like": stax.Sigmoid_like(),
+    "Gaussian": stax.Gaussian(0.9, -0.4),
+    "Gabor": stax.Gabor(),
+    "Sign": stax.Sign(),
+    "Monomial": stax.Monomial(2),
+    "RectifiedMonomial": stax.RectifiedMonomial(2),
+    "Polynomial": stax.Polynomial([0.3, 1.0, 0.2]),
     "Elementwise": stax.Elementwise(
         fn=lambda x: x**2,
         nngp_fn=lambda cov12, var1, var2: var1 * var2 + 2 * cov12**2,

@@ -9,7 +9,24 @@ import numpy as np
 import pytest
 import scipy.special
 from closed_forms import CLOSED_FORMS, any_ratio, check_backward_error, equal, exact_dual, nearly_equal, samples
-from nt_core.activations import ABRelu, Elementwise, ElementwiseNumerical, Erf, Exp, Gelu, Rbf, Sin, arcs, polynomials
+from nt_core.activations import (
+    ABRelu,
+    Elementwise,
+    ElementwiseNumerical,
+    Erf,
+    Exp,
+    Gabor,
+    Gaussian,
+    Gelu,
+    Monomial,
+    Polynomial,
+    Rbf,
+    RectifiedMonomial,
+    Sin,
+    Step,
+    arcs,
+    polynomials,
+)
 
 SIN_PHASE = 0.3
 RBF_SCALE = math.sqrt(1.4)
@@ -51,9 +68,30 @@ FUNCTIONS = {
         lambda x: scipy.special.ndtr(x) + x * normal_density(x),
     ),
     "exp": (Exp(0.8, 0.6), lambda x: 0.8 * np.exp(0.6 * x), lambda x: 0.48 * np.exp(0.6 * x)),
+    "sign": (Step(-1.0, 1.0, 0.0), np.sign, np.zeros_like),
+    "step": (Step(0.3, 1.2, 0.7), lambda x: np.where(x < 0, 0.3, 1.2), np.zeros_like),
+    "gaussian": (
+        Gaussian(0.8, -0.6),
+        lambda x: 0.8 * np.exp(-0.6 * x * x),
+        lambda x: -0.96 * x * np.exp(-0.6 * x * x),
+    ),
+    "gabor": (
+        Gabor(),
+        lambda x: np.exp(-x * x) * np.sin(x),
+        lambda x: np.exp(-x * x) * (np.cos(x) - 2 * x * np.sin(x)),
+    ),
+    "monomial": (Monomial(4), lambda x: x**4, lambda x: 4 * x**3),
+    "polynomial": (
+        Polynomial((0.5, -1.0, 0.2, 0.3)),
+        np.polynomial.Polynomial((0.5, -1.0, 0.2, 0.3)),
+        np.polynomial.Polynomial((-1.0, 0.4, 0.9)),
+    ),
+    "rectified square": (RectifiedMonomial(2), lambda x: np.maximum(x, 0) ** 2, lambda x: 2 * np.maximum(x, 0)),
+    "rectified power": (RectifiedMonomial(5), lambda x: np.maximum(x, 0) ** 5, lambda x: 5 * np.maximum(x, 0) ** 4),
     "elementwise": (Elementwise(lambda cov12, var1, var2: 2 * cov12**2 + var1 * var2), np.square, lambda x: 2 * x),
     "numerical": (ElementwiseNumerical(jnp.sin, None, 40), np.sin, np.cos),
 }
+JUMPS = ("sign", "step")
 ACTIVATIONS = {name: row[0] for name, row in FUNCTIONS.items()}
 each_activation = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -113,9 +151,12 @@ def test_dual_is_its_definition(name, x64):
     for i, point in enumerate(points):
         half_square = mean(lambda u, v: 0.5 * (f(u) - f(v)) ** 2, *point)
         scale = variances[0][i] + variances[1][i]
-        np.testing.assert_allclose(deficits[i], half_square, rtol=1e-10, atol=1e-13 * scale)
-        # At correlations of 1 and -1 the angle, and the factor of a kink with it, has half of the digits only.
-        atol = 1e-7 if abs(point[2]) == 1 else 1e-11
+        # At correlations of 1 and -1 the angle has half of the digits only, and with it the factor of a kink, and what
+        # is after a jump.
+        is_parallel = abs(point[2]) == 1
+        atol = 1e-7 if is_parallel and name in JUMPS else 1e-13 * scale
+        np.testing.assert_allclose(deficits[i], half_square, rtol=1e-10, atol=atol)
+        atol = 1e-7 if is_parallel else 1e-11
         slope = mean(lambda u, v: df(u) * df(v), *point)
         np.testing.assert_allclose(dots[i], slope, rtol=1e-10, atol=atol)
 
@@ -252,21 +293,27 @@ def test_derivatives_are_finite_at_degenerate_inputs(name, dtype):
     of_variance = jax.jit(jax.vmap(jax.grad(activation.variance)))(arguments[0])
     for leaf in jax.tree.leaves((result, forward, backward, second, of_variance)):
         assert np.isfinite(leaf).all(), [point for point, x in zip(DEGENERATE, leaf, strict=True) if not np.isfinite(x)]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), forward, backward)
+
+    def check_close(x, y):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * max(1, np.abs(y).max()))
+
+    jax.tree.map(check_close, forward, backward)
     # The derivative of the covariance is the covariance of the derivatives (Price), also at degenerate inputs.
-    np.testing.assert_allclose(forward[0][2], result[1], rtol=1e-4, atol=1e-5)
+    if name not in JUMPS:
+        check_close(forward[0][2], result[1])
 
 
 @each_activation
 @pytest.mark.parametrize("excursion", [1e-7, 1e-5])
 def test_correlations_rounded_beyond_one_are_those_of_one(name, excursion, dtype):
     var = jnp.asarray(1.0, dtype)
+    _, own_slope = ACTIVATIONS[name].dual(var, var, jnp.zeros_like(var))
     for deficit in (0.0, 2.0):
         sign = -1 if deficit == 0 else 1
         expected = ACTIVATIONS[name].dual(var, var, jnp.asarray(deficit, dtype))
         got = ACTIVATIONS[name].dual(var, var, jnp.asarray(deficit + sign * excursion, dtype))
         for x, y in zip(got, expected, strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=10 * excursion)
+            np.testing.assert_allclose(x, y, rtol=0, atol=10 * excursion * max(1, own_slope))
 
 
 def test_the_derivative_of_the_relu_factor_is_zero_where_it_is_infinite(dtype):
@@ -294,14 +341,14 @@ def mp_dual(form, var1, var2, deficit):
     return (form(var1, var1, var1)[0] + form(var2, var2, var2)[0]) / 2 - value, dot
 
 
-SMOOTH = ["erf", "gelu", "sin", "sin with a phase", "rbf", "exp"]
+HAVE_A_ROOT = ("relu", "abs", "leaky", "exp normalized", "sign", "rectified square", "rectified cube")
 
 
 @each_closed_form
 def test_derivatives_are_the_true_ones(name, x64):
     """Those of smooth activations also at equal inputs and at zero variance."""
     activation, form, _ = CLOSED_FORMS[name]
-    points = POINTS + ([(0.0, 0.0, 0.0), (0.6, 0.6, 0.0)] if name in SMOOTH else [])
+    points = POINTS + ([(0.0, 0.0, 0.0), (0.6, 0.6, 0.0)] if name not in HAVE_A_ROOT else [])
     first, _, second = derivatives(activation.dual, [jnp.asarray(x) for x in np.array(points).T])
     unit = np.eye(3, dtype=int)
     for n, point in enumerate(points):
@@ -354,7 +401,7 @@ def test_shapes_types_jit_and_vmap(name, shape, dtype):
         transformed.append(jax.vmap(activation.dual)(var1, var2, deficit))
     for results in transformed:
         for x, y in zip(results, expected, strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=16 * jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(x, y, rtol=4 * jnp.finfo(dtype).eps, atol=16 * jnp.finfo(dtype).eps)
 
 
 @each_activation

@@ -17,10 +17,19 @@ from nt_stax import (
     ElementwiseNumerical,
     Erf,
     Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
     Gelu,
+    Hermite,
     LeakyRelu,
+    Monomial,
+    Polynomial,
     Rbf,
+    RectifiedMonomial,
     Relu,
+    Sigmoid_like,
+    Sign,
     Sin,
     serial,
     unmask_fn,
@@ -38,6 +47,14 @@ LAYERS = {
     "Rbf": (lambda: Rbf(0.8), "Rbf", lambda x: 2**0.5 * np.sin(1.6**0.5 * x + np.pi / 4)),
     "Gelu": (Gelu, "Gelu", lambda x: x * scipy.special.ndtr(x)),
     "Exp": (lambda: Exp(0.7, 0.6), "Exp", lambda x: 0.7 * np.exp(0.6 * x)),
+    "Sigmoid_like": (Sigmoid_like, "Erf", lambda x: 0.5 + 0.5 * scipy.special.erf(x / 2.4020563531719796)),
+    "Gaussian": (lambda: Gaussian(0.7, -0.6), "Gaussian", lambda x: 0.7 * np.exp(-0.6 * x * x)),
+    "Gabor": (Gabor, "Gabor", lambda x: np.exp(-x * x) * np.sin(x)),
+    "Sign": (Sign, "Sign", np.sign),
+    "Monomial": (lambda: Monomial(3), "Monomial", lambda x: x**3),
+    "RectifiedMonomial": (lambda: RectifiedMonomial(2), "RectifiedMonomial", lambda x: np.where(x < 0, 0, x**2)),
+    "step": (lambda: RectifiedMonomial(0), "RectifiedMonomial", lambda x: np.where(x < 0, 0, 1)),
+    "Polynomial": (lambda: Polynomial([0.5, -1, 0.2]), "Polynomial", lambda x: 0.5 - x + 0.2 * x**2),
 }
 # of the same functions
 DERIVATIVES = {
@@ -51,6 +68,14 @@ DERIVATIVES = {
     "Rbf": lambda x: 3.2**0.5 * np.cos(1.6**0.5 * x + np.pi / 4),
     "Gelu": lambda x: scipy.special.ndtr(x) + x * np.exp(-x * x / 2) / (2 * np.pi) ** 0.5,
     "Exp": lambda x: 0.7 * 0.6 * np.exp(0.6 * x),
+    "Sigmoid_like": lambda x: 1 / 2.4020563531719796 / np.pi**0.5 * np.exp(-((x / 2.4020563531719796) ** 2)),
+    "Gaussian": lambda x: -0.84 * x * np.exp(-0.6 * x * x),
+    "Gabor": lambda x: np.exp(-x * x) * (np.cos(x) - 2 * x * np.sin(x)),
+    "Sign": np.zeros_like,
+    "Monomial": lambda x: 3 * x**2,
+    "RectifiedMonomial": lambda x: np.where(x < 0, 0, 2 * x),
+    "step": np.zeros_like,
+    "Polynomial": lambda x: -1 + 0.4 * x,
 }
 KINKED = ("ABRelu", "Relu", "LeakyRelu", "Abs")
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
@@ -187,7 +212,18 @@ def test_derivatives_are_finite_where_they_are_delicate(name, x64):
         assert np.all(np.isfinite(derivative(x, x)))
 
 
-@pytest.mark.parametrize("layer", [LeakyRelu, lambda p: Erf(p, p, p), lambda p: Sin(p, p, p), Rbf, lambda p: Exp(p, p)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LeakyRelu,
+        lambda p: Erf(p, p, p),
+        lambda p: Sin(p, p, p),
+        Rbf,
+        lambda p: Exp(p, p),
+        lambda p: Gaussian(p, -p),
+        lambda p: Polynomial([p, p]),
+    ],
+)
 @pytest.mark.parametrize("get", ["nngp", "ntk"])
 def test_derivative_with_respect_to_coefficients(layer, get, x64):
     x1, x2 = random.normal(random.key(1), (2, 3)), random.normal(random.key(2), (3, 3))
@@ -225,6 +261,94 @@ def test_gelu_approximation_is_of_the_finite_network_alone(x64):
     np.testing.assert_array_equal(exact, approximate)
     difference = np.abs(Gelu(approximate=True)[1]((), x) - Gelu()[1]((), x)).max()
     assert 1e-6 < difference < 1e-3
+
+
+class TestExpNormalized:
+    """A kernel without a finite network."""
+
+    @pytest.mark.parametrize("do_clip", [True, False])
+    def test_kernel(self, do_clip, dtype):
+        x1, x2 = (random.normal(random.key(i), (n, 5), dtype) for i, n in ((1, 3), (2, 4)))
+        x2 = x2.at[0].set(2 * x1[0]).at[1].set(-x1[1])
+        kernel = serial(Dense(4, 1.2), ExpNormalized(0.7, -0.4, do_clip))[2](x1, x2)
+        q1, q2 = (1.44 * jnp.mean(x**2, axis=1) for x in (x1, x2))
+        scale = jnp.sqrt(jnp.outer(q1, q2))
+        covariance = 1.44 * x1 @ x2.T / 5
+        value = jnp.exp(0.7 * (covariance / scale - 0.4))
+        rtol = {"float64": 1e-12, "float32": 5e-6}[dtype]
+        np.testing.assert_allclose(kernel.nngp, scale * value, rtol=rtol)
+        np.testing.assert_allclose(kernel.ntk, covariance * 0.7 * value, rtol=rtol, atol=rtol)
+        np.testing.assert_allclose(kernel.cov1, q1 * np.exp(0.42), rtol=rtol)
+
+    def test_no_finite_network(self):
+        init_fn, apply_fn, kernel_fn = ExpNormalized()
+        assert [fn.__name__ for fn in (init_fn, apply_fn, kernel_fn)] == ["ExpNormalized"] * 3
+        with pytest.raises(NotImplementedError, match="no finite network"):
+            apply_fn((), jnp.ones((2, 3)))
+
+    def test_zero_inputs(self, dtype):
+        """Have no covariance with anything, and finite derivatives."""
+        _, _, kernel_fn = serial(Dense(4), ExpNormalized(), Dense(1))
+        x = jnp.array([[0.0, 0.0], [1.0, -1.0]], dtype)
+        np.testing.assert_array_equal(kernel_fn(x, None, "nngp"), [[0, 0], [0, 1]])
+        assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(kernel_fn(x, None, "ntk")))(x)))
+
+
+def hermite(degree):
+    with pytest.warns(UserWarning, match="variance 1") as record:
+        layer = Hermite(degree)
+    assert record[0].filename == __file__
+    return layer
+
+
+class TestPolynomials:
+    @pytest.mark.parametrize("degree", [0, 1, 4])
+    def test_hermite(self, degree, x64):
+        """The finite function is that of SciPy; the kernel that of its coefficients, for inputs of variance 1."""
+        scale = scipy.special.factorial(degree) ** -0.5
+        x = np.linspace(-3, 3, 12).reshape(4, 3)
+        layer = hermite(degree)
+        assert layer[2].__name__ == "Hermite"
+        np.testing.assert_allclose(layer[1]((), x), scale * scipy.special.eval_hermitenorm(degree, x), rtol=1e-12)
+        inputs = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
+        coefficients = scale * np.polynomial.hermite_e.herme2poly([0] * degree + [1])
+        expected, found = (serial(Dense(4), f)[2](inputs) for f in (Polynomial(coefficients), layer))
+        for field in ("nngp", "ntk", "cov1"):
+            np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-11, atol=1e-11)
+
+    @pytest.mark.parametrize("degree", [0, 1, 5, 8, 9])
+    def test_monomial_is_a_polynomial(self, degree, x64):
+        """Also above the degree that the native engine takes."""
+        x = 0.7 * random.normal(random.key(1), (3, 4))
+        monomial, polynomial = (
+            serial(Dense(4, 1.1, 0.2), f)[2](x) for f in (Monomial(degree), Polynomial([0] * degree + [1]))
+        )
+        for field in ("nngp", "ntk", "cov1"):
+            np.testing.assert_allclose(getattr(monomial, field), getattr(polynomial, field), rtol=1e-11)
+
+    def test_no_coefficients(self, dtype):
+        _, apply_fn, _ = Polynomial([])
+        x = jnp.ones((2, 3), dtype)
+        np.testing.assert_array_equal(apply_fn((), x), np.zeros_like(x))
+        kernel = serial(Dense(4), Polynomial([]))[2](x, x)
+        for field in ("nngp", "ntk", "cov1", "cov2"):
+            np.testing.assert_array_equal(getattr(kernel, field), np.zeros_like(getattr(kernel, field)))
+
+    def test_rectified_monomials_are_finite_where_the_angle_is_zero(self, dtype):
+        """At equal, parallel, opposite and zero inputs: E f(u) f(v) of multiples of one variable."""
+        x = np.array([[1.0], [2.0], [-1.0], [0.0]], dtype)
+        for degree, moments in ((0, [0.5, 0.5]), (1, [0.5, 0.5]), (3, [7.5, 13.5])):
+            kernel = serial(Dense(4), RectifiedMonomial(degree))[2](x)
+            expected = moments[0] * np.outer(x, x) ** degree * (np.outer(x, x) > 0)
+            if degree == 0:
+                expected += 0.5 * (x == 0) + 0.5 * (x == 0).T  # f(0) = 1, and E f(v) = 1/2
+            np.testing.assert_allclose(kernel.nngp, expected, rtol=1e-5, atol=1e-3 if degree == 0 else 1e-6)
+            assert np.all(np.isfinite(kernel.ntk))
+
+    @pytest.mark.parametrize("layer", [Monomial, RectifiedMonomial, Hermite])
+    def test_degree(self, layer):
+        with pytest.raises(NotImplementedError, match=f"{layer.__name__} needs a degree of at least 0, got degree=-1"):
+            layer(-1)
 
 
 class TestElementwise:

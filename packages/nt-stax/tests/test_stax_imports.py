@@ -1,10 +1,11 @@
-"""nt-stax is written with what any author of layers has: public names of nt-core."""
+"""nt-stax is written with public names of nt-core, as any layers are, and has the names of the archived stax."""
 
 import ast
 import importlib
 import pathlib
 
 import nt_stax
+import pytest
 
 SOURCES = sorted(pathlib.Path(nt_stax.__file__).parent.glob("*.py"))
 
@@ -22,3 +23,76 @@ def test_only_public_names_of_nt_core_are_imported():
     for name, module, imported_name in imported:
         assert module in ("nt_core", "nt_core.authoring"), f"{name} imports from {module}"
         assert imported_name in importlib.import_module(module).__all__, f"{name} imports {imported_name}"
+
+
+# Of neural-tangents 0.6.5.
+REFERENCE = {
+    "ABRelu",
+    "Abs",
+    "Aggregate",
+    "AggregateImplementation",
+    "AttentionMechanism",
+    "AvgPool",
+    "Bool",
+    "Conv",
+    "ConvLocal",
+    "ConvTranspose",
+    "Cos",
+    "Dense",
+    "Diagonal",
+    "DotGeneral",
+    "Dropout",
+    "Elementwise",
+    "ElementwiseNumerical",
+    "Erf",
+    "Exp",
+    "ExpNormalized",
+    "FanInConcat",
+    "FanInProd",
+    "FanInSum",
+    "FanOut",
+    "Flatten",
+    "Gabor",
+    "Gaussian",
+    "Gelu",
+    "GlobalAvgPool",
+    "GlobalSelfAttention",
+    "GlobalSumPool",
+    "Hermite",
+    "Identity",
+    "ImageResize",
+    "Index",
+    "LayerNorm",
+    "LeakyRelu",
+    "MaskedArray",
+    "Monomial",
+    "Padding",
+    "Polynomial",
+    "PositionalEmbedding",
+    "Rbf",
+    "RectifiedMonomial",
+    "Relu",
+    "Sigmoid_like",
+    "Sign",
+    "Sin",
+    "Slice",
+    "SumPool",
+    "layer",
+    "parallel",
+    "repeat",
+    "requires",
+    "serial",
+    "supports_masking",
+    "unmask_fn",
+}
+
+
+def test_names_of_the_reference_are_there_or_known_to_be_missing():
+    missing = set(nt_stax._MISSING)
+    assert set(nt_stax.__all__) | missing == REFERENCE
+    assert not set(nt_stax.__all__) & missing
+    for name in missing:
+        with pytest.raises(AttributeError, match=f"{name} of neural_tangents.stax is not implemented yet: "):
+            getattr(nt_stax, name)
+    with pytest.raises(AttributeError, match="module 'nt_stax' has no attribute 'Relo'"):
+        _ = nt_stax.Relo

@@ -20,10 +20,19 @@ from nt_stax.elementwise import (
     ElementwiseNumerical,
     Erf,
     Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
     Gelu,
+    Hermite,
     LeakyRelu,
+    Monomial,
+    Polynomial,
     Rbf,
+    RectifiedMonomial,
     Relu,
+    Sigmoid_like,
+    Sign,
     Sin,
 )
 from nt_stax.graphs import Aggregate, AggregateImplementation
@@ -56,25 +65,34 @@ __all__ = [
     "ElementwiseNumerical",
     "Erf",
     "Exp",
+    "ExpNormalized",
     "FanInConcat",
     "FanInProd",
     "FanInSum",
     "FanOut",
     "Flatten",
+    "Gabor",
+    "Gaussian",
     "Gelu",
     "GlobalAvgPool",
     "GlobalSelfAttention",
     "GlobalSumPool",
+    "Hermite",
     "Identity",
     "ImageResize",
     "Index",
     "LayerNorm",
     "LeakyRelu",
     "MaskedArray",
+    "Monomial",
     "Padding",
+    "Polynomial",
     "PositionalEmbedding",
     "Rbf",
+    "RectifiedMonomial",
     "Relu",
+    "Sigmoid_like",
+    "Sign",
     "Sin",
     "Slice",
     "SumPool",
@@ -86,3 +104,15 @@ __all__ = [
     "supports_masking",
     "unmask_fn",
 ]
+
+# Names of neural_tangents.stax that are not there yet, and what to use instead.
+_MISSING = {
+    "DotGeneral": "write a layer of your own that calls Kernel.dot_general",
+    "ImageResize": 'write a layer of your own that mixes positions, see "Add a layer" in the documentation',
+}
+
+
+def __getattr__(name: str):
+    if name in _MISSING:
+        raise AttributeError(f"{name} of neural_tangents.stax is not implemented yet: {_MISSING[name]}.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

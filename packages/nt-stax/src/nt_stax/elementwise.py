@@ -7,7 +7,7 @@ limit. With `(u, v)` Gaussian of zero mean and the covariance of the pre-activat
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -156,6 +156,181 @@ def Exp(a: float = 1.0, b: float = 1.0):
     return _elementwise(lambda x: a * jnp.exp(b * x), activations.Exp(a, b))
 
 
+def Sigmoid_like():
+    """Error function that is close to the sigmoid, `f(x) = (1 + erf(x / 2.4020563531719796)) / 2`; see `Erf`.
+
+    It differs from `1 / (1 + exp(-x))` by at most 0.0093.
+
+    >>> from nt_stax import Sigmoid_like
+    >>> _, apply_fn, _ = Sigmoid_like()
+    >>> print(apply_fn((), jnp.array([[0.0, 1.0]])).round(3), jax.nn.sigmoid(1.0).round(3))
+    [[0.5   0.722]] 0.731
+    """
+    return Erf(0.5, 1 / 2.4020563531719796, 0.5)
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Gaussian(a: float = 1.0, b: float = -1.0):
+    """Gaussian bell, `f(x) = a exp(b x^2)`.
+
+    With a positive `b`, outputs have a variance where `4 b q < 1`, for inputs of variance `q`. Elsewhere kernels are
+    NaN.
+
+    >>> from nt_stax import Dense, Gaussian, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Gaussian(b=-0.75))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # 1 / sqrt(1 + 3)
+    [[0.5]]
+    """
+    return _elementwise(lambda x: a * jnp.exp(b * x**2), activations.Gaussian(a, b))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Gabor():
+    """Gabor function, `f(x) = exp(-x^2) sin(x)`.
+
+    >>> from nt_stax import Dense, Gabor, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Gabor())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # (1 - exp(-2 / 5)) / (2 sqrt(5))
+    [[0.0737]]
+    """
+    return _elementwise(lambda x: jnp.exp(-(x**2)) * jnp.sin(x), activations.Gabor())
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Sign():
+    """Sign, -1, 0 or 1. Its derivative is 0 but for the jump: the tangent kernel after it is that of later layers.
+
+    >>> from nt_stax import Dense, Sign, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Sign())
+    >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    >>> print(kernel_fn(x, None, "nngp").round(4))  # 1 - 2 angle / pi
+    [[1.  0.5]
+     [0.5 1. ]]
+    """
+    return _elementwise(jnp.sign, activations.Step(-1.0, 1.0, 0.0))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def ExpNormalized(gamma: float = 1.0, shift: float = -1.0, do_clip: bool = False):
+    """The normalized exponential kernel, `s exp(gamma (c + shift))`; see p. 6 of arXiv:2003.02237.
+
+    With `s` the product of the standard deviations and `c` the correlation of the inputs. There is no finite network:
+    `apply_fn` raises NotImplementedError.
+
+    Args:
+      gamma: how fast the covariance decays with the correlation.
+      shift: -1 keeps the variances.
+      do_clip: accepted for compatibility, and needless: rounded correlations never leave [-1, 1].
+
+    >>> from nt_stax import Dense, ExpNormalized, serial
+    >>> _, _, kernel_fn = serial(Dense(512), ExpNormalized())
+    >>> print(kernel_fn(jnp.eye(2), None, "nngp").round(4))  # 1/2, and exp(-1) times it
+    [[0.5    0.1839]
+     [0.1839 0.5   ]]
+    """
+    return _elementwise(_no_exp_normalized, activations.ExpNormalized(gamma, shift))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Monomial(degree: int):
+    """Power, `f(x) = x^degree`.
+
+    Raises:
+      NotImplementedError: the degree is negative.
+
+    >>> from nt_stax import Dense, Monomial, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Monomial(3))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
+    [[15.]]
+    """
+    _check_degree("Monomial", degree)
+    return _elementwise(lambda x: x**degree, activations.Monomial(degree))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def RectifiedMonomial(degree: int):
+    """Power of positive inputs, `f(x) = x^degree` for `x >= 0`, and 0 for `x < 0` (Cho & Saul, 2009).
+
+    Degree 1 is `Relu`, degree 0 a step.
+
+    Raises:
+      NotImplementedError: the degree is negative.
+
+    >>> from nt_stax import Dense, RectifiedMonomial, serial
+    >>> _, _, kernel_fn = serial(Dense(512), RectifiedMonomial(2))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))  # half of that of Monomial(2)
+    [[1.5]]
+    """
+    _check_degree("RectifiedMonomial", degree)
+    activation = {0: activations.Step(0.0, 1.0, 1.0), 1: activations.ABRelu(0.0, 1.0)}.get(degree)
+    activation = activation or activations.RectifiedMonomial(degree)
+    return _elementwise(lambda x: jnp.where(x >= 0, x**degree, 0), activation)
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Polynomial(coef: Sequence[float]):
+    """Polynomial, `f(x) = coef[0] + coef[1] x + coef[2] x^2 + ...`; zero if there are no coefficients.
+
+    >>> from nt_stax import Dense, Polynomial, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Polynomial([1.0, 0.0, 2.0]))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))  # E (1 + 2 u^2)^2
+    [[17.]]
+    """
+    coefficients = tuple(coef)
+
+    def fn(x):
+        value = jnp.zeros_like(x)
+        for coefficient in reversed(coefficients):
+            value = value * x + coefficient
+        return value
+
+    return _elementwise(fn, activations.Polynomial(coefficients))
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Hermite(degree: int):
+    """Normalized Hermite polynomial, `f(x) = He_degree(x) / sqrt(degree!)`, for inputs of variance 1.
+
+    The covariance is that of the inputs to the power `degree`. This is exact for inputs of variance 1 only, and a
+    warning says so. For others `Polynomial` takes the coefficients of the same function.
+
+    Raises:
+      NotImplementedError: the degree is negative.
+
+    >>> import warnings
+    >>> from nt_stax import Dense, Hermite, serial
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     _, _, kernel_fn = serial(Dense(512), Hermite(2))
+    >>> x = jnp.array([[1.0, 1.0], [1.4, 0.2]])
+    >>> print(kernel_fn(x, None, "nngp").round(4))
+    [[1.   0.64]
+     [0.64 1.  ]]
+    """
+    _check_degree("Hermite", degree)
+    warnings.warn(
+        "Hermite: the kernel is that of inputs of variance 1. See that the layers before it have such outputs, or use "
+        "Polynomial with the same coefficients, whose kernel is exact for all variances.",
+        stacklevel=_TO_CALLER,
+    )
+
+    def fn(x):
+        before, value = jnp.zeros_like(x), jnp.ones_like(x)
+        for n in range(degree):  # He_(n + 1) = x He_n - n He_(n - 1), normalized
+            before, value = value, (x * value - n**0.5 * before) / (n + 1) ** 0.5
+        return value
+
+    return _elementwise(fn, activations.Hermite(degree))
+
+
 @layer
 @supports_masking(remask_kernel=True)
 def Elementwise(
@@ -271,6 +446,15 @@ class _Derivative:
 
     def __call__(self, x: Array) -> Array:
         return jax.grad(self.fn)(x)
+
+
+def _check_degree(name: str, degree: int) -> None:
+    if degree < 0:
+        raise NotImplementedError(f"{name} needs a degree of at least 0, got degree={degree}.")
+
+
+def _no_exp_normalized(inputs):
+    raise NotImplementedError("ExpNormalized has no finite network, only a kernel: it has no function to apply.")
 
 
 def _no_function(inputs):

@@ -3,7 +3,10 @@
 from nt_core.activations.base import Activation, activation, static
 from nt_core.activations.elementwise import Elementwise, ElementwiseNumerical
 from nt_core.activations.erf import Erf, Gelu
-from nt_core.activations.exponential import Exp, Rbf, Sin
+from nt_core.activations.exponential import Exp, ExpNormalized, Rbf, Sin
+from nt_core.activations.gaussian import Gabor, Gaussian
+from nt_core.activations.hermite import Hermite, Monomial, Polynomial
+from nt_core.activations.rectified import RectifiedMonomial, Step
 from nt_core.activations.relu import ABRelu
 
 __all__ = [
@@ -13,9 +16,17 @@ __all__ = [
     "ElementwiseNumerical",
     "Erf",
     "Exp",
+    "ExpNormalized",
+    "Gabor",
+    "Gaussian",
     "Gelu",
+    "Hermite",
+    "Monomial",
+    "Polynomial",
     "Rbf",
+    "RectifiedMonomial",
     "Sin",
+    "Step",
     "activation",
     "static",
 ]

@@ -1,6 +1,7 @@
 """Angles between Gaussian variables, without cancellation where the variables nearly coincide."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,72 @@ def _determinant_jvp(primals, tangents):
     covariance = 0.5 * (var1 + var2) - deficit
     tangent = (deficit - half_difference) * dvar1 + (deficit + half_difference) * dvar2 + 2 * covariance * ddeficit
     return determinant(var1, var2, deficit), tangent
+
+
+class Legs(NamedTuple):
+    """Sides of the triangles with hypotenuses `sqrt((1 + var1) (1 + var2))`, and opposite sides that are covariances.
+
+    Attributes:
+      leg: the adjacent side, for `u` and `v`.
+      leg1, leg2: those for `u` and `u`, `v` and `v`.
+      mean_leg: the mean of the last two.
+      leg_excess: `leg - mean_leg`, at least 0.
+      gap: the squared half of the difference of `leg1` and `leg2`.
+      det: the determinant of the covariances.
+    """
+
+    leg: jax.Array
+    leg1: jax.Array
+    leg2: jax.Array
+    mean_leg: jax.Array
+    leg_excess: jax.Array
+    gap: jax.Array
+    det: jax.Array
+
+
+def legs(scale: Any, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> Legs:
+    """Returns these sides for `scale` times the covariances; `scale` may be negative, as of imaginary `u` and `v`."""
+    leg1, leg2 = jnp.sqrt(1 + 2 * scale * var1), jnp.sqrt(1 + 2 * scale * var2)
+    mean_leg = 0.5 * (leg1 + leg2)
+    gap = (0.5 * scale * (var1 - var2) / mean_leg) ** 2  # scaled after the subtraction: that is exact
+    det = scale * scale * determinant(var1, var2, deficit)
+    leg = jnp.sqrt(1 + scale * (var1 + var2) + det)
+    return Legs(leg, leg1, leg2, mean_leg, (det + gap) / (leg + mean_leg), gap, det)
+
+
+def inverse_deficit(sides: Legs) -> jax.Array:
+    """Returns the mean of `1/leg1` and `1/leg2`, less `1/leg`."""
+    return (sides.mean_leg * sides.leg_excess + sides.gap) / (sides.leg * sides.leg1 * sides.leg2)
+
+
+@jax.custom_jvp
+def one_minus_correlation(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns `(std1 - std2)^2 / 2`, `std1 std2`, and 1 less the correlation, in [0, 2].
+
+    The first is the deficit of parallel `u` and `v`. With a variance of zero the correlation is taken for zero. In
+    derivatives with respect to a variance, the share that grows with its root is dropped at zero.
+    """
+    std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    scale, total = std1 * std2, std1 + std2
+    difference = (var1 - var2) / jnp.where(total > 0, total, 1)  # as in `determinant`
+    parallel = 0.5 * difference * difference
+    has_scale = scale > 0
+    w = jnp.clip((deficit - parallel) / jnp.where(has_scale, scale, 1), 0, 2)
+    return parallel, scale, jnp.where(has_scale, w, 1)
+
+
+@one_minus_correlation.defjvp
+def _one_minus_correlation_jvp(primals, tangents):
+    var1, var2, deficit = primals
+    dvar1, dvar2, ddeficit = tangents
+    half_difference = 0.5 * (var1 - var2)
+    relative1, relative2 = 0.5 * dvar1 * reciprocal(var1), 0.5 * dvar2 * reciprocal(var2)
+    parallel, scale, w = one_minus_correlation(var1, var2, deficit)
+    dscale = scale * (relative1 + relative2)
+    # The brackets are var1 - K and var2 - K.
+    dangular = ddeficit - (deficit + half_difference) * relative1 - (deficit - half_difference) * relative2
+    tangent = 0.5 * (dvar1 + dvar2) - dscale, dscale, reciprocal(scale) * dangular
+    return (parallel, scale, w), tangent
 
 
 def reciprocal(x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nt_core.activations.arcs import angle, angle_and_excess, determinant, one_minus_cos
+from nt_core.activations.arcs import Legs, angle, angle_and_excess, inverse_deficit, legs, one_minus_cos
 from nt_core.activations.base import Activation, Scalar, activation, cast
 
 
@@ -37,9 +37,9 @@ class Erf(Activation):
 
     def dual(self, var1, var2, deficit):
         a, scale = cast(self.a, deficit), self._scale(deficit)
-        arcs = _arcs(scale * var1, scale * var2, scale * deficit)
+        arcs = _arcs(scale, var1, var2, deficit)
         amplitude = a * a * (2 / math.pi)
-        return amplitude * (angle(arcs.sin, arcs.cos) - arcs.skew), amplitude * scale / arcs.leg
+        return amplitude * (angle(arcs.sin, arcs.cos) - arcs.skew), amplitude * scale / arcs.legs.leg
 
     def _scale(self, like):
         b = cast(self.b, like)
@@ -63,31 +63,31 @@ class Gelu(Activation):
     def dual(self, var1, var2, deficit):
         # 2 pi E f(u) f(v) = pi K/2 + 1/leg + leg (1 - 1/(1 + var1) - 1/(1 + var2)) + K arcsine. Each of the last three
         # terms is subtracted from its mean over (u, u) and (v, v).
-        leg1, leg2 = _own_leg(var1), _own_leg(var2)
         inverse1, inverse2 = 1 / (1 + var1), 1 / (1 + var2)
         mean, difference = 0.5 * (var1 + var2), var1 - var2
         covariance = mean - deficit
-        arcs = _arcs(var1, var2, deficit)
-        arcsine = angle(covariance, arcs.leg)
+        arcs = _arcs(1, var1, var2, deficit)
+        leg, leg1, leg2, mean_leg, leg_excess, gap, _ = arcs.legs
+        arcsine = angle(covariance, leg)
         own_arcsine_difference = angle(
             difference * (1 + leg1 * leg2) / (leg1 + leg2) * inverse1 * inverse2,
             (leg1 * leg2 + var1 * var2) * inverse1 * inverse2,
         )
-        of_inverse = (arcs.mean_leg * arcs.leg_excess + arcs.gap) / (arcs.leg * leg1 * leg2)
-        of_leg = 0.5 * difference * difference * inverse1 * inverse2 / arcs.mean_leg
-        of_leg = of_leg + arcs.leg_excess * (inverse1 + inverse2)  # and - leg_excess, below
+        of_inverse = inverse_deficit(arcs.legs)
+        of_leg = 0.5 * difference * difference * inverse1 * inverse2 / mean_leg
+        of_leg = of_leg + leg_excess * (inverse1 + inverse2)  # and - leg_excess, below
         of_arcsine = deficit * arcsine + 0.25 * difference * own_arcsine_difference
         of_arcsine = of_arcsine - mean * arcs.skew  # and + mean * turn, below
         # mean * turn - leg_excess
         turn, turn_excess = angle_and_excess(arcs.sin, arcs.cos)
-        hypotenuse = jnp.sqrt((1 + mean) ** 2 - arcs.gap)
+        hypotenuse = jnp.sqrt((1 + mean) ** 2 - gap)
         scale = jnp.sqrt(1 + var1) * jnp.sqrt(1 + var2)
-        lengthening = (0.25 * difference * difference - arcs.gap) / (hypotenuse + scale)  # hypotenuse - scale
+        lengthening = (0.25 * difference * difference - gap) / (hypotenuse + scale)  # hypotenuse - scale
         along = mean * lengthening * (turn - turn_excess)
-        across = arcs.mean_leg * (lengthening + scale * one_minus_cos(arcs.sin, arcs.cos))
+        across = mean_leg * (lengthening + scale * one_minus_cos(arcs.sin, arcs.cos))
         of_both = mean * turn_excess + (along + across) / hypotenuse
         deficit_out = 0.25 * deficit + (of_inverse + of_leg + of_arcsine + of_both) / (2 * math.pi)
-        slope = covariance / arcs.leg * (1 / (arcs.leg * arcs.leg) + inverse1 + inverse2)
+        slope = covariance / leg * (1 / (leg * leg) + inverse1 + inverse2)
         return deficit_out, 0.25 + (arcsine + slope) / (2 * math.pi)
 
 
@@ -95,39 +95,32 @@ class _Arcs(NamedTuple):
     """The triangles with hypotenuses `sqrt((1 + var1) (1 + var2))`, and opposite sides that are covariances.
 
     Attributes:
-      leg: the adjacent side, for `u` and `v`.
-      mean_leg: the mean of those for `u` and `u`, `v` and `v`.
-      leg_excess: `leg - mean_leg`, at least 0.
-      gap: the squared half of the difference of the last two.
+      legs: their adjacent sides.
       sin, cos: in proportion to those of the *turn*, the angle of the vector `(mean_leg, (var1 + var2)/2)` less that
         of `(leg, K)`.
       skew: the first of these two angles less the mean of those for `u` and `u`, `v` and `v`.
     """
 
-    leg: jax.Array
-    mean_leg: jax.Array
-    leg_excess: jax.Array
-    gap: jax.Array
+    legs: Legs
     sin: jax.Array
     cos: jax.Array
     skew: jax.Array
 
 
-def _arcs(var1, var2, deficit) -> _Arcs:
-    leg1, leg2 = _own_leg(var1), _own_leg(var2)
-    mean_leg, leg_product = 0.5 * (leg1 + leg2), leg1 * leg2
-    mean, difference = 0.5 * (var1 + var2), var1 - var2
+def _arcs(scale, var1, var2, deficit) -> _Arcs:
+    """Of `scale` times the covariances."""
+    sides = legs(scale, var1, var2, deficit)
+    leg_product = sides.leg1 * sides.leg2
+    difference = scale * (var1 - var2)  # that is exact before it is scaled
+    var1, var2, deficit = scale * var1, scale * var2, scale * deficit
+    mean = 0.5 * (var1 + var2)
     norm1, norm2 = 1 + var1, 1 + var2
-    gap = (0.5 * difference / mean_leg) ** 2
-    det = determinant(var1, var2, deficit)
-    leg = jnp.sqrt(1 + var1 + var2 + det)
-    leg_excess = (det + gap) / (leg + mean_leg)
-    scale = (1 + mean) * jnp.sqrt(norm1) * jnp.sqrt(norm2)
-    sin = (mean * leg_excess + mean_leg * deficit) / scale
-    cos = (mean_leg * leg + mean * (mean - deficit)) / scale
-    tan_half = difference * (1 + leg_product) / (2 * mean_leg) / (norm1 * norm2 + leg_product + var1 * var2)
+    norm = (1 + mean) * jnp.sqrt(norm1) * jnp.sqrt(norm2)
+    sin = (mean * sides.leg_excess + sides.mean_leg * deficit) / norm
+    cos = (sides.mean_leg * sides.leg + mean * (mean - deficit)) / norm
+    tan_half = difference * (1 + leg_product) / (2 * sides.mean_leg) / (norm1 * norm2 + leg_product + var1 * var2)
     tan_skew = 0.5 * difference * tan_half / (1 + mean)
-    return _Arcs(leg, mean_leg, leg_excess, gap, sin, cos, angle(tan_skew, jnp.ones_like(tan_skew)))
+    return _Arcs(sides, sin, cos, angle(tan_skew, jnp.ones_like(tan_skew)))
 
 
 def _own_leg(var):

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from nt_core.activations.arcs import one_minus_correlation
 from nt_core.activations.base import Activation, Scalar, activation, cast
 
 
@@ -29,12 +30,13 @@ class Sin(Activation):
         # 2/a^2 E f(u) f(v) = exp(-D) - cos(2 c) exp(-F).
         a, b, c = cast(self.a, deficit), cast(self.b, deficit), cast(self.c, deficit)
         square = b * b
+        half_difference = 0.5 * square * (var1 - var2)  # exact before it is scaled
         var1, var2, deficit = square * var1, square * var2, square * deficit
         cos2, one_plus_cos2 = jnp.cos(2 * c), 2 * jnp.cos(c) ** 2
         opposite = var1 + var2 - deficit
         by_deficit = -jnp.expm1(-deficit) * (one_plus_cos2 + cos2 * jnp.expm1(-opposite))
         # (exp(-var1) - exp(-var2))^2
-        by_difference = ((jnp.exp(-var1) + jnp.exp(-var2)) * jnp.tanh(0.5 * (var1 - var2))) ** 2
+        by_difference = ((jnp.exp(-var1) + jnp.exp(-var2)) * jnp.tanh(half_difference)) ** 2
         deficit_out = by_deficit - 0.5 * cos2 * by_difference
         # exp(-D) + cos(2 c) exp(-F); the two exponentials differ by their sum times tanh K.
         near, far = jnp.exp(-deficit), jnp.exp(-opposite)
@@ -89,8 +91,40 @@ class Exp(Activation):
     def dual(self, var1, var2, deficit):
         a, b = cast(self.a, deficit), cast(self.b, deficit)
         square = b * b
+        half_difference = 0.5 * square * (var1 - var2)  # exact before it is scaled
         var1, var2, deficit = square * var1, square * var2, square * deficit
         # exp(var1) - exp(var2)
-        difference = (jnp.exp(var1) + jnp.exp(var2)) * jnp.tanh(0.5 * (var1 - var2))
+        difference = (jnp.exp(var1) + jnp.exp(var2)) * jnp.tanh(half_difference)
         deficit_out = 0.5 * difference * difference - jnp.exp(var1 + var2) * jnp.expm1(-deficit)
         return a * a * deficit_out, a * a * square * jnp.exp(var1 + var2 - deficit)
+
+
+@activation
+class ExpNormalized(Activation):
+    """`E f(u) f(v) = s exp(gamma (c + shift))`, with `s` the product of the standard deviations, `c` the correlation.
+
+    See p. 6 of arXiv:2003.02237. Correlations are held to [-1, 1]. Derivatives are exact where both variances are
+    positive; at zero, the share that grows with the root of a variance is dropped.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_core.activations import ExpNormalized
+      >>> one = jnp.ones(())
+      >>> deficit, dot = ExpNormalized(1., -1.).dual(one, one, one)
+      >>> f"{1 - deficit:.5f} {dot:.5f}"  # exp(-1), twice
+      '0.36788 0.36788'
+    """
+
+    gamma: Scalar
+    shift: Scalar
+
+    def variance(self, var):
+        gamma, shift = cast(self.gamma, var), cast(self.shift, var)
+        return var * jnp.exp(gamma * (1 + shift))
+
+    def dual(self, var1, var2, deficit):
+        gamma, shift = cast(self.gamma, deficit), cast(self.shift, deficit)
+        parallel, scale, w = one_minus_correlation(var1, var2, deficit)
+        amplitude = jnp.exp(gamma * (1 + shift))
+        deficit_out = parallel - scale * jnp.expm1(-gamma * w)
+        return amplitude * deficit_out, gamma * amplitude * jnp.exp(-gamma * w)

@@ -11,7 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nt_core.activations import ABRelu, Activation, Erf, Exp, Gelu, Rbf, Sin
+from nt_core.activations import (
+    ABRelu,
+    Activation,
+    Erf,
+    Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
+    Gelu,
+    Rbf,
+    RectifiedMonomial,
+    Sin,
+    Step,
+)
+from nt_core.activations.hermite import Expansion, Series, power
 from nt_core.backends.base import Request
 from nt_core.backends.cpu import native
 from nt_core.lowering import Form, LoweredNode, Windows, lower
@@ -21,6 +35,7 @@ from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, sam
 
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
 _MAX_POOLED_PAIRS = 2**21
+_MAX_DEGREE = 8  # of polynomials: `Series` in csrc/duals_hermite.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +348,7 @@ class _Encoder:
 
 
 def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
-    """The number of an activation and its coefficients, as the classes of csrc/duals.h expect them."""
+    """The number of an activation and its coefficients, as the classes of csrc/duals_*.h expect them."""
     match activation:
         case ABRelu(a, b):
             name, coefficients = "AbRelu", [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
@@ -348,9 +363,31 @@ def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
             name, coefficients = "Rbf", [2 * gamma]
         case Exp(a, b):
             name, coefficients = "Exp", [a * a, b * b]
+        case ExpNormalized(gamma, shift):
+            name, coefficients = "ExpNormalized", [gamma, jnp.exp(gamma * (1 + shift))]
+        case Step(a, b, c):
+            name = "Step"
+            coefficients = [(a - b) * (a - b) / 2, (a * a + b * b) / 4, c * c / 2, (a + b) / 2, c]
+        case Gaussian(a, b):
+            name, coefficients = "Gaussian", [a * a, -2 * b]
+        case Gabor():
+            name, coefficients = "Gabor", []
+        case Series():
+            name, coefficients = "Polynomial", _table(activation.expansion())
+        case RectifiedMonomial(degree):
+            name, coefficients = "RectifiedMonomial", _table(power(degree))
         case _:
             raise Refused(f"the dual of {type(activation).__name__} is not native")
     return native.schema()["activations"][name], coefficients
+
+
+def _table(expansion: Expansion) -> list[Any]:
+    """The coefficients of all `p_l`, row after row. What is not there is zero."""
+    degree = max((l + 2 * i for l, i in expansion), default=0)
+    if degree > _MAX_DEGREE:
+        raise Refused(f"the dual of a polynomial of degree {degree}, it takes those of up to {_MAX_DEGREE}")
+    terms = range(_MAX_DEGREE // 2 + 1)
+    return [expansion.get((l, i), 0.0) for l in range(_MAX_DEGREE + 1) for i in terms]
 
 
 def _flat(windows: list[_Window]) -> list[int]:

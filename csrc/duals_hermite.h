@@ -1,0 +1,128 @@
+// Polynomials, by their expansions in Hermite polynomials.
+#pragma once
+
+#include "duals_common.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// A polynomial, or anything else with E f(u) f(v) the sum of p_l(var1) p_l(var2) K^l, for polynomials p_l: see
+// nt_core/activations/hermite.py.
+template <class T>
+class Series {
+  using V = Vec<T>;
+
+ public:
+  static constexpr int kDegree = 8, kTerms = kDegree / 2 + 1;
+  static constexpr int kCoefficients = (kDegree + 1) * kTerms;
+
+  // The coefficient of q^i in p_l is c[l * kTerms + i].
+  explicit Series(const T* c) {
+    for (int l = 0; l <= kDegree; ++l) {
+      for (int i = 0; i < kTerms; ++i) {
+        const T number = c[l * kTerms + i];
+        coefficients_[l][i] = broadcast(number);
+        if (number == T(0)) continue;
+        terms_[l] = i + 1;
+        if (l + i > degree_) degree_ = l + i;
+      }
+    }
+  }
+
+  NT_INLINE int degree() const { return degree_; }
+
+  NT_INLINE V variance(V var) const {
+    V powers[kDegree + 1];
+    set_powers(var, powers);
+    V total{};
+    for (int l = 0; l <= degree_; ++l) {
+      if (terms_[l] == 0) continue;
+      const V p = evaluate(l, powers);
+      total = fma(p * p, powers[l], total);
+    }
+    return total;
+  }
+
+  // The deficit after, and the factor.
+  template <bool kNtk>
+  NT_INLINE void dual(V deficit, V var1, V var2, V& value, V& factor) const {
+    const V zero{}, one = broadcast(T(1)), half = broadcast(T(0.5)), two = broadcast(T(2));
+    const V mean = half * (var1 + var2), half_difference = half * (var1 - var2);
+    const V square = half_difference * half_difference, mean_square = mean * mean;
+    const V covariance = mean - deficit, of_squares = deficit * (mean + covariance);
+    V powers1[kDegree + 1], powers2[kDegree + 1], powers[kDegree + 1];
+    set_powers(var1, powers1);
+    set_powers(var2, powers2);
+    set_powers(covariance, powers);
+    // (var1^k - var2^k) / (var1 - var2); the mean of var1^k and var2^k less K^k
+    V quotients[kDegree + 1], own[kDegree + 1];
+    quotients[0] = own[0] = zero;
+    V mean_of_powers = one, excess = zero, missing[2] = {zero, deficit};
+    for (int k = 1; k <= degree_; ++k) {
+      excess = fma(mean, excess, square * quotients[k - 1]);
+      quotients[k] = fma(mean, quotients[k - 1], mean_of_powers);
+      mean_of_powers = fma(mean, mean_of_powers, square * quotients[k - 1]);
+      if (k > 1) {
+        const V next = fma(mean_square, missing[0], powers[k - 2] * of_squares);
+        missing[0] = missing[1];
+        missing[1] = next;
+      }
+      own[k] = excess + missing[1];
+    }
+    value = factor = zero;
+    for (int l = 0; l <= degree_; ++l) {
+      if (terms_[l] == 0) continue;
+      const V both = evaluate(l, powers1) * evaluate(l, powers2);
+      const V slopes = evaluate(l, quotients) * evaluate(l, quotients + l);
+      value = fma(both, own[l], fma(two * square, slopes, value));
+      if constexpr (kNtk) {
+        if (l > 0) factor = fma(broadcast(T(l)) * both, powers[l - 1], factor);
+      }
+    }
+  }
+
+ private:
+  NT_INLINE void set_powers(V x, V* powers) const {
+    powers[0] = broadcast(T(1));
+    for (int k = 1; k <= degree_; ++k) powers[k] = powers[k - 1] * x;
+  }
+
+  // p_l, of the powers of its argument
+  NT_INLINE V evaluate(int l, const V* powers) const {
+    V total = coefficients_[l][0] * powers[0];
+    for (int i = 1; i < terms_[l]; ++i) total = fma(coefficients_[l][i], powers[i], total);
+    return total;
+  }
+
+  int degree_ = 0, terms_[kDegree + 1] = {};
+  V coefficients_[kDegree + 1][kTerms];
+};
+
+template <class T>
+class Polynomial {
+  using V = Vec<T>;
+
+ public:
+  static constexpr int kPlanes = 2;  // half the variance after, the variance
+
+  explicit Polynomial(const T* c) : series_(c) {}
+
+  NT_INLINE V prepare(V half, V* planes) const {
+    planes[1] = half + half;
+    planes[0] = broadcast(T(0.5)) * series_.variance(planes[1]);
+    return planes[0];
+  }
+
+  template <bool kCovariance, bool kNtk>
+  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+    V after;
+    series_.template dual<kNtk>(deficit, first[1], second[1], after, factor);
+    value = deficit_or_covariance<kCovariance>(after, first, second);
+  }
+
+ private:
+  Series<T> series_;
+};
+
+}  // namespace NT_LEVEL
+}  // namespace nt

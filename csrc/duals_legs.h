@@ -1,0 +1,45 @@
+// Sides of triangles that error functions and Gaussians have in common.
+#pragma once
+
+#include "duals_common.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// The triangles with hypotenuses sqrt((1 + var1) (1 + var2)) and opposite sides that are covariances, of `scale` times
+// the covariances that there are. It may be negative. See nt_core/activations/arcs.py.
+template <class T>
+struct Legs {
+  using V = Vec<T>;
+  enum Plane { kVariance = 1, kRoot, kLeg, kPlanes };  // of each sample; before them, half the variance after
+
+  V leg, mean_leg, leg_excess, gap, mean, difference, det;
+
+  static NT_INLINE void prepare(V scale, V var, V* planes) {
+    planes[kVariance] = var;
+    planes[kRoot] = sqrt(var);
+    planes[kLeg] = sqrt(fma(scale + scale, var, broadcast(T(1))));
+  }
+
+  NT_INLINE Legs(V scale, V deficit, const V* first, const V* second) {
+    const V half = broadcast(T(0.5)), one = broadcast(T(1));
+    const V total = first[kVariance] + second[kVariance], apart = first[kVariance] - second[kVariance];
+    mean_leg = half * (first[kLeg] + second[kLeg]);
+    mean = half * scale * total;
+    difference = scale * apart;  // exact before it is scaled
+    const V half_slope = half * difference / mean_leg;
+    gap = half_slope * half_slope;
+    const Angular<T> a = angular_deficit<T>(deficit, apart, first[kRoot], second[kRoot]);
+    det = (scale * a.angular) * (scale * ((a.scale + a.scale) - a.angular));  // var1 var2 - K^2
+    leg = sqrt(fma(scale, total, one) + det);
+    leg_excess = (det + gap) / (leg + mean_leg);
+  }
+
+  // The mean of the inverses of the own legs, less 1/leg.
+  NT_INLINE V inverse_deficit(const V* first, const V* second) const {
+    return fma(mean_leg, leg_excess, gap) / (leg * (first[kLeg] * second[kLeg]));
+  }
+};
+
+}  // namespace NT_LEVEL
+}  // namespace nt

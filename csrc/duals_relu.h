@@ -1,0 +1,62 @@
+// Piecewise linear functions with one kink, at zero.
+#pragma once
+
+#include "functions.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// The ReLU family, see docs/cpu-engine.md. `slope` is the mean square slope (a^2 + b^2)/2, `kink` is (a - b)^2/2.
+template <class T>
+class AbRelu {
+  using V = Vec<T>;
+
+ public:
+  static constexpr int kPlanes = 2;  // root of half the variance, and reciprocal standard deviation
+
+  explicit AbRelu(const T* c) : slope_(broadcast(c[0])), kink_(broadcast(c[1])) {}
+
+  NT_INLINE V prepare(V half, V* planes) const {
+    planes[0] = sqrt(half);
+    planes[1] = if_positive(half, broadcast(T(1)) / sqrt(half + half), V{});
+    return half * slope_;
+  }
+
+  template <bool kCovariance, bool kNtk>
+  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+    V before;
+    apply<kCovariance, kNtk>(deficit, first, second, value, factor, before);
+  }
+
+  // And the covariance before it.
+  template <bool kCovariance, bool kNtk>
+  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor, V& before) const {
+    const V zero{}, one = broadcast(T(1));
+    const V scale = (first[0] + first[0]) * second[0];  // product of the standard deviations
+    const V difference = first[0] - second[0];
+    const V angular = fma(-difference, difference, deficit);  // scale (1 - c)
+    V u = (angular * first[1]) * second[1];
+    u = if_positive(scale, u, one);
+    const V w = max(zero, min(u, broadcast(T(2)) - u));  // 1 - |c|; NaN stays NaN
+    const V root = sqrt(w);
+    const V negative = angular - scale;
+    before = -negative;
+    const V opposed = fma(scale * w, root * horner<T>(ReluPolynomials<T>::q, w), max(zero, negative));
+    if constexpr (kCovariance) {
+      value = fma(kink_, opposed, slope_ * before);
+    } else {
+      value = fma(-kink_, opposed, slope_ * deficit);
+    }
+    if constexpr (kNtk) {
+      V angle = root * horner<T>(ReluPolynomials<T>::p, w);  // arccos |c| / pi
+      angle = if_positive(negative, one - angle, angle);
+      factor = fma(-kink_, angle, slope_);
+    }
+  }
+
+ private:
+  V slope_, kink_;
+};
+
+}  // namespace NT_LEVEL
+}  // namespace nt
