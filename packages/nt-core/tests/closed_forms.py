@@ -184,7 +184,7 @@ CLOSED_FORMS = {
     "exp normalized": (ExpNormalized(1.0, -0.5), exp_normalized_form(1, mp.mpf(-0.5)), 1e6),
     "sign": (Step(-1.0, 1.0, 0.0), sign_form, 1e6),
     "gaussian": (Gaussian(1.0, -1.0), gaussian_form(-1), 1e2),
-    "gaussian that grows": (Gaussian(1.0, 0.09375), gaussian_form(mp.mpf(0.09375)), 1.0),
+    "gaussian that grows": (Gaussian(1.0, 0.046875), gaussian_form(mp.mpf(0.046875)), 1.0),
     "gabor": (Gabor(), gabor_form, 1e2),
     "monomial": (Monomial(3), polynomial_form(0, 0, 0, 1), 1e2),
     "polynomial": (Polynomial((0.5, 1.0, 0.25, 0.5)), polynomial_form(0.5, 1, 0.25, 0.5), 1e2),
