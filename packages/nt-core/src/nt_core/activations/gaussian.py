@@ -46,7 +46,7 @@ class Gabor(Activation):
       >>> import jax.numpy as jnp
       >>> from nt_core.activations import Gabor
       >>> f"{Gabor().variance(jnp.ones(())):.6f}"  # (1 - exp(-2/5)) / (2 sqrt(5))
-      '0.073718'
+      '0.073719'
     """
 
     def variance(self, var):
