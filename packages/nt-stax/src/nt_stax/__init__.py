@@ -104,15 +104,3 @@ __all__ = [
     "supports_masking",
     "unmask_fn",
 ]
-
-# Names of neural_tangents.stax that are not there yet, and what to use instead.
-_MISSING = {
-    "DotGeneral": "write a layer of your own that calls Kernel.dot_general",
-    "ImageResize": 'write a layer of your own that mixes positions, see "Add a layer" in the documentation',
-}
-
-
-def __getattr__(name: str):
-    if name in _MISSING:
-        raise AttributeError(f"{name} of neural_tangents.stax is not implemented yet: {_MISSING[name]}.")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
