@@ -64,7 +64,7 @@ struct Context {
   const Job<T>& job;
   const Prepared& prepared;
   const Program& program;
-  bool one_position;                 // no images: rows of planes run over first samples instead
+  bool one_position;                 // of `prepared`
   int rows;                          // first samples of a tile
   std::vector<int64_t> input_start;  // of every source in a wide record
   int64_t n_inputs = 0;
@@ -73,8 +73,7 @@ struct Context {
   int64_t scratch_size;  // positions of one kernel that a thread needs
 
   explicit Context(const Job<T>& of) : job(of), prepared(of.prepared), program(prepared.program) {
-    one_position = std::all_of(program.values.begin(), program.values.end(),
-                               [](const Value& v) { return n_positions(v.space) == 1 && !has_windows(v); });
+    one_position = prepared.one_position;
     rows = one_position ? kRowsPerTile : 1;
     for (int s = 0; s < program.n_sources; ++s) {
       const Value& value = program.values[s];

@@ -1,4 +1,5 @@
 // The engine. Compiled once per instruction set, with NT_LEVEL the name of the namespace it goes to.
+#include "angular.h"
 #include "readouts.h"
 #include "samples.h"
 #include "sources.h"
@@ -28,7 +29,13 @@ void execute_plane(Work<T>& work) {
           const auto head_of_row = head(z, y);
           each_part(geometry, r, z, y, [&](const Place& at) {
             head_of_row(at);
-            for (int op : pass.row_ops) apply_row<kWide>(work, stage.instances[op], at);
+            for (int op : pass.row_ops) {
+              if (work.c.one_position) {
+                apply_angular_row<kWide>(work, stage.instances[op], at);
+              } else {
+                apply_row<kWide>(work, stage.instances[op], at);
+              }
+            }
           });
           if (is_last) read_out(work, r, z, y);
         }
@@ -122,7 +129,9 @@ class Engine {
       const int64_t n1 = first.end - first.begin;
       Buffer<T> scalar(ceil_div(n1, c_.rows) * c_.rows * record);
       Buffer<T> wide(program_.symmetric ? ceil_div(n1, kL) * c_.wide_size : 0);
+      Buffer<T> inputs(c_.one_position ? n1 * c_.n_inputs : 0);
       first.scalar = scalar.data();
+      first.inputs = c_.one_position ? inputs.data() : nullptr;
       first.wide = program_.symmetric ? wide.data() : nullptr;
       statistics(first, 1, program_.covariances);
       for (int64_t begin2 = program_.symmetric ? begin1 : 0; begin2 < program_.n2; begin2 += block) {
@@ -179,6 +188,7 @@ class Engine {
         const Tile<T> tile = own_tile(c_, wide, begin, lanes, which);
         RecordWriter<T, Own>(c_, tile, wide, Own{c_, tile, scratch}).write();
         if (batch.scalar) scatter(c_, wide, batch.scalar, begin - batch.begin, lanes);
+        if (batch.inputs) scatter_inputs(c_, wide, batch.inputs, begin - batch.begin, lanes);
         if (!covariances) continue;
         for (const Stage& stage : c_.prepared.own.stages) {
           if (stage.output >= 0) execute_stage<true>(c_, c_.prepared.own, stage, tile, scratch);

@@ -9,10 +9,24 @@
 #include "job.h"
 #include "xla/ffi/api/ffi.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace ffi = xla::ffi;
 
 namespace nt {
 namespace {
+
+// Large results are memory that nobody has touched: page by page, that takes as long as some layers.
+void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
+#endif
+}
 
 // Hands out buffers in order, each checked for its type and size.
 template <class T>
@@ -29,7 +43,9 @@ class Buffers {
   T* result(int64_t size, const char* what) {
     auto buffer = rets_.get<ffi::AnyBuffer>(n_rets_++);
     if (!buffer.has_value()) throw std::invalid_argument(std::string("a result is missing: ") + what);
-    return checked(**buffer, size, what);
+    T* data = checked(**buffer, size, what);
+    ask_for_large_pages(data, size * sizeof(T));
+    return data;
   }
 
   void check_all_used() const {

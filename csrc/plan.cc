@@ -237,7 +237,7 @@ Plan make_plan(const Program& program, Purpose purpose) {
 }
 
 // Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program) {
+Record make_record(const Program& program, bool one_position) {
   Record record(program.values.size());
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
@@ -253,8 +253,18 @@ Record make_record(const Program& program) {
       record.add(Statistic::kOwnDeficit, i, n);
       record.add(Statistic::kPooledVariance, i, n);
     }
+    if (!one_position || !value.needs) continue;
+    record.add(Statistic::kStd, i, 1);
+    if (value.op == Op::kTied) record.add(Statistic::kShares, i, 2);
+    if (value.op == Op::kSum) record.add(Statistic::kShares, i, static_cast<int64_t>(value.inputs.size()));
   }
   return record;
+}
+
+bool has_one_position(const Program& program) {
+  return std::none_of(program.values.begin(), program.values.end(), [](const Value& value) {
+    return n_positions(value.space) > 1 || has_windows(value) || is_readout(value.op);
+  });
 }
 
 // Covariances of samples with themselves are read only where they were given, and only stored pairs of positions are.
@@ -280,7 +290,8 @@ Prepared prepare(Program program) {
   prepared.own = make_plan(program, program.covariances ? Purpose::kOwnOutput : Purpose::kOwn);
   check_loads(program, prepared.pairs, false);
   check_loads(program, prepared.own, true);
-  prepared.record = make_record(program);
+  prepared.one_position = has_one_position(program);
+  prepared.record = make_record(program, prepared.one_position);
   prepared.program = std::move(program);
   return prepared;
 }

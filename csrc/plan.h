@@ -21,6 +21,8 @@ enum class Statistic {
   kHalfVariance,    // var / 2
   kHalfAverage,     // of a tied map: half the average of its input's variances over each window
   kDual,            // of a dual: what it wants to know, several planes
+  kStd,             // without positions: the root of the variance
+  kShares,          // without positions: the roots of the shares of a sum's branches, or of w K and b, in the variance
   kScale,           // of a rescaling: what the activations are multiplied by
   kScaledHalf,      // of a rescaling: var / 2 times the scale
   kOwnDeficit,      // of a pool: the pooled deficit of each window with itself
@@ -156,9 +158,10 @@ struct Plan {
 // All of a program that does not depend on numbers.
 struct Prepared {
   Program program;
-  Plan pairs;     // for pairs of samples
-  Plan own;       // for each sample with itself
-  Record record;  // what both read of each sample
+  Plan pairs;         // for pairs of samples
+  Plan own;           // for each sample with itself
+  Record record;      // what both read of each sample
+  bool one_position;  // no images: rows of planes run over first samples instead, and deficits are angular (angular.h)
 };
 
 // Throws std::invalid_argument where the program reads what its sources do not hold.

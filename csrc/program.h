@@ -83,6 +83,8 @@ inline bool has_numbers(const Value& value) {
   return value.op == Op::kScale || (value.op == Op::kNormalize && value.weighted);
 }
 
+inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten; }
+
 inline bool has_windows(const Value& value) {
   return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });
 }

@@ -107,7 +107,10 @@ class RecordWriter {
       : c_(c), tile_(tile), wide_(wide), own_(own) {}
 
   void write() {
-    for (int i = 0; i < static_cast<int>(c_.program.values.size()); ++i) write_value(i);
+    for (int i = 0; i < static_cast<int>(c_.program.values.size()); ++i) {
+      write_value(i);
+      if (plane(Statistic::kStd, i)) write_angular(i);
+    }
   }
 
  private:
@@ -167,6 +170,29 @@ class RecordWriter {
         }
         return;
     }
+  }
+
+  // What angular deficits need besides; of inputs, to have mean square 1.
+  void write_angular(int i) const {
+    const Value& value = c_.program.values[i];
+    const V two = broadcast(T(2)), variance = load(plane(Statistic::kHalfVariance, i)) * two, std = sqrt(variance);
+    store(plane(Statistic::kStd, i), std);
+    const auto inverse = [](V x) { return if_positive(x, broadcast(T(1)) / x, V{}); };
+    if (value.op == Op::kInputs) {
+      T* x = wide_ + c_.input_start[i] * kL;
+      const V to_unit = inverse(std);
+      for (int64_t k = 0; k < value.channels; ++k) store(x + k * kL, load(x + k * kL) * to_unit);
+      return;
+    }
+    T* shares = plane(Statistic::kShares, i);
+    if (!shares) return;
+    const T* coefficient = c_.job.coefficients + value.coefficient;
+    const V per_variance = inverse(variance);
+    for (size_t k = 0; k < value.inputs.size(); ++k) {
+      const V of_branch = load(plane(Statistic::kHalfVariance, value.inputs[k])) * two * broadcast(coefficient[k]);
+      store(shares + k * kL, sqrt(of_branch * per_variance));
+    }
+    if (value.op == Op::kTied) store(shares + kL, sqrt(broadcast(coefficient[1]) * per_variance));
   }
 
   void inputs(const Value& value, const T* x, T* half) const {

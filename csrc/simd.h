@@ -82,6 +82,9 @@ NT_INLINE VDouble if_positive(VDouble x, VDouble yes, VDouble no) {
                                        (__m512d)yes);
 }
 
+NT_INLINE bool any_positive(VFloat x) { return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ) != 0; }
+NT_INLINE bool any_positive(VDouble x) { return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_GT_OQ) != 0; }
+
 #else
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -130,6 +133,14 @@ NT_INLINE V max(V a, V b) {
 template <class V>
 NT_INLINE V if_positive(V x, V yes, V no) {
   return x > V{} ? yes : no;
+}
+
+template <class V>
+NT_INLINE bool any_positive(V x) {
+  const auto positive = x > V{};
+  bool any = false;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) any |= positive[i] != 0;
+  return any;
 }
 
 #endif

@@ -5,7 +5,6 @@
 
 namespace nt {
 
-inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten; }
 inline bool is_source(Op op) { return op == Op::kInputs || op == Op::kMaterialised; }
 
 // The stage that leads to value `root`, as a deficit or as a covariance. The plan has the tensors of all readouts

@@ -16,6 +16,7 @@ template <class T>
 struct Batch {
   T* wide = nullptr;    // [group][record + inputs][lane]
   T* scalar = nullptr;  // [block][record][rows], for first samples
+  T* inputs = nullptr;  // [sample][inputs], for first samples without positions
   int64_t begin = 0, end = 0;
 };
 
@@ -75,6 +76,16 @@ void scatter(const Context<T>& c, const T* wide, T* scalar, int64_t sample, int 
   }
 }
 
+// The same for inputs, of programs without positions.
+template <class T>
+void scatter_inputs(const Context<T>& c, const T* wide, T* inputs, int64_t sample, int lanes) {
+  constexpr int kL = kLanes<T>;
+  const T* from = wide + c.prepared.record.size() * kL;
+  for (int l = 0; l < lanes; ++l) {
+    for (int64_t k = 0; k < c.n_inputs; ++k) inputs[(sample + l) * c.n_inputs + k] = from[k * kL + l];
+  }
+}
+
 // A group of samples, each with itself.
 template <class T>
 Tile<T> own_tile(const Context<T>& c, const T* wide, int64_t begin, int lanes, int which) {
@@ -107,7 +118,9 @@ Tile<T> row_tile(const Context<T>& c, const Batch<T>& first, const Batch<T>& sec
   for (int s = 0; s < c.program.n_sources; ++s) {
     const Value& value = c.program.values[s];
     const int64_t size = n_positions(value.space) * value.channels;
-    tile.inputs1.push_back(value.op == Op::kInputs ? c.job.sources[s].x1 + i * size : nullptr);
+    const T* x1 = value.op == Op::kInputs ? c.job.sources[s].x1 + i * size : nullptr;
+    if (first.inputs) x1 = first.inputs + block * c.rows * c.n_inputs + c.input_start[s] - c.prepared.record.size();
+    tile.inputs1.push_back(x1);
     tile.inputs2.push_back(tile.record2 + c.input_start[s] * kL);
   }
   return tile;
