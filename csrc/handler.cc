@@ -7,26 +7,13 @@
 #include <utility>
 
 #include "job.h"
+#include "pages.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace ffi = xla::ffi;
 
 namespace nt {
 namespace {
-
-// Large results are memory that nobody has touched: page by page, that takes as long as some layers.
-void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
-  const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
-#endif
-}
 
 // Hands out buffers in order, each checked for its type and size.
 template <class T>
