@@ -57,8 +57,8 @@ void dual(const Work<T>& work, const Instance& instance, const Place& at, const 
   });
 }
 
-// Rows whose sum over the taps beside this axis is the sum over a window. Without tangent kernels, `t` is null or
-// zeros.
+// Rows of a plane whose sum over the taps beside this axis is the sum over a window. Without tangent kernels, `t` is
+// null or zeros.
 template <class T>
 struct WindowRows {
   int n = 0;  // 1 to 3
@@ -80,10 +80,10 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
   if (!instance.deficit) {
     const V w = broadcast(c[0] * mean), b = broadcast(c[1]), own_w = broadcast(c[2] * mean), own_b = broadcast(c[3]);
     for (int x = 0; x < at.n; ++x) {
-      const V k = sum_across<kRows>(d, x);
+      const V k = sum_across<kRows>(d, at.x + x);
       if (t_out) {
         const V own = fma(k, own_w, own_b);
-        t_out[x] = rows.has_ntk ? fma(sum_across<kRows>(t, x), w, own) : own;
+        t_out[x] = rows.has_ntk ? fma(sum_across<kRows>(t, at.x + x), w, own) : own;
       }
       d_out[x] = fma(k, w, b);
     }
@@ -93,10 +93,10 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
   const auto half2 = second(work, Statistic::kHalfAverage, instance.value, at);
   const V m = broadcast(mean), w = broadcast(c[0]), own_w = broadcast(c[2]), own_b = broadcast(c[3]);
   for (int x = 0; x < at.n; ++x) {
-    const V deficit = sum_across<kRows>(d, x) * m;
+    const V deficit = sum_across<kRows>(d, at.x + x) * m;
     if (t_out) {
       const V own = fma(get<kWide>(half1, x) + get(half2, x) - deficit, own_w, own_b);
-      t_out[x] = rows.has_ntk ? fma(sum_across<kRows>(t, x), w * m, own) : own;
+      t_out[x] = rows.has_ntk ? fma(sum_across<kRows>(t, at.x + x), w * m, own) : own;
     }
     d_out[x] = deficit * w;
   }
@@ -111,9 +111,9 @@ void tied_and_relu(const Work<T>& work, const Instance& instance, const Instance
   const Vec<T>* const no_tangents[3] = {zeros, zeros, zeros};
   dispatch(t_out != nullptr, !relu.deficit, [&](auto ntk, auto covariance) {
     tied_relu<T, kWide, ntk.value, covariance.value, kRows>(
-        at.n, rows.d, rows.has_ntk ? rows.t : no_tangents, work.coefficients(value)[0] * (T(1) / window_size<T>(value)),
-        AbRelu<T>(work.coefficients(work.value(relu))), dual_rows<AbRelu<T>, kWide>(work, relu.value, at), d_out,
-        t_out);
+        at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
+        work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
+        dual_rows<AbRelu<T>, kWide>(work, relu.value, at), d_out, t_out);
   });
 }
 
@@ -257,7 +257,8 @@ void apply_row(const Work<T>& work, const Instance& instance, const Place& at) {
   const Vec<T>* t = in.row_t(at.z, at.y, at.x);
   switch (instance.kind) {
     case Kind::kTied:
-      return finish_tied<kWide, 1>(work, instance, -1, at, WindowRows<T>{1, input.has_ntk, {d}, {t}});
+      return finish_tied<kWide, 1>(work, instance, -1, at,
+                                   WindowRows<T>{1, input.has_ntk, {d - at.x}, {t ? t - at.x : t}});
     case Kind::kDual:
       return dual<kWide>(work, instance, at, d, t, d_out, t_out);
     case Kind::kRescale:

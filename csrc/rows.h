@@ -80,15 +80,15 @@ struct DualRows {
 };
 
 // A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
-// over the window is wanted, `weight` is w_var divided by the size of the window.
+// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window.
 template <class T, bool kWide, bool kNtk, bool kCovariance, int kRows>
-void tied_relu(int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
+void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
                DualRows<T, AbRelu<T>::kPlanes> rows, Vec<T>* d_out, Vec<T>* t_out) {
   using V = Vec<T>;
   const V w = broadcast(weight);
-  const V* const rows_d[3] = {d[0], kRows > 1 ? d[1] : nullptr, kRows > 2 ? d[2] : nullptr};
-  const V* const rows_t[3] = {kNtk ? t[0] : nullptr, kNtk && kRows > 1 ? t[1] : nullptr,
-                              kNtk && kRows > 2 ? t[2] : nullptr};
+  const V* const rows_d[3] = {d[0] + begin, kRows > 1 ? d[1] + begin : nullptr, kRows > 2 ? d[2] + begin : nullptr};
+  const V* const rows_t[3] = {kNtk ? t[0] + begin : nullptr, kNtk && kRows > 1 ? t[1] + begin : nullptr,
+                              kNtk && kRows > 2 ? t[2] + begin : nullptr};
   for (int x = 0; x < n; ++x) {
     V value, factor, before, first[2], second[2];
     rows.template get_at<kWide>(x, first, second);

@@ -124,7 +124,7 @@ class WindowSums {
       } else if (!tied_.deficit) {
         std::fill(row_d + (from - begin), row_d + (to - begin), V{});
       } else {
-        for (int q = from; q < to; ++q) row_d[q - begin] = halo(qz, qy, w.circular ? modulo(q, space[2]) : q);
+        halo(qz, qy, from, to, row_d + (from - begin));
       }
     };
     fill(begin, std::min(filled_begin, end));
@@ -135,18 +135,33 @@ class WindowSums {
     return kBoth;
   }
 
-  // The deficit of a position that is inside one image only: half the variance there. Elsewhere 0.
-  V halo(int qz, int qy, int qx) const {
+  // The deficits of positions that are inside one image only: half the variance there. Elsewhere 0.
+  void halo(int qz, int qy, int from, int to, V* out) const {
     const Index3& space = input_.space;
     const Rectangle& r = work_.plane(input_).r;
-    const Index3 p{qz, qy, qx}, partner{r.partner(0, qz), r.partner(1, qy), r.partner(2, qx)};
-    const auto inside = [&](const Index3& q) {
-      return is_inside(q[0], space[0]) && is_inside(q[1], space[1]) && is_inside(q[2], space[2]);
-    };
-    V value{};
-    if (inside(p)) value = get<kWide>(first<kWide>(work_, Statistic::kHalfVariance, input_.value, space, p), 0);
-    if (inside(partner)) value += get(second(work_, Statistic::kHalfVariance, input_.value, space, partner), 0);
-    return value;
+    std::fill(out, out + (to - from), V{});
+    const int partner_z = r.partner(0, qz), partner_y = r.partner(1, qy);
+    const Statistic half = Statistic::kHalfVariance;
+    if (is_inside(qz, space[0]) && is_inside(qy, space[1])) {
+      const auto row = first<kWide>(work_, half, input_.value, space, {qz, qy, 0});
+      each_inside(from, to, 0, [&](int q, int x) { out[q - from] += get<kWide>(row, x); });
+    }
+    if (is_inside(partner_z, space[0]) && is_inside(partner_y, space[1])) {
+      const auto row = second(work_, half, input_.value, space, {partner_z, partner_y, 0});
+      each_inside(from, to, r.offset[2], [&](int q, int x) { out[q - from] += get(row, x); });
+    }
+  }
+
+  // Calls visit(q, x) for the q of a range for which the position x = q + offset is inside of the image.
+  template <class Visit>
+  void each_inside(int from, int to, int offset, const Visit& visit) const {
+    const int size = input_.space[2];
+    if (windows_[2].circular || work_.stage.wrapped[2]) {
+      for (int q = from; q < to; ++q) visit(q, modulo(q + offset, size));
+      return;
+    }
+    const int end = std::min(to, size - offset);
+    for (int q = std::max(from, -offset); q < end; ++q) visit(q, q + offset);
   }
 
   const Work<T>& work_;
@@ -159,11 +174,8 @@ class WindowSums {
 
 // A part of a row after a convolution.
 template <bool kWide, class T>
-void finish_convolution(const Work<T>& work, const Instance& tied, int fused, const Place& at, WindowRows<T> rows) {
-  for (int k = 0; k < rows.n; ++k) {
-    rows.d[k] += at.x;
-    rows.t[k] += at.x;
-  }
+void finish_convolution(const Work<T>& work, const Instance& tied, int fused, const Place& at,
+                        const WindowRows<T>& rows) {
   switch (rows.n) {
     case 1:
       return finish_tied<kWide, 1>(work, tied, fused, at, rows);
