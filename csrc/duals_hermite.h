@@ -16,10 +16,10 @@ class Series {
   static constexpr int kDegree = 8, kTerms = kDegree / 2 + 1;
   static constexpr int kCoefficients = (kDegree + 1) * kTerms;
 
-  // The coefficient of q^i in p_l is c[l * kTerms + i].
+  // The coefficient of q^i in p_l is c[l * kTerms + i]; l + 2 i is at most the degree.
   explicit Series(const T* c) {
     for (int l = 0; l <= kDegree; ++l) {
-      for (int i = 0; i < kTerms; ++i) {
+      for (int i = 0; l + 2 * i <= kDegree; ++i) {
         const T number = c[l * kTerms + i];
         coefficients_[l][i] = broadcast(number);
         if (number == T(0)) continue;

@@ -46,9 +46,10 @@ def largest_errors(implementation, name, dtype, n):
             exact_deficit, exact_factor = exact_dual(form, *row)
             with mp.workdps(50):
                 own, own_factor = form(*[mp.mpf(float(row[0]))] * 3)
+                has_scale = variance_ratio is equal and own_factor != 0  # the factor of a step is 0
                 errors = [
                     abs(mp.mpf(float(deficit[i])) / exact_deficit - 1),
-                    abs(mp.mpf(float(factor[i])) - exact_factor) / own_factor if variance_ratio is equal else 0,
+                    abs(mp.mpf(float(factor[i])) - exact_factor) / own_factor if has_scale else 0,
                     abs(mp.mpf(float(variance[i])) / own - 1),
                 ]
             worst = [max(w, float(e)) for w, e in zip(worst, errors, strict=True)]

@@ -28,7 +28,7 @@ struct Network {
   std::vector<int> outputs = {};  // besides the last value
 };
 
-constexpr int kCoefficients = 10;
+constexpr int kCoefficients = 50;
 
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
 
@@ -38,7 +38,7 @@ std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
   return all;
 }
 
-// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-9 of every dual, 7-8 weights of a sum.
+// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-49 of every dual, 7-8 weights of a sum.
 std::vector<int64_t> value(nt::Op op, bool needs, int coefficient, nt::Index3 s, std::vector<int64_t> inputs) {
   std::vector<int64_t> code = {static_cast<int64_t>(op), needs, coefficient, s[0], s[1], s[2]};
   if (!inputs.empty()) code.push_back(static_cast<int64_t>(inputs.size()));
@@ -128,6 +128,15 @@ std::vector<Network> networks() {
         linear(true, small, 6, kThree, kThree), dual(nt::Activation::kRbf, true, small, 7),
         linear(true, small, 8, kThree, kThree), dual(nt::Activation::kExp, false, small, 9),
         pool(false, one, 10, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
+       false},
+      {"more nonlinearities",
+       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree),
+        dual(nt::Activation::kPolynomial, true, small, 1), linear(true, small, 2, kThree, kThree),
+        dual(nt::Activation::kGaussian, true, small, 3), linear(true, small, 4, kThree, kThree),
+        dual(nt::Activation::kRectifiedMonomial, true, small, 5), linear(true, small, 6, kThree, kThree),
+        dual(nt::Activation::kGabor, true, small, 7), linear(true, small, 8, kThree, kThree),
+        dual(nt::Activation::kExpNormalized, true, small, 9), linear(true, small, 10, kThree, kThree),
+        dual(nt::Activation::kStep, false, small, 11)},
        false},
   };
 }

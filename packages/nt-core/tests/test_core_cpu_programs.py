@@ -15,6 +15,11 @@ SMOOTH = [
     activations.Sin(0.9, 1.1, 0.4),
     activations.Rbf(0.6),
     activations.Exp(0.8, 0.3),
+    activations.ExpNormalized(0.7, -0.4),
+    activations.Gaussian(0.9, -0.4),
+    activations.Gabor(),
+    activations.Polynomial((0.3, 0.9, 0.2)),
+    activations.RectifiedMonomial(2),
 ]
 settings = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 
