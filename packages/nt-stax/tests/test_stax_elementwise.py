@@ -11,6 +11,7 @@ from jax import random
 from nt_stax import (
     ABRelu,
     Abs,
+    AvgPool,
     Cos,
     Dense,
     Elementwise,
@@ -164,6 +165,14 @@ def test_positions_are_treated_as_samples(name, diagonal_batch, diagonal_spatial
         np.testing.assert_allclose(
             getattr(kernel, field), np.einsum(letters, expected), rtol=1e-12, atol=1e-12, err_msg=field
         )
+
+
+def test_sign_of_all_pairs_of_one_batch(x64):
+    """Covariances between different samples, and after a pool, are no variances: only those are 1."""
+    x = random.normal(random.key(1), (3, 4, 5))
+    network = serial(Dense(7, 1.3), Sign(), AvgPool((2,)), Dense(7), Sign())
+    kernel = network[2](x, x + 0, diagonal_batch=False, diagonal_spatial=False)
+    np.testing.assert_allclose(kernel.cov1, kernel.nngp, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LAYERS)
