@@ -43,6 +43,7 @@ from nt_core.layouts import (
 )
 from nt_core.requirements import check_diagonals, in_parallel, in_series
 from nt_core.rules import NoStep, emit_all
+from nt_core.tracing import is_traced
 
 __all__ = [
     "NoStep",
@@ -55,6 +56,7 @@ __all__ = [
     "in_series",
     "interleave_ones",
     "is_of_layer",
+    "is_traced",
     "make_2d",
     "reverse_zipped",
     "same_sample",

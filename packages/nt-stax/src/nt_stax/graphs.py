@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from nt_core import Bool, Diagonal, Kernel, Rule, Run, layer, supports_masking
-from nt_core.tracing import is_traced
+from nt_core.authoring import is_traced
 
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
 
