@@ -27,6 +27,7 @@ A layer that emits steps where it can, and is a function of kernels otherwise:
 [[9.]]
 """
 
+from nt_core.indexing import expand_index, index_mask
 from nt_core.kernel import combine
 from nt_core.layer import function_rule, is_of_layer, swallow_kwargs
 from nt_core.layouts import (
@@ -50,10 +51,12 @@ __all__ = [
     "check_diagonals",
     "combine",
     "emit_all",
+    "expand_index",
     "from_positions",
     "function_rule",
     "in_parallel",
     "in_series",
+    "index_mask",
     "interleave_ones",
     "is_of_layer",
     "is_traced",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nt_core import Kernel, Rule, layer, supports_masking
-from nt_core.indexing import expand_index, index_mask
+from nt_core.authoring import expand_index, index_mask
 
 
 class _Slice:
