@@ -23,17 +23,21 @@ void execute_plane(Work<T>& work) {
     const Instance& geometry = stage.instances[pass.geometry];
     const Rectangle& r = work.plane(geometry).r;
     const bool is_last = &pass == &stage.passes.back();
+    const bool unmasked = pass.unmasked_dual >= 0 && leaves_all<kWide>(work, stage.instances[pass.row_ops[0]]);
+    const size_t first_op = unmasked ? 2 : 0;
+    const int fused_dual = unmasked ? pass.unmasked_dual : pass.fused_dual;
     const auto each_row = [&](const auto& head) {
       for (int z = 0; z < r.size[0]; ++z) {
         for (int y = 0; y < r.size[1]; ++y) {
           const auto head_of_row = head(z, y);
           each_part(geometry, r, z, y, [&](const Place& at) {
             head_of_row(at);
-            for (int op : pass.row_ops) {
+            for (size_t k = first_op; k < pass.row_ops.size(); ++k) {
+              const Instance& op = stage.instances[pass.row_ops[k]];
               if (work.c.one_position) {
-                apply_angular_row<kWide>(work, stage.instances[op], at);
+                apply_angular_row<kWide>(work, op, at);
               } else {
-                apply_row<kWide>(work, stage.instances[op], at);
+                apply_row<kWide>(work, op, at);
               }
             }
           });
@@ -46,8 +50,8 @@ void execute_plane(Work<T>& work) {
     } else if (geometry.kind == Kind::kTied) {
       const WindowSums<kWide, T> sums(work, geometry);
       each_row([&](int z, int y) {
-        return [&work, &geometry, &pass, rows = sums.row(z, y)](const Place& at) {
-          finish_convolution<kWide>(work, geometry, pass.fused_dual, at, rows);
+        return [&work, &geometry, fused_dual, rows = sums.row(z, y)](const Place& at) {
+          finish_convolution<kWide>(work, geometry, fused_dual, at, rows);
         };
       });
     } else {

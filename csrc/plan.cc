@@ -247,6 +247,7 @@ Record make_record(const Program& program, bool one_position) {
     if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * info(value.activation).planes);
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
+      if (value.op == Op::kScale) record.add(Statistic::kUnscaled, i, 1);
       if (value.needs) record.add(Statistic::kScaledHalf, i, n);
     }
     if (value.op == Op::kPool && value.needs) {

@@ -25,6 +25,7 @@ enum class Statistic {
   kShares,          // without positions: the roots of the shares of a sum's branches, or of w K and b, in the variance
   kScale,           // of a rescaling: what the activations are multiplied by
   kScaledHalf,      // of a rescaling: var / 2 times the scale
+  kUnscaled,        // of a rescaling by numbers: 1 if all of them are 1, as where nothing is masked
   kOwnDeficit,      // of a pool: the pooled deficit of each window with itself
   kPooledVariance,  // of a pool: sum of the variances over each window
   kCount
@@ -102,6 +103,7 @@ struct Instance {
 struct Pass {
   int head = -1;             // a kLoad, or a kTied with windows, that produces rows; or none
   int fused_dual = -1;       // a kDual that is applied to the head's rows at once
+  int unmasked_dual = -1;    // a kDual that is applied at once where the mask before it leaves all: the second row op
   std::vector<int> row_ops;  // instances, evaluated on every row in turn
   int geometry = -1;         // an instance of the geometry that all of them share
 };

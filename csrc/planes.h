@@ -144,6 +144,9 @@ void each_part(const Instance& geometry, const Rectangle& r, int z, int y, const
   }
 }
 
+// For what is one number of each sample.
+inline constexpr Index3 kOne{1, 1, 1}, kOrigin{0, 0, 0};
+
 template <bool kWide, class T>
 const T* at1(const Context<T>& c, const Tile<T>& tile, int64_t at) {
   return tile.record1 + at * (kWide ? kLanes<T> : c.rows);

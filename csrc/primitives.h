@@ -131,11 +131,25 @@ void finish_tied(const Work<T>& work, const Instance& instance, int fused, const
   }
 }
 
+// Whether none of the samples of a tile is changed by a rescaling.
+template <bool kWide, class T>
+bool leaves_all(const Work<T>& work, const Instance& instance) {
+  if (work.value(instance).op != Op::kScale || work.c.one_position) return false;
+  const Vec<T> first_ones = get<kWide>(first<kWide>(work, Statistic::kUnscaled, instance.value, kOne, kOrigin), 0);
+  const Vec<T> second_ones = get(second(work, Statistic::kUnscaled, instance.value, kOne, kOrigin), 0);
+  return !any_positive(broadcast(T(1)) - first_ones * second_ones);
+}
+
 // K' = s1 s2 K with a scale of each sample and position.
 template <bool kWide, class T>
 void rescale(const Work<T>& work, const Instance& instance, const Place& at, const Vec<T>* d, const Vec<T>* t,
              Vec<T>* d_out, Vec<T>* t_out) {
   using V = Vec<T>;
+  if (leaves_all<kWide>(work, instance)) {
+    if (d_out != d) std::copy(d, d + at.n, d_out);
+    if (t_out && t_out != t) std::copy(t, t + at.n, t_out);
+    return;
+  }
   const auto scale1 = first<kWide>(work, Statistic::kScale, instance.value, at);
   const auto scale2 = second(work, Statistic::kScale, instance.value, at);
   const Statistic scaled = instance.deficit ? Statistic::kScaledHalf : Statistic::kScale;  // or not there, nor read

@@ -142,6 +142,7 @@ class RecordWriter {
         return;
       case Op::kScale:
         copy_numbers(value, c_.job.numbers[i], plane(Statistic::kScale, i));
+        store(plane(Statistic::kUnscaled, i), are_ones(plane(Statistic::kScale, i), n_positions(value.space)));
         rescale(value, half_in, plane(Statistic::kScale, i), plane(Statistic::kScaledHalf, i), half);
         return;
       case Op::kDropout:
@@ -227,6 +228,16 @@ class RecordWriter {
     for (int64_t p = 0; p < n; ++p) {
       for (int l = 0; l < kL; ++l) out[p * kL + l] = of_batch[tile_.i[l] * n + p];
     }
+  }
+
+  static V are_ones(const T* scale, int64_t n) {
+    const V one = broadcast(T(1));
+    V ones = one;
+    for (int64_t p = 0; p < n; ++p) {
+      const V excess = load(scale + p * kL) - one;
+      ones = if_positive(max(excess, -excess), V{}, ones);
+    }
+    return ones;
   }
 
   void rescale(const Value& value, const T* half_in, const T* scale, T* scaled_half, T* half) const {

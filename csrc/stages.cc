@@ -124,11 +124,16 @@ int count_uses(const Stage& stage, int instance) {
   return uses;
 }
 
-// A tied map and the dual of the ReLU family after it are one loop, if nothing else reads what is between them.
-bool can_fuse(const Program& program, const Stage& stage, int tied, int dual) {
+// A tied map and the dual of the ReLU family after it are one loop, if nothing else reads what is between them:
+// nothing, or a mask.
+bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, int mask = -1) {
   const Instance& a = stage.instances[tied];
   const Instance& b = stage.instances[dual];
-  return a.kind == Kind::kTied && b.kind == Kind::kDual && b.inputs[0] == tied && a.deficit &&
+  if (mask >= 0) {
+    const Instance& m = stage.instances[mask];
+    if (program.values[m.value].op != Op::kScale || m.inputs[0] != tied || count_uses(stage, mask) != 1) return false;
+  }
+  return a.kind == Kind::kTied && b.kind == Kind::kDual && b.inputs[0] == (mask < 0 ? tied : mask) && a.deficit &&
          (!a.has_ntk || program.values[a.value].bias_follows_weights) && count_uses(stage, tied) == 1 &&
          program.values[b.value].activation == Activation::kAbRelu;
 }
@@ -142,6 +147,8 @@ void schedule(const Program& program, Stage& stage) {
       if (pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0 && can_fuse(program, stage, pass.head, i)) {
         pass.fused_dual = i;
       } else {
+        const bool after_mask = pass.head >= 0 && pass.fused_dual < 0 && pass.row_ops.size() == 1;
+        if (after_mask && can_fuse(program, stage, pass.head, i, pass.row_ops[0])) pass.unmasked_dual = i;
         pass.row_ops.push_back(i);
       }
       continue;
