@@ -109,6 +109,22 @@ def test_functions_of_kernels_are_compiled_once(network):
     assert not np.allclose(first, other)
 
 
+def test_masks_are_compiled_together():
+    """Those of all layers as one: however many layers there are."""
+    n_compiled = []
+    for depth in (1, 4):
+        layers = [layer for _ in range(depth) for layer in (Conv(4, (3, 3), padding="SAME"), Relu())]
+        _, _, kernel_fn = serial(*layers, GlobalAvgPool(), Dense(1))
+        jax.clear_caches()
+        COMPILED.clear()
+        first = kernel_fn(X1, X2, "ntk", mask_constant=2.0)
+        n_compiled.append(len(COMPILED))
+        np.testing.assert_array_equal(kernel_fn(X1, X2, "ntk", mask_constant=2.0), first)
+        kernel_fn(X1, X2, "ntk", mask_constant=3.0)
+        assert len(COMPILED) == n_compiled[-1]
+    assert n_compiled[0] == n_compiled[1] <= 8
+
+
 def test_a_warm_call_neither_collects_nor_decides(monkeypatch):
     kernel_fn = resnet(1.5)[2]
     first = kernel_fn(X1, X2, "ntk")

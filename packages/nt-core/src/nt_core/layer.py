@@ -14,7 +14,7 @@ from nt_core.get import Get, as_named, parse_get
 from nt_core.kernel import Kernel
 from nt_core.masks import MaskedArray, get_masked_array
 from nt_core.requirements import NO_REQUIREMENTS, check_diagonals, in_series, resolve
-from nt_core.rules import Rule, Run, apply_rules, collect
+from nt_core.rules import Rule, Run, apply_rules, collect, collect_masked
 from nt_core.sources import Inputs, make_inputs, with_batch_sizes
 from nt_core.trees import nt_tree_leaves, nt_tree_map
 
@@ -89,7 +89,7 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
     """Returns the public `kernel_fn` of a layer or network with these rules."""
     requirements = in_series(*(rule.requirements for rule in rules))
     # Programs are remembered as long as the network is there: their coefficients may be traced, and live no longer.
-    remembering = functools.lru_cache(maxsize=128)(collect)
+    remembering, remembering_masked = (functools.lru_cache(maxsize=128)(f) for f in (collect, collect_masked))
 
     def kernel_fn(
         x1_or_kernel: Any,
@@ -133,7 +133,7 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
             state = nt_tree_map(lambda k: _given_kernel(k, names), state)
             if isinstance(state, Kernel):
                 check_diagonals(requirements, state, "This network")
-        run = Run(requested, implementation, dict(kwargs, pattern=pattern), remembering)
+        run = Run(requested, implementation, dict(kwargs, pattern=pattern), remembering, remembering_masked)
         kernels = apply_rules(rules, state, run)
         return nt_tree_map(lambda kernel: _select(kernel, get, names), kernels)
 

@@ -76,6 +76,9 @@ class Masks:
         return _unmasked(self.first, self.second, spec)
 
 
+jax.tree_util.register_dataclass(Masks, data_fields=["first", "second"], meta_fields=[])
+
+
 @functools.partial(jax.jit, static_argnames="spec")
 def _unmasked(first: Array, second: Array | None, spec: Spec) -> tuple[Array, Array | None]:
     second = None if second is None else ~mask_of_positions(second, spec.shape2, spec)

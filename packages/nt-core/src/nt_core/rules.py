@@ -20,6 +20,7 @@ from nt_core.requirements import NO_REQUIREMENTS, Requirements, check
 from nt_core.sources import Inputs, Source, masks_of
 from nt_core.spec import Spec
 from nt_core.steps import Scale, Step
+from nt_core.tracing import is_traced
 from nt_core.trees import nt_tree_leaves, nt_tree_map
 
 Emit = Callable[[Builder, Any], Any]
@@ -82,13 +83,14 @@ class Run:
       request: what is to be computed.
       implementation: backend, or backends in order of preference.
       kwargs: keywords of the user.
-      collect: `collect`, or what remembers its results.
+      collect, collect_masked: the functions of these names, or what remembers their results.
     """
 
     request: Request
     implementation: Implementation
     kwargs: dict[str, Any]
     collect: Callable[..., Collected] = dataclasses.field(default_factory=lambda: collect)
+    collect_masked: Callable[..., Any] = dataclasses.field(default_factory=lambda: collect_masked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +167,45 @@ def collect(
     return Collected(builder.build(*nt_tree_leaves(values)), values, n_rules)
 
 
+def collect_masked(
+    rules: tuple[Rule, ...], specs: tuple[Spec, ...], structure: Any, shapes: tuple[Any, ...]
+) -> Callable[[list[Masks | None]], Collected]:
+    """Returns `collect` for masks of these shapes, compiled: the masks of all layers are one operation.
+
+    Args:
+      rules, specs, structure: see `collect`.
+      shapes: of the masks.
+    """
+    known: dict[str, Any] = {}  # what does not depend on masks
+
+    @jax.jit
+    def traced_leaves(masks: list[Masks | None]) -> list[Array]:
+        collected = collect(rules, specs, structure, masks)
+        after = [value.masks for value in nt_tree_leaves(collected.values)]
+        leaves, known["tree"] = jax.tree.flatten((collected.program, after))
+        known["values"] = nt_tree_map(lambda value: with_masks(value, None), collected.values)
+        known["n_rules"] = collected.n_rules
+        known["leaves"] = [None if is_traced(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if is_traced(leaf)]
+
+    def of_masks(masks: list[Masks | None]) -> Collected:
+        computed = iter(traced_leaves(masks))
+        leaves = [next(computed) if leaf is None else leaf for leaf in known["leaves"]]
+        program, after = jax.tree.unflatten(known["tree"], leaves)
+        remaining = iter(after)
+        values = nt_tree_map(lambda value: with_masks(value, next(remaining)), known["values"])
+        return Collected(program, values, known["n_rules"])
+
+    return of_masks
+
+
 def _collect(rules: Sequence[Rule], state: Any, run: Run) -> Collected:
     specs, structure = jax.tree.flatten(nt_tree_map(lambda source: source.spec, state))
     masks = [masks_of(source) for source in nt_tree_leaves(state)]
     if all(m is None for m in masks):
         return run.collect(tuple(rules), tuple(specs), structure)
-    return collect(tuple(rules), tuple(specs), structure, masks)  # the program holds the masks
+    shapes = tuple((m and m.first.shape, m and m.second is not None and m.second.shape) for m in masks)
+    return run.collect_masked(tuple(rules), tuple(specs), structure, shapes)(masks)
 
 
 def emit_all(rules: Sequence[Rule], builder: Builder, values: Any) -> Any:
