@@ -89,7 +89,8 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
     """Returns the public `kernel_fn` of a layer or network with these rules."""
     requirements = in_series(*(rule.requirements for rule in rules))
     # Programs are remembered as long as the network is there: their coefficients may be traced, and live no longer.
-    remembering, remembering_masked = (functools.lru_cache(maxsize=128)(f) for f in (collect, collect_masked))
+    remembering = functools.lru_cache(maxsize=128)(collect)
+    remembering_masked = functools.lru_cache(maxsize=128)(collect_masked)
 
     def kernel_fn(
         x1_or_kernel: Any,
