@@ -96,6 +96,10 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
         work.links[a] = pool_links(stage, *readout, a, offset[a]);
       }
     }
+    if (readout && is_copy(readout->op)) {
+      const Rectangle plane(stage.instances[stage.root].space, offset, stage.wrapped);
+      for (int a = 0; a < kAxes; ++a) work.copies[a] = copies(readout->positions[a], plane, a);
+    }
     execute_plane<kWide>(work);
     if (!single) continue;
     line_d += plane_d;
@@ -109,6 +113,17 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
     }
   }
   if (t >= 0) scale_tensor(work, t, has_ntk);
+}
+
+// Makes what is after a readout deficits, where it is carried as such.
+template <bool kWide, class T>
+void finish_deficits(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int readout, Scratch<T>& scratch) {
+  const Value& value = c.program.values[readout];
+  if (!value.needs) return;
+  const int number = plan.tensor_of[readout];
+  Vec<T>* data = scratch.tensor(c, plan, number);
+  if (value.op == Op::kPool) finish_deficit<kWide>(c, plan, tile, number, data);
+  if (is_copy(value.op)) finish_copies<kWide>(c, plan, tile, number, data);
 }
 
 // ---- all of a call
@@ -172,11 +187,7 @@ class Engine {
       return tensor.offsets.empty() ? nullptr : data + tensor.find({0, 0, 0});
     }
 
-    void finish(int readout) const {
-      const int number = c.prepared.own.tensor_of[readout];
-      Vec<T>* data = scratch.tensor(c, c.prepared.own, number);
-      finish_deficit<true>(c, c.prepared.own, tile, number, data);
-    }
+    void finish(int readout) const { finish_deficits<true>(c, c.prepared.own, tile, readout, scratch); }
   };
 
   // Fills the records of a batch, and the covariances of each sample with itself if they are wanted.
@@ -229,11 +240,7 @@ class Engine {
     const Plan& plan = c_.prepared.pairs;
     for (const Stage& stage : plan.stages) {
       execute_stage<kWide>(c_, plan, stage, tile, scratch);
-      if (stage.readout < 0) continue;
-      const Value& readout = program_.values[stage.readout];
-      if (readout.op != Op::kPool || !readout.needs) continue;
-      const int number = plan.tensor_of[stage.readout];
-      finish_deficit<kWide>(c_, plan, tile, number, scratch.tensor(c_, plan, number));
+      if (stage.readout >= 0) finish_deficits<kWide>(c_, plan, tile, stage.readout, scratch);
     }
   }
 

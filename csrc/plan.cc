@@ -75,16 +75,31 @@ std::vector<int> offsets_along(const Window& w, int size, int wanted) {
   return along;
 }
 
+// Offsets along one axis between the positions that are copied to places which lie `wanted` apart.
+std::vector<int> offsets_along(const std::vector<int>& positions, int wanted) {
+  std::vector<int> along;
+  const int n = static_cast<int>(positions.size());
+  for (int i = std::max(0, -wanted); i < std::min(n, n - wanted); ++i) {
+    if (positions[i] >= 0 && positions[i + wanted] >= 0) along.push_back(positions[i + wanted] - positions[i]);
+  }
+  std::sort(along.begin(), along.end());
+  along.erase(std::unique(along.begin(), along.end()), along.end());
+  return along;
+}
+
 // Offsets of a readout's input that contribute to the offsets wanted of its output.
 Offsets offsets_before(const Value& readout, const Index3& space, const std::vector<Index3>& wanted) {
   Offsets offsets;
-  if (readout.op == Op::kFlatten) {
+  if (readout.op == Op::kFlatten || readout.op == Op::kUntie) {
     if (!wanted.empty()) offsets.add({0, 0, 0});
     return offsets;
   }
   for (const Index3& d : wanted) {
     std::array<std::vector<int>, kAxes> along;
-    for (int a = 0; a < kAxes; ++a) along[a] = offsets_along(readout.window[a], space[a], d[a]);
+    for (int a = 0; a < kAxes; ++a) {
+      along[a] = readout.op == Op::kGather ? offsets_along(readout.positions[a], d[a])
+                                           : offsets_along(readout.window[a], space[a], d[a]);
+    }
     for (int z : along[0]) {
       for (int y : along[1]) {
         for (int x : along[2]) offsets.add({z, y, x});

@@ -59,6 +59,11 @@ struct Link {
   int delta, window, begin, end;
 };
 
+// A position of one axis, in an offset plane, that is copied to the place `place`, and its partner to `place + delta`.
+struct Copy {
+  int position, delta, place;
+};
+
 // An instance's part of a plane, and where its rows are.
 template <class T>
 struct Plane {
@@ -90,6 +95,7 @@ struct Work {
   V* sum_d = nullptr;
   V* sum_t = nullptr;
   std::array<std::vector<Link>, kAxes> links{};
+  std::array<std::vector<Copy>, kAxes> copies{};
   std::vector<Plane<T>> planes{};  // of every instance
 
   Work(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile, Scratch<T>& scratch)

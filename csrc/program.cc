@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -91,12 +92,29 @@ int coefficients_of(const Value& value) {
     case Op::kInputs:
     case Op::kMaterialised:
     case Op::kPool:
+    case Op::kGather:
+    case Op::kUntie:
     case Op::kFlatten:
     case Op::kScale:
     case Op::kProduct:
       return 0;
   }
   return 0;
+}
+
+// Along each axis, the position that is copied to each place.
+void read_positions(Reader& reader, Value& value) {
+  for (int a = 0; a < kAxes; ++a) {
+    for (int i = 0; i < value.space[a]; ++i) value.positions[a].push_back(reader.next(-1, kMaxSize, "a position"));
+  }
+}
+
+void check_positions(const Value& value, const Index3& space) {
+  for (int a = 0; a < kAxes; ++a) {
+    for (int position : value.positions[a]) {
+      if (position >= space[a]) malformed("a position is copied that is not there");
+    }
+  }
 }
 
 // Checks that the windows fit, so that no position outside of a plane and its padding is ever read.
@@ -142,12 +160,16 @@ void check(const Program& program) {
       case Op::kPool:
         check_windows(value, space);
         break;
+      case Op::kGather:
+        check_positions(value, space);
+        break;
       case Op::kFlatten:
         if (n_positions(value.space) != 1) malformed("positions are left after Flatten");
         break;
       case Op::kInputs:
       case Op::kMaterialised:
       case Op::kDual:
+      case Op::kUntie:
       case Op::kNormalize:
       case Op::kScale:
       case Op::kDropout:
@@ -219,6 +241,15 @@ Program decode_program(const int64_t* code, int64_t length) {
         value.mean = reader.flag("mean");
         value.normalize_edges = reader.flag("normalize_edges");
         read_windows(reader, value);
+        break;
+      case Op::kGather:
+        read_positions(reader, value);
+        break;
+      case Op::kUntie:
+        for (int a = 0; a < kAxes; ++a) {
+          value.positions[a].resize(value.space[a]);
+          std::iota(value.positions[a].begin(), value.positions[a].end(), 0);
+        }
         break;
       case Op::kNormalize:
         value.weighted = reader.flag("weighted");

@@ -56,7 +56,7 @@ inline constexpr const ActivationInfo& info(Activation activation) {
   return kActivations[static_cast<int>(activation)];
 }
 
-inline constexpr int64_t kEncoding = 3;  // changes with the layout of the code
+inline constexpr int64_t kEncoding = 4;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {
@@ -69,6 +69,8 @@ struct Value {
   bool bias_follows_weights = false;  // kTied: its own tangent kernel is its covariance
   bool mean = false;                  // kPool
   bool normalize_edges = false;       // kPool
+  // kGather, kUntie: along each axis, the position that is copied to each place; -1 for zero.
+  std::array<std::vector<int>, kAxes> positions;
   Activation activation = Activation::kAbRelu;
   std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
   bool weighted = false;                 // kNormalize: by numbers of each sample and position
@@ -83,7 +85,8 @@ inline bool has_numbers(const Value& value) {
   return value.op == Op::kScale || (value.op == Op::kNormalize && value.weighted);
 }
 
-inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten; }
+inline bool is_copy(Op op) { return op == Op::kGather || op == Op::kUntie; }
+inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten || is_copy(op); }
 
 inline bool has_windows(const Value& value) {
   return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });

@@ -84,6 +84,42 @@ void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
   }
 }
 
+// The copies that are made of a plane, along one axis.
+inline std::vector<Copy> copies(const std::vector<int>& positions, const Rectangle& plane, int axis) {
+  std::vector<Copy> copies;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const int position = positions[i];
+    if (position < plane.low[axis] || position >= plane.low[axis] + plane.size[axis]) continue;
+    for (size_t j = 0; j < positions.size(); ++j) {
+      if (positions[j] != plane.partner(axis, position)) continue;
+      copies.push_back({position, static_cast<int>(j) - static_cast<int>(i), static_cast<int>(i)});
+    }
+  }
+  return copies;
+}
+
+// Copies the positions of a row to their places.
+template <class T>
+void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
+  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.readout]];
+  const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
+  for (const Copy& cz : work.copies[0]) {
+    if (cz.position != z) continue;
+    for (const Copy& cy : work.copies[1]) {
+      if (cy.position != y) continue;
+      for (const Copy& cx : work.copies[2]) {
+        const int64_t start = tensor.find({cz.delta, cy.delta, cx.delta});
+        if (start < 0) continue;
+        const Rectangle r(tensor.space, {cz.delta, cy.delta, cx.delta});
+        const int64_t line = (cz.place - r.low[0]) * int64_t{r.size[1]} + cy.place - r.low[1];
+        const int64_t entry = start + line * r.size[2] + cx.place - r.low[2];
+        work.sum_d[entry] = d[cx.position - low];
+        if (t) work.sum_t[entry] = t[cx.position - low];
+      }
+    }
+  }
+}
+
 // One position (and its partner) of every pair; of a symmetric block the upper triangle, and its mirror image.
 template <class T>
 void write_entries(const Work<T>& work, const Place& at, int x, Vec<T> d, Vec<T> t) {
@@ -158,6 +194,8 @@ void read_out(const Work<T>& work, const Rectangle& r, int z, int y) {
   const Vec<T>* t = plane.row_t(z, y);
   if (work.stage.output >= 0) {
     each_part(root, r, z, y, [&](const Place& at) { write_out(work, at, d + at.x, t ? t + at.x : nullptr); });
+  } else if (is_copy(work.c.program.values[work.stage.readout].op)) {
+    copy_row(work, r, z, y, d, t);
   } else if (work.c.program.values[work.stage.readout].op == Op::kFlatten) {
     *work.sum_d += row_sum(d, r.size[2]);
     if (t) *work.sum_t += row_sum(t, r.size[2]);
@@ -202,6 +240,21 @@ void scale_tensor(const Work<T>& work, int number, bool has_ntk) {
     const Vec<T> scale = broadcast(static_cast<T>(1 / (sizes.size(p) * sizes.size(partner))));
     d[at] *= scale;
     if (ntk) ntk[at] *= scale;
+  });
+}
+
+// The deficit of what is not copied: its covariance is 0.
+template <bool kWide, class T>
+void finish_copies(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int number, Vec<T>* d) {
+  const Tensor& tensor = plan.tensors[number];
+  const Value& value = c.program.values[tensor.value];
+  const int64_t half = c.prepared.record.find(Statistic::kHalfVariance, tensor.value);
+  each_pair(tensor, [&](int64_t at, const Index3& p, const Index3& partner) {
+    bool copied = value.op == Op::kGather || p == partner;
+    for (int a = 0; a < kAxes; ++a) copied &= value.positions[a][p[a]] >= 0 && value.positions[a][partner[a]] >= 0;
+    if (copied) return;
+    const Row1<T> first{at1<kWide>(c, tile, half + position(value.space, p))};
+    d[at] = get<kWide>(first, 0) + load(tile.record2 + (half + position(value.space, partner)) * kLanes<T>);
   });
 }
 

@@ -159,6 +159,12 @@ class RecordWriter {
       case Op::kProduct:
         if (half) product(value, half);
         return;
+      case Op::kGather:
+      case Op::kUntie:
+        if (half) copy(value, half_in, half);
+        own_.run(i);
+        own_.finish(i);
+        return;
       case Op::kFlatten:
         if (half) flatten(value, half_in, half);
         own_.run(i);
@@ -276,6 +282,18 @@ class RecordWriter {
         product *= load(in + p * kL) * broadcast(T(2));
       }
       store(half + p * kL, product);
+    }
+  }
+
+  void copy(const Value& value, const T* half_in, T* half) const {
+    const Index3& space = c_.program.values[value.inputs[0]].space;
+    for (int z : value.positions[0]) {
+      for (int y : value.positions[1]) {
+        for (int x : value.positions[2]) {
+          store(half, z < 0 || y < 0 || x < 0 ? V{} : load(half_in + position(space, z, y, x) * kL));
+          half += kL;
+        }
+      }
     }
   }
 

@@ -86,6 +86,8 @@ class StageBuilder {
       case Op::kInputs:
       case Op::kMaterialised:
       case Op::kPool:
+      case Op::kGather:
+      case Op::kUntie:
       case Op::kFlatten:
         break;  // loads, see above
     }

@@ -32,9 +32,6 @@ CASES = HEADLINE + LAYERS
 # Take 15 s and more to compile, of layers that the others have as well.
 SLOW = {f"deepnet-{n}" for n in ("0057", "0096", "0174", "0213", "0252", "0291", "0330", "0447", "0525")}
 
-# Whose steps the native engine does not take in every layout: where positions lie apart, or are independent.
-NOT_NATIVE = {"ConvTranspose", "ConvLocal"}
-
 
 def test_every_layer_is_in_a_case():
     covered = set().union(*(layer_names(case["net"]) for case, _ in CASES if case["id"] not in SLOW))
@@ -110,8 +107,8 @@ def change_by_one_rounding(case, arrays):
 
 def check(case, arrays, dtype, tolerance=None):
     x1, x2 = (arrays[f"{case['id']}/{name}"].astype(dtype) for name in ("x1", "x2"))
-    # By name: whatever is a step that the native engine takes runs there, or this fails.
-    kwargs = {} if layer_names(case["net"]) & NOT_NATIVE else {"implementation": "cpu"}
+    # By name: whatever is a step runs in the native engine, or this fails.
+    kwargs = {"implementation": "cpu"}
     if case["mask_constant"] is not None:
         kwargs["mask_constant"] = case["mask_constant"]
     own_kwargs = dict(kwargs)

@@ -60,6 +60,11 @@ std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
 std::vector<int64_t> pool(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({value(nt::Op::kPool, needs, 0, s, {input}), {1, 0}, kNoWindow, y, x});
 }
+// Copies of positions along the last two axes.
+std::vector<int64_t> gather(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
+  return join({value(nt::Op::kGather, needs, 0, s, {input}), {0}, y, x});
+}
+std::vector<int64_t> untie(bool needs, nt::Index3 s, int input) { return value(nt::Op::kUntie, needs, 0, s, {input}); }
 std::vector<int64_t> rescale(nt::Op op, bool needs, nt::Index3 s, int input) {
   return join({value(op, needs, 2, s, {input}),
                op == nt::Op::kNormalize ? std::vector<int64_t>{1, 0, 1, 1} : std::vector<int64_t>{}});
@@ -109,6 +114,11 @@ std::vector<Network> networks() {
        {inputs(true, image, 2), linear(true, image, 0, kThree, kThree), relu(true, image, 1),
         pool(true, half, 2, {3, 2, 1, 1, 1, 1}, {3, 2, 1, 1, 1, 1}), linear(true, half, 3, kThree, kThree),
         relu(false, half, 4)},
+       true},
+      {"copies of positions",
+       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), relu(true, small, 1),
+        gather(true, half, 2, {0, -1, 2}, {1, -1, 1}), linear(true, half, 3, kThree, kRound), relu(true, half, 4),
+        untie(true, half, 5), relu(true, half, 6), gather(false, small, 7, {-1, 0, 2}, {0, 1})},
        true},
       {"masks and dropout",
        {inputs(true, small, 3), rescale(nt::Op::kScale, true, small, 0), linear(true, small, 1, kThree, kThree),

@@ -10,6 +10,7 @@ from nt_core.layouts import reverse_zipped, zip_axes
 RELU = steps.Dual(activations.ABRelu(0.0, 1.0))
 ABS = steps.Dual(activations.ABRelu(-1.0, 0.5))
 MEAN, SUM = True, False
+GATHER = steps.Gather(((-1, 0, 3, 3, -1, 1), (2, -1, 0, 1)))  # of an image of 4 x 3
 EVERYTHING = Request()
 
 
@@ -73,6 +74,19 @@ CHAINS = {
         [conv(), steps.Normalize(1e-3, ()), RELU, conv(), steps.Normalize(0.0, (1,)), RELU, steps.GlobalPool(MEAN)],
     ),
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
+    "gather": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), ABS]),
+    "gather, global pool": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), RELU, steps.GlobalPool(MEAN)]),
+    "gather, pool": ((4, 3), [GATHER, conv(), ABS, pool(), conv((2, 2)), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
+    "gather, circular": (
+        (4, 3),
+        [conv(padding="CIRCULAR"), RELU, GATHER, conv((2, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(SUM)],
+    ),
+    "gather, equal positions": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), ABS, steps.Flatten()]),
+    "gather, covariances": ((4, 3), [conv(), RELU, GATHER, conv((2, 2))]),
+    "untie": ((4, 3), [conv(), steps.Untie(), ABS, conv((2, 2)), RELU, steps.GlobalPool(MEAN)]),
+    "untie, pool": ((4, 6), [conv(), steps.Untie(), ABS, pool(), conv((2, 2)), RELU, steps.GlobalPool(MEAN)]),
+    "untie, covariances": ((4, 3), [conv(), RELU, conv(), steps.Untie(is_reversed=True)]),
+    "untie, equal positions": ((4, 3), [conv(), RELU, conv(), steps.Untie(), ABS, steps.Flatten()]),
     "large image": ((12, 8), [conv((1, 3)), RELU, pool((4, 4), (4, 4)), conv(), RELU, steps.GlobalPool(MEAN)]),
 }
 # Whose kernels of a batch with itself are computed as well: one of each kind of output, with pools and without.
@@ -83,6 +97,9 @@ WITH_ITSELF = {
     "pool",
     "pooled output",
     "repeated",
+    "gather",
+    "gather, pool",
+    "untie, pool",
 }
 SIMPLE = [conv(), RELU, steps.GlobalPool(MEAN), dense(), RELU]
 

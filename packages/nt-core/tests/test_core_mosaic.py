@@ -54,6 +54,16 @@ REFUSED = {
     "after global pool": "CIRCULAR convolutions beside padding",
     "circular strides": "CIRCULAR convolutions beside padding",
     "circular pool": "pools with CIRCULAR padding",
+    "gather": "its output holds positions",
+    "gather, global pool": "does not know the primitive Gather",
+    "gather, pool": "does not know the primitive Gather",
+    "gather, circular": "does not know the primitive Gather",
+    "gather, equal positions": "does not know the primitive Gather",
+    "gather, covariances": "its output holds positions",
+    "untie": "does not know the primitive Untie",
+    "untie, pool": "does not know the primitive Untie",
+    "untie, covariances": "its output holds positions",
+    "untie, equal positions": "does not know the primitive Untie",
     "normalised": "a normalisation over positions",
 }
 SLOW = ("overlapping pool", "strided pool", "normalised edges", "large image", "pool of odd images", "gelu")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import nt_core.evaluation.block as block
 import numpy as np
 import pytest
-from conformance import ABS, CHAINS, RELU, Conformance, chain, conv, inputs, pool, run, spec_of
-from nt_core import Builder, Inputs, definition, propagate, steps
+from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, pool, run, spec_of
+from nt_core import Builder, Inputs, propagate, steps
 from nt_core.steps import GlobalPool, Pool
 
 
@@ -30,29 +30,6 @@ def test_planes(name, x64, monkeypatch):
     monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
     TestXla().check_chain(name)
     jax.clear_caches()
-
-
-GATHER = steps.Gather(((-1, 0, 3, 3, -1, 1), (2, -1, 0, 1)))
-ONLY_HERE = {
-    "gather": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), RELU]),
-    "gather, pool": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), RELU, steps.GlobalPool(True)]),
-    "gather inputs": ((4, 3), [GATHER, conv(), RELU, pool(), conv((2, 2)), RELU, steps.Flatten()]),
-    "gather, covariances": ((4, 3), [conv(), RELU, GATHER, conv((2, 2))]),
-    "untie": ((4, 3), [conv(), steps.Untie(), ABS, conv((2, 2)), RELU, steps.GlobalPool(True)]),
-    "untie, covariances": ((4, 3), [conv(), RELU, conv(), steps.Untie(is_reversed=True)]),
-    "untie, equal positions": ((4, 3), [conv(), RELU, conv(), steps.Untie(), ABS, steps.Flatten()]),
-}
-
-
-@pytest.mark.parametrize("name", ONLY_HERE)
-def test_steps_that_only_this_backend_takes(name, x64, monkeypatch):
-    monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
-    space, layers = ONLY_HERE[name]
-    x1, x2 = inputs(space, 3, 2, "float64")
-    program = chain(spec_of(x1, x2), layers)
-    TestXla().agree(run(program, x1, x2, implementation="xla"), definition.propagate(program, (x1, x2)), 1e-12)
-    own = run(chain(spec_of(x1, x1), layers), x1, None, implementation="xla")
-    TestXla().agree(own, definition.propagate(program, (x1, x1)), 1e-7)
 
 
 def test_kernels_of_small_inputs_are_told_apart():

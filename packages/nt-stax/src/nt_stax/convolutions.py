@@ -311,7 +311,7 @@ class _ConvTranspose(_Conv):
     def emit(self, builder: Builder, value: Value) -> Value:
         along, windows = _spreads(self.windows, value.spec.space), self.windows
         ones = (1,) * len(along)
-        if windows.strides == ones:  # convolutions know these paddings
+        if tuple(a.count for a in along) == value.spec.space:  # without strides: convolutions know these paddings
             pads = tuple((a.low, a.high) for a in along)
             if windows.padding != Padding.CIRCULAR.value:
                 return builder.add(self.step(ones, pads), value)

@@ -29,7 +29,20 @@ from nt_core.activations.hermite import Expansion, Series, power
 from nt_core.backends.base import Request
 from nt_core.backends.cpu import native
 from nt_core.lowering import Form, LoweredNode, Windows, lower
-from nt_core.lowering.primitives import Dropout, Dual, Flatten, Normalize, Pool, Product, Rescale, Scale, Sum, Tied
+from nt_core.lowering.primitives import (
+    Dropout,
+    Dual,
+    Flatten,
+    Gather,
+    Normalize,
+    Pool,
+    Product,
+    Rescale,
+    Scale,
+    Sum,
+    Tied,
+    Untie,
+)
 from nt_core.program import Program
 from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, same_batches
 
@@ -170,7 +183,7 @@ class _Encoder:
             if self._forms[number].apart and any((a, not circular) in together for a, circular in together):
                 cut.add(number)
                 before = set()
-            is_pool = isinstance(node.primitive, Pool | Flatten) or self._subsampled(number, node)
+            is_pool = isinstance(node.primitive, Pool | Flatten | Gather | Untie) or self._subsampled(number, node)
             self._wrapping.append(set() if is_pool else before | own)
         return cut
 
@@ -221,7 +234,7 @@ class _Encoder:
     def _node(self, number: int, node: LoweredNode) -> int:
         primitive, deficit, space = node.primitive, self._forms[number].deficit, self._canonical(number)
         inputs = [self._separate(i) if number in self._cut else self._number[i] for i in node.inputs]
-        is_whole = isinstance(primitive, Flatten) or (isinstance(primitive, Pool) and not primitive.keeps_axes)
+        is_whole = isinstance(primitive, Flatten | Untie) or (isinstance(primitive, Pool) and not primitive.keeps_axes)
         if is_whole and math.prod(self._spaces[inputs[0]]) == 1:
             return inputs[0]  # changes the shape, and no number
         match primitive:
@@ -237,6 +250,17 @@ class _Encoder:
                     raise Refused("pools whose windows are dilated")
                 windows = self._windows(node, primitive.windows)
                 return self._add_pool(deficit, space, inputs[0], windows, primitive.mean, primitive.normalize_edges)
+            case Gather():
+                if self._forms[number].apart:
+                    self._check_pairs("a transposed convolution", space)
+                positions = [[0]] * self._n_axes
+                for axis, along in enumerate(primitive.positions):
+                    positions[self._canonical_axis(number, axis)] = list(along)
+                return self._add("Gather", deficit, space, inputs, [p for along in positions for p in along])
+            case Untie():
+                if self._forms[number].apart:
+                    self._check_pairs("a layer with weights of each position's own", space)
+                return self._add("Untie", deficit, space, inputs)
             case Flatten():
                 return self._add("Flatten", deficit, space, inputs)
             case Scale():
@@ -323,11 +347,15 @@ class _Encoder:
         mean: bool = True,
         normalize_edges: bool = False,
     ) -> int:
+        self._check_pairs("a pool", space)
+        return self._add("Pool", deficit, space, [value], [mean, normalize_edges, *_flat(windows)])
+
+    def _check_pairs(self, what: str, space: tuple[int, ...]) -> None:
+        """Raises `Refused` where all pairs of positions are too many to be kept."""
         if math.prod(space) ** 2 > _MAX_POOLED_PAIRS:
             raise Refused(
-                f"a pool leaves {math.prod(space)} positions, whose pairs are too many for its scratch memory"
+                f"{what} leaves {math.prod(space)} positions, whose pairs are too many for its scratch memory"
             )
-        return self._add("Pool", deficit, space, [value], [mean, normalize_edges, *_flat(windows)])
 
     def _add(
         self,
