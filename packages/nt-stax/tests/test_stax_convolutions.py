@@ -245,6 +245,22 @@ def test_dilated(padding, finite_kernels, full, x64):
     np.testing.assert_array_equal(mask, expected)
 
 
+# Transformations
+
+
+@pytest.mark.parametrize("make", [ConvTranspose, ConvLocal])
+def test_transformations(make, x64):
+    x, direction = inputs(1, (2, 3, 2)), inputs(2, (2, 3, 2))
+    layers = make(1, (2,), (2,), "SAME", 1.3, 0.2), Erf(), Conv(1, (2,), None, "SAME"), Erf(), GlobalAvgPool()
+    kernel_fn = serial(Conv(1, (2,), None, "CIRCULAR"), *layers)[2]
+    ntk = lambda x: kernel_fn(x, None, "ntk")  # noqa: E731
+    expected = ntk(x)
+    assert_close(jax.jit(ntk)(x), expected)
+    assert_close(jax.vmap(ntk)(jnp.stack([x, 2 * x]))[0], expected)
+    _, derivative = jax.jvp(ntk, (x,), (direction,))
+    assert_close(derivative, (ntk(x + 1e-6 * direction) - ntk(x - 1e-6 * direction)) / 2e-6, 1e-8)
+
+
 # Groups
 
 
