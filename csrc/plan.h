@@ -84,7 +84,8 @@ struct Rectangle {
   int64_t n_positions() const { return nt::n_positions(size); }
   int partner(int axis, int p) const {
     const int q = p + offset[axis];
-    return wrapped[axis] && q >= space[axis] ? q - space[axis] : q;
+    const bool turns = wrapped[axis] && p < space[axis] && q >= space[axis];  // padding has no partners inside
+    return turns ? q - space[axis] : q;
   }
 };
 

@@ -157,7 +157,9 @@ class WindowSums {
   void each_inside(int from, int to, int offset, const Visit& visit) const {
     const int size = input_.space[2];
     if (windows_[2].circular || work_.stage.wrapped[2]) {
-      for (int q = from; q < to; ++q) visit(q, modulo(q + offset, size));
+      const int begin = windows_[2].circular ? from : std::max(from, 0);
+      const int end = windows_[2].circular ? to : std::min(to, size);
+      for (int q = begin; q < end; ++q) visit(q, modulo(q + offset, size));
       return;
     }
     const int end = std::min(to, size - offset);

@@ -47,6 +47,10 @@ CHAINS = {
         (8, 6),
         [conv(strides=(2, 2), padding="CIRCULAR"), RELU, conv(), RELU, steps.GlobalPool(MEAN)],
     ),
+    "circular strides, one column": (
+        (4, 2),
+        [conv((1, 1), (1, 2), "CIRCULAR"), RELU, conv((2, 2)), RELU, conv((1, 2)), RELU],
+    ),
     "pool": ((6, 8), [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)]),
     "overlapping pool": ((6, 6), [conv(), RELU, pool((3, 3), (1, 1), "SAME"), conv(), RELU, steps.Flatten()]),
     "strided pool": ((8, 6), [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), RELU, steps.Flatten()]),

@@ -54,6 +54,7 @@ REFUSED = {
     "after global pool": "CIRCULAR convolutions beside padding",
     "circular strides": "CIRCULAR convolutions beside padding",
     "circular pool": "pools with CIRCULAR padding",
+    "circular strides, one column": "its output holds positions",
     "gather": "its output holds positions",
     "gather, global pool": "does not know the primitive Gather",
     "gather, pool": "does not know the primitive Gather",
