@@ -66,7 +66,6 @@ template <bool kWide, class T>
 void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile,
                    Scratch<T>& scratch) {
   using V = Vec<T>;
-  if (stage.offsets.empty()) return;
   Work<T> work(c, plan, stage, tile, scratch);
   const Value* readout = stage.readout >= 0 ? &c.program.values[stage.readout] : nullptr;
   const int t = readout ? plan.tensor_of[stage.readout] : -1;
@@ -78,6 +77,7 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
     std::fill(work.sum_d, work.sum_d + n_out, V{});
     if (has_ntk) std::fill(work.sum_t, work.sum_t + n_out, V{});
   }
+  if (stage.offsets.empty()) return;  // nothing is read; after copies of no position there are zeros
   // A single sum over very many planes is formed in three levels, or its rounding errors would add up.
   V plane_d{}, plane_t{}, line_d{}, line_t{};
   const bool single = n_out == 1;

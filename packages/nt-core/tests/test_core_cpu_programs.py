@@ -48,7 +48,7 @@ def linear(draw, n_axes):
 def blocks(draw, builder, value, duals):
     """Appends a few layers, as far as they fit."""
     n_axes = len(value.spec.space)
-    kind = draw(st.sampled_from(["plain", "plain", "residual", "product", "normalised", "pool"]))
+    kind = draw(st.sampled_from(["plain", "plain", "residual", "product", "normalised", "pool", "copies"]))
     value = builder.add(draw(linear(n_axes)), value)
     if kind == "normalised":
         axes = tuple(a for a in range(n_axes) if draw(st.booleans()))
@@ -63,6 +63,11 @@ def blocks(draw, builder, value, duals):
         window, strides, padding = draw(windows(n_axes))
         mean, edges = draw(st.booleans()), draw(st.booleans())
         return builder.add(steps.Pool(window, strides, padding, mean, edges), activated)
+    if kind == "copies" and n_axes:
+        if draw(st.booleans()):
+            value = builder.add(steps.Untie(value.spec.is_reversed), value)
+        numbers = (st.lists(st.integers(-1, n - 1), min_size=1, max_size=5) for n in value.spec.space)
+        return builder.add(steps.Gather(tuple(tuple(draw(positions)) for positions in numbers)), value)
     return activated
 
 
