@@ -17,6 +17,7 @@ from nt_empirical import (
     taylor_expand,
 )
 
+from neural_tangents import _src as _src
 from neural_tangents import predict, stax
 
 __version__ = version("neural-tangents")
