@@ -11,7 +11,7 @@ from nt_predict._spectral import (
     DECAY,
     FALL,
     GAIN,
-    _phi,
+    phi,
     _second_difference,
     apply_matrix,
     apply_spectrum,
@@ -44,7 +44,7 @@ def test_phi(dtype):
     expected = [
         float(mpmath.mpf(1) if x == 0 else -mpmath.expm1(-mpmath.mpf(float(x))) / mpmath.mpf(float(x))) for x in z
     ]
-    np.testing.assert_allclose(_phi(jnp.asarray(z)), expected, rtol=4 * ulp(dtype))
+    np.testing.assert_allclose(phi(jnp.asarray(z)), expected, rtol=4 * ulp(dtype))
 
 
 def test_second_difference_has_no_cancellation(dtype):

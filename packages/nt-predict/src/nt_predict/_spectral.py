@@ -154,12 +154,12 @@ def _fall(modes: Modes) -> jax.Array:
 
 def _decay_differences(modes: Modes) -> jax.Array:
     high, low = _pairs(modes)
-    return -modes.times[:, None, None] * jnp.exp(-low) * _phi(high - low) / modes.scale
+    return -modes.times[:, None, None] * jnp.exp(-low) * phi(high - low) / modes.scale
 
 
 def _gain(modes: Modes) -> jax.Array:
     times = modes.times[:, None]
-    return jnp.where(_stopped(modes), 0, times * _phi(_exponents(modes)) / modes.scale)
+    return jnp.where(_stopped(modes), 0, times * phi(_exponents(modes)) / modes.scale)
 
 
 def _gain_differences(modes: Modes) -> jax.Array:
@@ -191,7 +191,7 @@ def _stopped(modes: Modes) -> jax.Array:
     return modes.negative[None, :] | (late[:, None] & (modes.rates == 0)[None, :])
 
 
-def _phi(z: jax.Array) -> jax.Array:
+def phi(z: jax.Array) -> jax.Array:
     """Returns (1 - exp(-z)) / z, 1 at 0."""
     small = jnp.abs(z) < 1e-3
     series = 1 - z / 2 * (1 - z / 3 * (1 - z / 4 * (1 - z / 5)))
@@ -215,7 +215,7 @@ def _second_difference(high: jax.Array, low: jax.Array) -> jax.Array:
         series = series + factor * polynomial
     high = jnp.where(small, 1, high)
     low = jnp.where(small, 1, low)
-    return jnp.where(small, series, (_phi(low) - jnp.exp(-low) * _phi(high - low)) / high)
+    return jnp.where(small, series, (phi(low) - jnp.exp(-low) * phi(high - low)) / high)
 
 
 DECAY = SpectralFunction(_decay, _decay_differences)
