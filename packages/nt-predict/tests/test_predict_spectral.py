@@ -11,11 +11,11 @@ from nt_predict._spectral import (
     DECAY,
     FALL,
     GAIN,
-    phi,
     _second_difference,
     apply_matrix,
     apply_spectrum,
     decompose_known,
+    phi,
 )
 
 mpmath.mp.dps = 50

@@ -14,10 +14,11 @@ import diffrax
 import equinox
 import jax
 import jax.numpy as jnp
+import optimistix
 from nt_core.tracing import is_traced
 
-from nt_predict._layout import OutputLayout
-from nt_predict._spectral import einsum, phi
+from nt_predict._layout import OutputLayout, symmetric
+from nt_predict._spectral import decompose, einsum, phi
 
 Loss = Callable[[jax.Array, jax.Array], Any]
 
@@ -38,8 +39,8 @@ class Flow(NamedTuple):
 
     kernel: jax.Array
     outputs: jax.Array
-    velocities: jax.Array | None
-    growth: jax.Array | None
+    velocities: Any  # an array or None
+    growth: Any
     labels: jax.Array
 
     @property
@@ -55,11 +56,11 @@ class Flow(NamedTuple):
         return self.outputs + distance * self.velocities
 
 
-@partial(jax.jit, static_argnames=("loss", "layout", "solver", "max_steps"))
+@partial(jax.jit, static_argnames=("loss", "layout", "implicit", "max_steps"))
 def integrate(
     loss: Loss,
     layout: OutputLayout,
-    solver: diffrax.AbstractSolver,
+    implicit: bool,
     max_steps: int,
     flow: Flow,
     times: jax.Array,
@@ -69,7 +70,7 @@ def integrate(
 
     Args:
       loss, layout: the loss of outputs in this layout and labels.
-      solver: of the differential equation.
+      implicit: whether by an implicit method, for stiff equations.
       max_steps: between two times.
       flow: what is to be integrated.
       times: (times,), finite, at least 0, in any order.
@@ -86,6 +87,9 @@ def integrate(
         # An error of coefficients matters as far as outputs show it.
         return jnp.stack([jnp.abs(einsum("ij,jk->ik", flow.kernel, part)).max() for part in state]).max() / tolerance
 
+    # The default root finder keeps its first derivative, and fails on losses that are not quadratic.
+    root_finder = optimistix.Newton(rtol=0.0, atol=0.1, norm=error_of_outputs)
+    solver = diffrax.Kvaerno5(root_finder=root_finder) if implicit else diffrax.Tsit5()
     controller = diffrax.PIDController(rtol=0.0, atol=1.0, norm=error_of_outputs)
 
     def advance(state, interval):
@@ -158,16 +162,25 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
         return jax.hessian(value)(outputs, constant.labels).reshape(size, size)
 
     def direction(curvature, gradient, length):
-        """Solves `(1 / length + H K) x = gradient`, the change of coefficients in one step."""
-        product = einsum("ijk,jl->ilk", curvature.reshape(size, *shape), constant.kernel[:n]).reshape(size, size)
-        matrix = jnp.eye(size, dtype=product.dtype) / length + product
-        return jnp.linalg.solve(matrix, gradient.ravel()).reshape(shape)
+        """Returns the change of coefficients in one step, by the linear system of the gradient flow of parameters."""
+        matrix = jnp.eye(size, dtype=gradient.dtype) / length + einsum("ai,ab,bj->ij", moves, curvature, moves)
+        change = jnp.linalg.solve(matrix, einsum("ai,a->i", moves, gradient.ravel()))
+        return einsum("ai,i->a", basis, change).reshape(shape)
 
     fixed_start = jax.lax.stop_gradient(start)
     first_curvature = curvature_at(fixed_start[:n])
+    # Coefficients change along orthonormal parameters, without those that loss or kernel do not depend on: there long
+    # steps would only amplify rounding errors.
+    vectors, _ = _range(first_curvature)
+    full_kernel = jnp.kron(constant.kernel[:n], jnp.eye(shape[1], dtype=start.dtype))
+    rotation, values = _range(symmetric(einsum("ai,ab,bj->ij", vectors, full_kernel, vectors)))
+    basis = einsum("ai,ij->aj", vectors, rotation) / values[None] ** 0.5
+    moves = einsum("ab,bi->ai", full_kernel, basis)
     scale = jnp.abs(first_curvature).sum(1).max() * jnp.abs(constant.kernel[:n]).sum(1).max()
     # Beyond this length rounding errors of the solution would exceed what is still missing of a Newton step.
     longest = eps ** (-2 / 3) / scale
+
+    first_loss = value(fixed_start[:n], constant.labels)
 
     def step(carry):
         coefficients, outputs, loss_now, length, _, count = carry
@@ -178,7 +191,7 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
         loss_next = value(proposal, constant.labels)
         moved = jnp.abs(proposal - outputs).max() / (jnp.abs(outputs).max() + jnp.abs(constant.labels).max() + eps)
         # Rounding errors of the loss are no reason to refuse a step.
-        accepted = loss_next <= loss_now + 8 * eps * jnp.abs(loss_now)
+        accepted = loss_next <= loss_now + 8 * eps * (jnp.abs(loss_now) + jnp.abs(first_loss))
         done = accepted & (moved < eps ** (2 / 3)) & (length >= longest)
         keep = partial(jnp.where, accepted)
         return (
@@ -196,14 +209,14 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
     initial = (
         jnp.zeros(shape, start.dtype),
         fixed_start[:n],
-        value(fixed_start[:n], constant.labels),
-        jnp.asarray(1 / scale),
+        first_loss,
+        1 / scale,
         jnp.asarray(False),
         0,
     )
     coefficients, outputs, _, _, found, _ = jax.lax.while_loop(unfinished, step, initial)
     curvature = curvature_at(outputs)
-    # Where the loss is constant in more directions than at the start, it has other minima: the limit depends on the way.
+    # A loss that is constant in more directions than at the start has other minima: the limit depends on the way.
     spectrum, first = jnp.linalg.eigvalsh(curvature), jnp.linalg.eigvalsh(first_curvature)
     noise = eps**0.75 * first[-1]
     convex = (spectrum[0] > -noise) & (first[0] > -noise)
@@ -212,6 +225,13 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
     gradient = jax.grad(value)(outputs_at(flow, start, coefficients), flow.labels)
     coefficients += direction(curvature, gradient, longest)
     return start - einsum("ij,jk->ik", flow.kernel, coefficients), found
+
+
+def _range(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the eigenvectors of positive eigenvalues, in columns, and these; others are zeros, and ones."""
+    spectrum = decompose(matrix)
+    positive = spectrum.values > spectrum.noise * spectrum.scale
+    return jnp.where(positive[None], spectrum.vectors, 0), jnp.where(positive, spectrum.values, 1)
 
 
 def require(condition: jax.Array, values: Any, message: str) -> Any:
