@@ -14,7 +14,6 @@ import diffrax
 import equinox
 import jax
 import jax.numpy as jnp
-import optimistix
 from nt_core.tracing import is_traced
 
 from nt_predict._layout import OutputLayout, symmetric
@@ -56,11 +55,10 @@ class Flow(NamedTuple):
         return self.outputs + distance * self.velocities
 
 
-@partial(jax.jit, static_argnames=("loss", "layout", "implicit", "max_steps"))
+@partial(jax.jit, static_argnames=("loss", "layout", "max_steps"))
 def integrate(
     loss: Loss,
     layout: OutputLayout,
-    implicit: bool,
     max_steps: int,
     flow: Flow,
     times: jax.Array,
@@ -70,7 +68,6 @@ def integrate(
 
     Args:
       loss, layout: the loss of outputs in this layout and labels.
-      implicit: whether by an implicit method, for stiff equations.
       max_steps: between two times.
       flow: what is to be integrated.
       times: (times,), finite, at least 0, in any order.
@@ -78,7 +75,7 @@ def integrate(
     """
     n = flow.n_train
 
-    def velocity(time, state):
+    def velocity(time: Any, state: Any) -> Any:
         outputs = flow.coast(time)[:n] - einsum("ij,jk->ik", flow.kernel[:n], state[0])
         force = _gradient(loss, layout, outputs, flow.labels)
         return (force,) if flow.growth is None else (state[1], flow.growth * state[1] + force)
@@ -87,22 +84,19 @@ def integrate(
         # An error of coefficients matters as far as outputs show it.
         return jnp.stack([jnp.abs(einsum("ij,jk->ik", flow.kernel, part)).max() for part in state]).max() / tolerance
 
-    # The default root finder keeps its first derivative, and fails on losses that are not quadratic.
-    root_finder = optimistix.Newton(rtol=0.0, atol=0.1, norm=error_of_outputs)
-    solver = diffrax.Kvaerno5(root_finder=root_finder) if implicit else diffrax.Tsit5()
     controller = diffrax.PIDController(rtol=0.0, atol=1.0, norm=error_of_outputs)
 
     def advance(state, interval):
         # A step ends at each time: interpolation between steps would lose digits, and derivatives by the time.
         start, end = interval
 
-        def scaled(fraction, state, _):
+        def scaled(fraction: Any, state: Any, _: Any) -> Any:
             change = velocity(start + fraction * (end - start), state)
             return jax.tree.map(lambda part: (end - start) * part, change)
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(scaled),
-            solver,
+            diffrax.Tsit5(),
             jnp.zeros((), times.dtype),
             jnp.ones((), times.dtype),
             None,
@@ -112,7 +106,7 @@ def integrate(
             max_steps=max_steps,
             throw=False,
         )
-        state = tuple(part[0] for part in solution.ys)
+        state = jax.tree.map(lambda part: part[0], solution.ys)
         return state, (state, solution.result == diffrax.RESULTS.successful)
 
     order = jnp.argsort(times)
@@ -124,7 +118,7 @@ def integrate(
         _, (states, successful) = jax.lax.scan(advance, state, (starts, ends))
     states = [part[jnp.argsort(order)] for part in states]
     outputs = jax.vmap(flow.coast)(times) - einsum("ij,tjk->tik", flow.kernel, states[0])
-    if flow.velocities is None:
+    if flow.growth is None:
         return outputs, None, successful.all()
     remaining = jnp.exp(flow.growth * times)[:, None, None] * flow.velocities[None]
     return outputs, remaining - einsum("ij,tjk->tik", flow.kernel, states[1]), successful.all()
@@ -182,7 +176,7 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
 
     first_loss = value(fixed_start[:n], constant.labels)
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         coefficients, outputs, loss_now, length, _, count = carry
         change = direction(
             curvature_at(outputs), jax.grad(value)(outputs, constant.labels), jnp.minimum(length, longest)

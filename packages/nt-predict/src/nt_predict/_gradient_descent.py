@@ -47,7 +47,6 @@ def gradient_descent(
     *,
     rtol: float | None = None,
     atol: float | None = None,
-    implicit: bool = False,
     max_steps: int = 2**17,
 ) -> Callable[..., Any]:
     r"""Outputs of an infinitely wide, or a linearised, network under gradient descent on any loss.
@@ -77,10 +76,7 @@ def gradient_descent(
       trace_axes: axes of ``y_train`` along which outputs are independent and have the same kernel.
       rtol, atol: the error of a step is at most ``atol`` plus ``rtol`` times the largest of labels and initial outputs,
         at every output. None is 1e-8 in double, 1e-5 in single precision.
-      implicit: whether to integrate by an implicit method, for long times and ill-conditioned kernels. Its steps are
-        few, but each solves linear systems in all training outputs. On losses that are not quadratic it is known to
-        stall, with the error of too few steps, for kernels of condition numbers from some 1e4.
-      max_steps: the most steps between two times.
+      max_steps: the most steps between two times. They are at most as long as the fastest direction is stable.
 
     Returns:
       ``predict_fn(t=None, fx_train_or_state_0=0., fx_test_0=None, k_test_train=None)``. ``t`` is a finite number or an
@@ -168,12 +164,12 @@ def gradient_descent(
             if not is_traced(times) and not jnp.isfinite(times).all():
                 raise ValueError("`t` must be finite; the limit of infinite time is `t=None`.")
             largest = jnp.maximum(jnp.abs(flow.outputs).max(), jnp.abs(y).max().astype(dtype))
-            fx, qx, successful = integrate(loss, layout, implicit, max_steps, flow, times, atol + rtol * largest)
+            fx, qx, successful = integrate(loss, layout, max_steps, flow, times, atol + rtol * largest)
             fx = require(
                 successful,
                 fx,
-                f"{max_steps} steps are not enough to reach `t`: increase `max_steps` or the tolerances, take the "
-                "method for long times, `implicit=True`, or, for the end of training, `t=None`.",
+                f"{max_steps} steps are not enough to reach `t`: increase `max_steps` or the tolerances, or, for the end "
+                "of training, give `t=None`.",
             )
 
         (train, test), (train_velocity, test_velocity) = outputs(fx, leading), outputs(qx, leading)
