@@ -168,8 +168,8 @@ def gradient_descent(
             fx = require(
                 successful,
                 fx,
-                f"{max_steps} steps are not enough to reach `t`: increase `max_steps` or the tolerances, or, for the end "
-                "of training, give `t=None`.",
+                f"{max_steps} steps are not enough to reach `t`: increase `max_steps` or the tolerances, or, for the "
+                "end of training, give `t=None`.",
             )
 
         (train, test), (train_velocity, test_velocity) = outputs(fx, leading), outputs(qx, leading)
