@@ -1,4 +1,5 @@
-"""Scaling of the CPU engine on the 21-layer pooling network: cores, symmetry, memory. One or two minutes.
+"""Scaling of the CPU engine on the 21-layer pooling network: cores, symmetry, memory; and where the time of a fully
+connected one goes. One or two minutes.
 
 .venv/bin/python benchmarks/engine.py
 """
@@ -35,6 +36,22 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def fully_connected():
+    """Prints the time of networks of some depths and of the product of their inputs, 4000 x 4000."""
+    x1, x2 = (np.random.default_rng(i).standard_normal((4000, 784)).astype(np.float32) for i in (1, 2))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x1 @ x2.T
+        times.append(time.perf_counter() - start)
+    print(f"fully connected, 784 inputs, 4000 x 4000: product of the inputs by NumPy {1e3 * min(times):.0f} ms")
+    for n_inputs, depth in ((784, 1), (784, 5), (784, 10), (8, 5)):
+        layers = [layer for _ in range(depth) for layer in (stax.Dense(1), stax.Relu())]
+        kernel_fn = jax.jit(stax.serial(*layers, stax.Dense(1))[2], static_argnames="get")
+        cut1, cut2 = jax.device_put((x1[:, :n_inputs], x2[:, :n_inputs]))
+        print(f"  {n_inputs} inputs, {depth} layers: {1e3 * seconds(kernel_fn, cut1, cut2, 5):.0f} ms")
+
+
 def main():
     """Prints all figures; with numbers of cores as argument, the time per entry on these."""
     if len(sys.argv) > 1:
@@ -59,6 +76,7 @@ def main():
             per_entry.append(float(done.stdout))
         one, two = per_entry
         print(f"one core {one:.2f} ms per entry, two {two:.2f}: {one / two:.2f} times as fast")
+    fully_connected()
 
 
 if __name__ == "__main__":

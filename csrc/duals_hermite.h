@@ -2,6 +2,7 @@
 #pragma once
 
 #include "duals_common.h"
+#include "program.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -13,7 +14,7 @@ class Series {
   using V = Vec<T>;
 
  public:
-  static constexpr int kDegree = 8, kTerms = kDegree / 2 + 1;
+  static constexpr int kDegree = kMaxDegree, kTerms = kDegree / 2 + 1;
   static constexpr int kCoefficients = (kDegree + 1) * kTerms;
 
   // The coefficient of q^i in p_l is c[l * kTerms + i]; l + 2 i is at most the degree.

@@ -27,6 +27,7 @@ py::dict schema() {
   py::dict schema;
   schema["encoding"] = nt::kEncoding;
   schema["max_axes"] = nt::kAxes;
+  schema["max_degree"] = nt::kMaxDegree;
   schema["ops"] = ops;
   schema["activations"] = activations;
   return schema;

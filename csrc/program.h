@@ -8,7 +8,8 @@
 
 namespace nt {
 
-inline constexpr int kAxes = 3;  // spatial axes; programs with fewer have leading ones of size 1
+inline constexpr int kMaxDegree = 8;  // of polynomials, as nonlinearities
+inline constexpr int kAxes = 3;       // spatial axes; programs with fewer have leading ones of size 1
 using Index3 = std::array<int, kAxes>;
 
 // Windows along one axis.

@@ -84,7 +84,7 @@ NT_INLINE Vec<T> angular_of_inputs(const T* x1, const T* x2, int channels, Vec<T
 template <bool kWide, class T>
 void load_input_samples(const Work<T>& work, const Instance& instance, const Place& at, Vec<T>* d) {
   const int channels = work.value(instance).channels;
-  const int64_t stride = work.c.one_position ? work.c.n_inputs : channels;
+  const int64_t stride = work.c.n_inputs;
   const T* x1 = work.tile.inputs1[instance.value];
   const T* x2 = work.tile.inputs2[instance.value];
   int x = 0;

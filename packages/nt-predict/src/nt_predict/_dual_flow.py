@@ -6,6 +6,7 @@ momentum, `b_t = da_t/dt` decays at a constant rate beside, and initial velociti
 themselves.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -137,88 +138,122 @@ def limit(loss: Loss, layout: OutputLayout, flow: Flow) -> tuple[jax.Array, jax.
     """Returns the outputs after infinite time, (points, columns), and whether that limit was found.
 
     It is where the flow ends that starts at `flow.outputs`: the minimum of the loss that can be reached with
-    coefficients in the span of gradients. Steps are those of the implicit Euler method, linearised, at growing length
-    (pseudo-transient continuation): in the end those of Newton. They stay in that span, where a kernel or a loss has
-    directions in which it is constant.
+    coefficients in the span of gradients.
     """
     n = flow.n_train
-    constant = jax.lax.stop_gradient(flow)
-    start = flow.coast(None)
-    shape = (n, flow.outputs.shape[1])
-    size = n * shape[1]
-    value = partial(_loss_of_matrix, loss, layout)
-    eps = jnp.finfo(start.dtype).eps
-
-    def outputs_at(flow, start, coefficients):
-        return start[:n] - einsum("ij,jk->ik", flow.kernel[:n], coefficients)
-
-    def curvature_at(outputs):
-        return jax.hessian(value)(outputs, constant.labels).reshape(size, size)
-
-    def direction(curvature, gradient, length):
-        """Returns the change of coefficients in one step, by the linear system of the gradient flow of parameters."""
-        matrix = jnp.eye(size, dtype=gradient.dtype) / length + einsum("ai,ab,bj->ij", moves, curvature, moves)
-        change = jnp.linalg.solve(matrix, einsum("ai,a->i", moves, gradient.ravel()))
-        return einsum("ai,i->a", basis, change).reshape(shape)
-
-    fixed_start = jax.lax.stop_gradient(start)
-    first_curvature = curvature_at(fixed_start[:n])
-    # Coefficients change along orthonormal parameters, without those that loss or kernel do not depend on: there long
-    # steps would only amplify rounding errors.
-    vectors, _ = _range(first_curvature)
-    full_kernel = jnp.kron(constant.kernel[:n], jnp.eye(shape[1], dtype=start.dtype))
-    rotation, values = _range(symmetric(einsum("ai,ab,bj->ij", vectors, full_kernel, vectors)))
-    basis = einsum("ai,ij->aj", vectors, rotation) / values[None] ** 0.5
-    moves = einsum("ab,bi->ai", full_kernel, basis)
-    scale = jnp.abs(first_curvature).sum(1).max() * jnp.abs(constant.kernel[:n]).sum(1).max()
-    # Beyond this length rounding errors of the solution would exceed what is still missing of a Newton step.
-    longest = eps ** (-2 / 3) / scale
-
-    first_loss = value(fixed_start[:n], constant.labels)
-
-    def step(carry: Any) -> Any:
-        coefficients, outputs, loss_now, length, _, count = carry
-        change = direction(
-            curvature_at(outputs), jax.grad(value)(outputs, constant.labels), jnp.minimum(length, longest)
-        )
-        proposal = outputs_at(constant, fixed_start, coefficients + change)
-        loss_next = value(proposal, constant.labels)
-        moved = jnp.abs(proposal - outputs).max() / (jnp.abs(outputs).max() + jnp.abs(constant.labels).max() + eps)
-        # Rounding errors of the loss are no reason to refuse a step.
-        accepted = loss_next <= loss_now + 8 * eps * (jnp.abs(loss_now) + jnp.abs(first_loss))
-        done = accepted & (moved < eps ** (2 / 3)) & (length >= longest)
-        keep = partial(jnp.where, accepted)
-        return (
-            keep(coefficients + change, coefficients),
-            keep(proposal, outputs),
-            keep(loss_next, loss_now),
-            jnp.where(accepted, 10 * length, length / 10),
-            done,
-            count + 1,
-        )
-
-    def unfinished(carry):
-        return ~carry[4] & (carry[5] < _MAX_NEWTON_STEPS)
-
-    initial = (
-        jnp.zeros(shape, start.dtype),
-        fixed_start[:n],
-        first_loss,
-        1 / scale,
-        jnp.asarray(False),
-        0,
-    )
-    coefficients, outputs, _, _, found, _ = jax.lax.while_loop(unfinished, step, initial)
-    curvature = curvature_at(outputs)
-    # A loss that is constant in more directions than at the start has other minima: the limit depends on the way.
-    spectrum, first = jnp.linalg.eigvalsh(curvature), jnp.linalg.eigvalsh(first_curvature)
-    noise = eps**0.75 * first[-1]
-    convex = (spectrum[0] > -noise) & (first[0] > -noise)
-    found &= convex & ((spectrum > noise).sum() >= (first > noise).sum())
+    search = _Search.of(loss, layout, jax.lax.stop_gradient(flow))
+    coefficients, outputs, found = search.minimum()
+    found &= search.is_only_minimum(outputs)
     # One more step, which derivatives can pass: those of a solution are those of one Newton step from it.
-    gradient = jax.grad(value)(outputs_at(flow, start, coefficients), flow.labels)
-    coefficients += direction(curvature, gradient, longest)
+    start = flow.coast(None)
+    reached = start[:n] - einsum("ij,jk->ik", flow.kernel[:n], coefficients)
+    gradient = _gradient(loss, layout, reached, flow.labels)
+    coefficients += search.change(search.curvature(outputs), gradient, search.longest)
     return start - einsum("ij,jk->ik", flow.kernel, coefficients), found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The way to the minimum of a loss.
+
+    Steps are those of the implicit Euler method, linearised, at growing length (pseudo-transient continuation): in the
+    end those of Newton. They stay in the span of gradients, where a kernel or a loss has directions in which it is
+    constant. Coefficients change along orthonormal parameters, without those that loss or kernel do not depend on:
+    there long steps would only amplify rounding errors.
+
+    Attributes:
+      loss: of training outputs, (train, columns), and labels.
+      kernel: (train, train).
+      start: the training outputs at the start.
+      labels: of the shape of the training outputs.
+      first_curvature: the Hessian of the loss there.
+      basis: the coefficients that each parameter stands for, in columns.
+      moves: the changes of outputs that they make.
+      shortest, longest: lengths of steps. Beyond the longest, rounding errors of the solution would exceed what is
+        still missing of a Newton step.
+    """
+
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    kernel: jax.Array
+    start: jax.Array
+    labels: jax.Array
+    first_curvature: jax.Array
+    basis: jax.Array
+    moves: jax.Array
+    shortest: jax.Array
+    longest: jax.Array
+
+    @classmethod
+    def of(cls, loss: Loss, layout: OutputLayout, flow: Flow) -> "_Search":
+        """Prepares the search from the outputs of a flow."""
+        n = flow.n_train
+        kernel, start = flow.kernel[:n], flow.coast(None)[:n]
+        value = partial(_loss_of_matrix, loss, layout)
+        curvature = _curvature(value, start, flow.labels)
+        vectors, _ = _range(curvature)
+        full_kernel = jnp.kron(kernel, jnp.eye(start.shape[1], dtype=start.dtype))
+        rotation, values = _range(symmetric(einsum("ai,ab,bj->ij", vectors, full_kernel, vectors)))
+        basis = einsum("ai,ij->aj", vectors, rotation) / values[None] ** 0.5
+        scale = jnp.abs(curvature).sum(1).max() * jnp.abs(kernel).sum(1).max()
+        longest = jnp.finfo(start.dtype).eps ** (-2 / 3) / scale
+        moves = einsum("ab,bi->ai", full_kernel, basis)
+        return cls(value, kernel, start, flow.labels, curvature, basis, moves, 1 / scale, longest)
+
+    def curvature(self, outputs: jax.Array) -> jax.Array:
+        """Returns the Hessian of the loss at some outputs."""
+        return _curvature(self.loss, outputs, self.labels)
+
+    def change(self, curvature: jax.Array, gradient: jax.Array, length: jax.Array) -> jax.Array:
+        """Returns the change of coefficients in one step, by the linear system of the gradient flow of parameters."""
+        identity = jnp.eye(len(curvature), dtype=gradient.dtype)
+        matrix = identity / length + einsum("ai,ab,bj->ij", self.moves, curvature, self.moves)
+        solution = jnp.linalg.solve(matrix, einsum("ai,a->i", self.moves, gradient.ravel()))
+        return einsum("ai,i->a", self.basis, solution).reshape(gradient.shape)
+
+    def minimum(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the coefficients and the outputs where steps end, and whether they have ended."""
+        first_loss, eps = self.loss(self.start, self.labels), jnp.finfo(self.start.dtype).eps
+
+        def step(carry: Any) -> Any:
+            coefficients, outputs, loss_now, length, _, count = carry
+            gradient = jax.grad(self.loss)(outputs, self.labels)
+            change = self.change(self.curvature(outputs), gradient, jnp.minimum(length, self.longest))
+            proposal = self.start - einsum("ij,jk->ik", self.kernel, coefficients + change)
+            loss_next = self.loss(proposal, self.labels)
+            moved = jnp.abs(proposal - outputs).max() / (jnp.abs(outputs).max() + jnp.abs(self.labels).max() + eps)
+            # Rounding errors of the loss are no reason to refuse a step.
+            accepted = loss_next <= loss_now + 8 * eps * (jnp.abs(loss_now) + jnp.abs(first_loss))
+            keep = partial(jnp.where, accepted)
+            return (
+                keep(coefficients + change, coefficients),
+                keep(proposal, outputs),
+                keep(loss_next, loss_now),
+                jnp.where(accepted, 10 * length, length / 10),
+                accepted & (moved < eps ** (2 / 3)) & (length >= self.longest),
+                count + 1,
+            )
+
+        def unfinished(carry):
+            return ~carry[4] & (carry[5] < _MAX_NEWTON_STEPS)
+
+        initial = (jnp.zeros_like(self.start), self.start, first_loss, self.shortest, jnp.asarray(False), 0)
+        coefficients, outputs, _, _, found, _ = jax.lax.while_loop(unfinished, step, initial)
+        return coefficients, outputs, found
+
+    def is_only_minimum(self, outputs: jax.Array) -> jax.Array:
+        """Whether the loss is convex at the start and at a minimum, which does not depend on the way there.
+
+        With a loss that is constant in more directions than at the start there are other minima.
+        """
+        first, last = jnp.linalg.eigvalsh(self.first_curvature), jnp.linalg.eigvalsh(self.curvature(outputs))
+        noise = jnp.finfo(first.dtype).eps ** 0.75 * first[-1]
+        convex = (last[0] > -noise) & (first[0] > -noise)
+        return convex & ((last > noise).sum() >= (first > noise).sum())
+
+
+def _curvature(loss: Callable[[jax.Array, jax.Array], jax.Array], outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """The Hessian of a loss, (size, size) for outputs of so many numbers."""
+    return jax.hessian(loss)(outputs, labels).reshape(outputs.size, outputs.size)
 
 
 def _range(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:

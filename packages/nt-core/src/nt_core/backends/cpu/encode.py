@@ -48,7 +48,6 @@ from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, sam
 
 # Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
 _MAX_POOLED_PAIRS = 2**21
-_MAX_DEGREE = 8  # of polynomials: `Series` in csrc/duals_hermite.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,10 +411,10 @@ def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
 def _table(expansion: Expansion) -> list[Any]:
     """The coefficients of all `p_l`, row after row. What is not there is zero."""
     degree = max((l + 2 * i for l, i in expansion), default=0)
-    if degree > _MAX_DEGREE:
-        raise Refused(f"the dual of a polynomial of degree {degree}, it takes those of up to {_MAX_DEGREE}")
-    terms = range(_MAX_DEGREE // 2 + 1)
-    return [expansion.get((l, i), 0.0) for l in range(_MAX_DEGREE + 1) for i in terms]
+    largest = native.schema()["max_degree"]
+    if degree > largest:
+        raise Refused(f"the dual of a polynomial of degree {degree}, it takes those of up to {largest}")
+    return [expansion.get((l, i), 0.0) for l in range(largest + 1) for i in range(largest // 2 + 1)]
 
 
 def _flat(windows: list[_Window]) -> list[int]:
