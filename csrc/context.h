@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "job.h"
-#include "pages.h"
 #include "simd.h"
 
 namespace nt {
@@ -20,9 +19,7 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t{64}))) {
-    ask_for_large_pages(data_, size * sizeof(T));
-  }
+      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t{64}))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -251,14 +251,29 @@ Plan make_plan(const Program& program, Purpose purpose) {
   return plan;
 }
 
+// The tied maps whose own tangent kernel is formed from the averages of variances: not in the loop that ends in a dual.
+std::vector<bool> read_averages(const Program& program, const Plan& pairs) {
+  std::vector<bool> read(program.values.size(), false);
+  for (const Stage& stage : pairs.stages) {
+    for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
+      const Instance& instance = stage.instances[i];
+      const bool fused = std::any_of(stage.passes.begin(), stage.passes.end(),
+                                     [i](const Pass& pass) { return pass.head == i && pass.fused_dual >= 0; });
+      if (instance.kind == Kind::kTied && instance.deficit && instance.has_ntk && !fused) read[instance.value] = true;
+    }
+  }
+  return read;
+}
+
 // Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program, bool one_position) {
+Record make_record(const Program& program, const Plan& pairs, bool one_position) {
   Record record(program.values.size());
+  const std::vector<bool> averages = read_averages(program, pairs);
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
-    if (value.op == Op::kTied && value.needs) record.add(Statistic::kHalfAverage, i, n);
+    if (averages[i] && !one_position) record.add(Statistic::kHalfAverage, i, n);
     if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * info(value.activation).planes);
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
@@ -307,7 +322,7 @@ Prepared prepare(Program program) {
   check_loads(program, prepared.pairs, false);
   check_loads(program, prepared.own, true);
   prepared.one_position = has_one_position(program);
-  prepared.record = make_record(program, prepared.one_position);
+  prepared.record = make_record(program, prepared.pairs, prepared.one_position);
   prepared.program = std::move(program);
   return prepared;
 }

@@ -89,8 +89,9 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
     }
     return;
   }
-  const auto half1 = first<kWide>(work, Statistic::kHalfAverage, instance.value, at);
-  const auto half2 = second(work, Statistic::kHalfAverage, instance.value, at);
+  const Statistic average = t_out ? Statistic::kHalfAverage : Statistic::kHalfVariance;  // or not there, nor read
+  const auto half1 = first<kWide>(work, average, instance.value, at);
+  const auto half2 = second(work, average, instance.value, at);
   const V m = broadcast(mean), w = broadcast(c[0]), own_w = broadcast(c[2]), own_b = broadcast(c[3]);
   for (int x = 0; x < at.n; ++x) {
     const V deficit = sum_across<kRows>(d, at.x + x) * m;

@@ -218,12 +218,13 @@ class RecordWriter {
   }
 
   void tied(const Value& value, const T* coefficient, const T* half_in, T* average, T* half) const {
-    window_sum(value, half_in, c_.program.values[value.inputs[0]].space, average);
+    const T* sums = average ? average : half;
+    window_sum(value, half_in, c_.program.values[value.inputs[0]].space, average ? average : half);
     const int64_t n = n_positions(value.space);
     const V scale = broadcast(T(1) / window_size<T>(value));
     for (int64_t p = 0; p < n; ++p) {
-      const V mean = load(average + p * kL) * scale;
-      store(average + p * kL, mean);
+      const V mean = load(sums + p * kL) * scale;
+      if (average) store(average + p * kL, mean);
       store(half + p * kL, fma(mean, broadcast(coefficient[0]), broadcast(T(0.5) * coefficient[1])));
     }
   }
