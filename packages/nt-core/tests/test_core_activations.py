@@ -401,7 +401,9 @@ def test_shapes_types_jit_and_vmap(name, shape, dtype):
         transformed.append(jax.vmap(activation.dual)(var1, var2, deficit))
     for results in transformed:
         for x, y in zip(results, expected, strict=True):
-            np.testing.assert_allclose(x, y, rtol=4 * jnp.finfo(dtype).eps, atol=16 * jnp.finfo(dtype).eps)
+            # Sums whose terms are larger than the result round differently in another order.
+            largest = max(1, jnp.abs(y).max(initial=0))
+            np.testing.assert_allclose(x, y, rtol=4 * jnp.finfo(dtype).eps, atol=16 * jnp.finfo(dtype).eps * largest)
 
 
 @each_activation

@@ -219,7 +219,7 @@ def _shape_with_unknown(fn: Any, name: str, input_shape: Sequence[int]) -> tuple
 
     def shape_for(size: int) -> tuple[int, ...]:
         sizes = [size if n < 0 else n for n in input_shape]
-        return jax.eval_shape(fn, jax.ShapeDtypeStruct(sizes, float)).shape
+        return jax.eval_shape(fn, jax.ShapeDtypeStruct(sizes, jnp.result_type(float))).shape
 
     if all(n >= 0 for n in input_shape):
         return shape_for(1)
