@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Device, Request
+from nt_core.evaluation.angular import AngularBlock, AngularLoader, has_no_positions, with_derivatives_of
 from nt_core.evaluation.block import Block
 from nt_core.evaluation.fusion import unfused
 from nt_core.evaluation.samples import (
@@ -121,7 +122,12 @@ class _Propagation:
             (batch1, statistics1), (batch2, statistics2) = crossed(blocks1, blocks2)
             loader = SourceLoader(self._lowered, batch1, batch2, pairs, identical, same)
             block = Block(self._lowered, statistics1, statistics2, loader, ntk)
-            return [block.covariance(i) for i in self._lowered.outputs]
+            plain = [block.covariance(i) for i in self._lowered.outputs]
+            if not has_no_positions(self._lowered):
+                return plain
+            loader = AngularLoader(self._lowered, batch1, batch2, pairs, identical, same)
+            block = AngularBlock(self._lowered, statistics1, statistics2, loader, ntk)
+            return jax.tree.map(with_derivatives_of, [block.covariance(i) for i in self._lowered.outputs], plain)
 
         data1, data2 = (first.data, first.statistics), (second.data, second.statistics)
         shape = (first.data.index.shape[0], second.data.index.shape[0])

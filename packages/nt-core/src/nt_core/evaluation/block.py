@@ -262,7 +262,7 @@ class Block:
 
         def apply(x: Pairs, iteration: tuple[Lowered, Statistics, Statistics]) -> tuple[Pairs, None]:
             body, first, second = iteration
-            return Block(body, first, second, _Constant(x), ntk).evaluate(body.outputs[0], geometry), None
+            return type(self)(body, first, second, _Constant(x), ntk).evaluate(body.outputs[0], geometry), None
 
         none = Statistics({})
         xs = (primitive.body, self._first.repeated.get(number, none), self._second.repeated.get(number, none))

@@ -20,7 +20,7 @@ from nt_core.spec import Spec
 
 # With more channels than this a matrix product is so much faster than differences that these are kept for pairs so
 # close that the product loses digits.
-_MAX_CHANNELS_FOR_DIFFERENCES = 16
+MAX_CHANNELS_FOR_DIFFERENCES = 16
 _CLOSE = 1e-3
 
 _NO_COVARIANCES = "This kernel holds no cov1; ask for the whole kernel (get=None) to apply more layers to it."
@@ -202,8 +202,8 @@ class SourceLoader:
     def _input_deficit(self, number: int, geometry: Geometry, x1: Array, x2: Array) -> Array:
         if not self._is_crossed():
             return jnp.mean((x1 - x2) ** 2, -2) / 2
-        if x1.shape[-3] <= _MAX_CHANNELS_FOR_DIFFERENCES:
-            return _half_mean_square_difference(x1, x2)
+        if x1.shape[-3] <= MAX_CHANNELS_FOR_DIFFERENCES:
+            return half_mean_square_difference(x1, x2)
         deficit = jnp.maximum(self._deficit_of(number, geometry, self._product(x1, x2)), 0)
         var1, var2 = self.first.variance[number], self.second.variance[number]
         close = deficit < _CLOSE * (geometry.first(var1) + geometry.second(var2))
@@ -251,7 +251,7 @@ def crossed(batch1: Any, batch2: Any) -> tuple[Any, Any]:
     )
 
 
-def _half_mean_square_difference(x1: Array, x2: Array) -> Array:
+def half_mean_square_difference(x1: Array, x2: Array) -> Array:
     """`mean((x1 - x2)^2) / 2` over the channels, which stand before two batch axes."""
     n_channels = x1.shape[-3]
     squares = [(x1[..., c, :, :] - x2[..., c, :, :]) ** 2 for c in range(n_channels)]

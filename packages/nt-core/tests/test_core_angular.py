@@ -1,5 +1,6 @@
-"""The native backend on programs without positions, which carries 1 - |correlation| there."""
+"""Programs without positions, of which backends carry 1 - |correlation|."""
 
+import jax
 import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
@@ -8,6 +9,8 @@ from closed_forms import relu_form
 from conformance import RELU, chain, dense, run, spec_of
 from nt_core import Builder, Request, activations, definition, propagate, steps
 from nt_core.sources import Inputs
+
+each_backend = pytest.mark.parametrize("backend", ["cpu", "xla"])
 
 W_VAR = 2.25  # a number of either precision, as all others here are
 
@@ -44,16 +47,17 @@ def nearly_parallel():
     return np.stack([direction, 0.3 * direction + 1e-3 * other, -2 * direction, 1e-4 * other - direction, other])
 
 
+@each_backend
 @pytest.mark.parametrize("a, b", [(0, 1), (0.25, 1), (-1, 1), (1, 1)])
 @pytest.mark.parametrize("b_var", [None, 0.25])
 @pytest.mark.parametrize("points", [on_a_line, nearly_parallel])
-def test_parallel_and_antiparallel_inputs(points, b_var, a, b, dtype):
+def test_parallel_and_antiparallel_inputs(points, b_var, a, b, dtype, backend):
     x = points().astype(np.float32).astype(dtype)
     activation = steps.Dual(activations.ABRelu(a, b))
     layers = [layer for _ in range(3) for layer in (steps.Dense(W_VAR, b_var, 16), activation)]
     program = chain(spec_of(x, x), [*layers, steps.Dense(W_VAR, b_var, 16)])
     expected = exact(x, x, 3, 0 if b_var is None else b_var, a, b)
-    kernel = run(program, x, None, Request(True, False), "cpu")
+    kernel = run(program, x, None, Request(True, False), backend)
     for i, k in enumerate((kernel.nngp, kernel.ntk)):
         variance = np.diagonal(expected[..., i])
         error = np.abs(k - expected[..., i]) / np.sqrt(np.outer(variance, variance))
@@ -74,8 +78,9 @@ def everything(spec, numbers1, numbers2):
     return builder.build(builder.add(dense(), builder.add(RELU, builder.add(dense(), x))))
 
 
+@each_backend
 @pytest.mark.parametrize("same", [False, True])
-def test_every_primitive(same, dtype):
+def test_every_primitive(same, dtype, backend):
     random = np.random.default_rng(0)
     x1, y1 = random.normal(size=(2, 5, 4)).astype(np.float32).astype(dtype)
     x2, y2 = random.normal(size=(2, 18, 4)).astype(np.float32).astype(dtype)
@@ -89,19 +94,38 @@ def test_every_primitive(same, dtype):
     sources = [
         Inputs(jnp.asarray(first), jnp.asarray(second), spec_of(x1, x2)) for first, second in ((x1, x2), (y1, y2))
     ]
-    (kernel,) = propagate(program, sources, Request(), "cpu")
+    (kernel,) = propagate(program, sources, Request(), backend)
     for name in ("nngp", "ntk", "cov1", "cov2"):
         wanted = getattr(expected, name)
         tolerance = 2e-6 if dtype == "float32" else 1e-7  # that of the definition, for equal inputs
         np.testing.assert_allclose(getattr(kernel, name), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
-def test_from_a_kernel(x64):
+@each_backend
+def test_from_a_kernel(x64, backend):
     """A program may be cut anywhere."""
     x = nearly_parallel()
     layers = [dense(None), RELU, dense(), steps.Dual(activations.ABRelu(-1.0, 1.0)), dense(), RELU]
-    whole = run(chain(spec_of(x, x), layers), x, x + 1.0, Request(), "cpu")
-    first = run(chain(spec_of(x, x), layers[:3]), x, x + 1.0, Request(), "cpu")
-    (second,) = propagate(chain(first.spec, layers[3:]), [first], Request(), "cpu")
+    whole = run(chain(spec_of(x, x), layers), x, x + 1.0, Request(), backend)
+    first = run(chain(spec_of(x, x), layers[:3]), x, x + 1.0, Request(), backend)
+    (second,) = propagate(chain(first.spec, layers[3:]), [first], Request(), backend)
     for name in ("nngp", "ntk", "cov1", "cov2"):
         np.testing.assert_allclose(getattr(second, name), getattr(whole, name), rtol=1e-8)
+
+
+@each_backend
+def test_derivatives(x64, backend):
+    """Finite for zero and parallel inputs, and right where they exist."""
+    x1, x2 = np.random.default_rng(0).normal(size=(2, 4, 20))
+    x1[1], x1[2], x2[0] = 0, -2 * x1[0], x1[0]
+    program = chain(spec_of(x1, x2), [dense(None), RELU, dense(None), RELU, dense(None)])
+
+    def total(x):
+        kernel = run(program, x, x2, Request(True, False), backend)
+        return jnp.sum(kernel.nngp) + jnp.sum(kernel.ntk)
+
+    gradient = jax.grad(total)(jnp.asarray(x1))
+    assert np.isfinite(gradient).all()
+    direction = np.where(np.arange(4) == 3, 1, 0)[:, None] * np.random.default_rng(1).normal(size=x1.shape)
+    difference = (total(x1 + 1e-6 * direction) - total(x1 - 1e-6 * direction)) / 2e-6
+    np.testing.assert_allclose(jnp.sum(gradient * direction), difference, rtol=1e-7)
