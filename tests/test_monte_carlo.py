@@ -27,6 +27,7 @@ from nt_core.layouts import make_2d
 VECTORS = random.normal(random.key(1), (3, 4))
 VECTORS = VECTORS.at[1].set(0.9 * VECTORS[0] + 0.1 * VECTORS[1])  # two samples are similar
 IMAGES = random.normal(random.key(2), (3, 3, 2, 2))
+GRAPHS = random.uniform(random.key(3), (3, 3, 3))
 MASKED = IMAGES.at[0, 2].set(jnp.nan).at[1, :, 1].set(jnp.nan)
 
 MAX_Z = 5.0
@@ -38,12 +39,13 @@ def head(width=None):
 
 
 class Case(NamedTuple):
-    """`body(width)` and `head(width)` are the layers, `x` the inputs."""
+    """`body(width)` and `head(width)` are the layers, `x` the inputs; `kernel_kwargs` are in the place of `kwargs`."""
 
     body: Callable[[int], Any]
     x: jax.Array = VECTORS
     head: Callable[[int], Any] = head
     kwargs: Any = {}  # noqa: RUF012
+    kernel_kwargs: Any = None
 
 
 def dense(width, W_std=1.2, b_std=0.4, **kwargs):
@@ -147,6 +149,24 @@ UNBIASED = {
         ),
         IMAGES,
     ),
+    "Index": Case(
+        lambda width: stax.serial(conv(width), stax.Relu(), stax.Index(stax.Slice[:, 1:, ::-1])), IMAGES
+    ),
+    "Aggregate": Case(
+        lambda width: stax.serial(dense(width), stax.Relu(), stax.Aggregate(1)),
+        IMAGES,
+        kwargs={"pattern": GRAPHS},
+        kernel_kwargs={"pattern": (GRAPHS, GRAPHS)},
+    ),
+    "DotGeneral": Case(
+        lambda width: stax.serial(
+            conv(width), stax.Relu(), stax.DotGeneral(lhs=GRAPHS, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
+        ),
+        IMAGES,
+    ),
+    "ImageResize": Case(
+        lambda width: stax.serial(conv(width), stax.Relu(), stax.ImageResize((-1, 2, 4, -1), "linear")), IMAGES
+    ),
     "masks": Case(
         lambda width: stax.serial(conv(width), stax.Cos(), stax.GlobalAvgPool()),
         MASKED,
@@ -235,9 +255,10 @@ def kernels(case, width):
     """Returns the infinite-width values of the statistics."""
     body = case.body(width)
     network = stax.serial(body, case.head(width))
-    kernel = body[2](case.x, None, **case.kwargs)
+    kwargs = case.kwargs if case.kernel_kwargs is None else case.kernel_kwargs
+    kernel = body[2](case.x, None, **kwargs)
     kernel = kernel.reverse() if kernel.is_reversed else kernel
-    return make_2d(kernel.nngp, 2), network[2](case.x, None, "ntk", **case.kwargs)
+    return make_2d(kernel.nngp, 2), network[2](case.x, None, "ntk", **kwargs)
 
 
 def check(name, mean, error, expected):
