@@ -149,9 +149,7 @@ UNBIASED = {
         ),
         IMAGES,
     ),
-    "Index": Case(
-        lambda width: stax.serial(conv(width), stax.Relu(), stax.Index(stax.Slice[:, 1:, ::-1])), IMAGES
-    ),
+    "Index": Case(lambda width: stax.serial(conv(width), stax.Relu(), stax.Index(stax.Slice[:, 1:, ::-1])), IMAGES),
     "Aggregate": Case(
         lambda width: stax.serial(dense(width), stax.Relu(), stax.Aggregate(1)),
         IMAGES,

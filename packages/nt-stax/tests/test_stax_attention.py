@@ -17,6 +17,7 @@ from nt_stax import (
     serial,
     unmask_fn,
 )
+from stax_samples import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:GlobalSelfAttention with linear_scaling=True")
 
@@ -68,7 +69,7 @@ def test_finite_network(embedding, mechanism, linear_scaling, dtype):
     )
     assert apply_fn.__name__ == kernel_fn.__name__ == "GlobalSelfAttention"
     space, n_in = (2, 3), 4
-    x = random.normal(random.key(1), (2, *space, n_in), dtype)
+    x = normal(1, (2, *space, n_in), dtype)
     shape, params = init_fn(random.key(2), x.shape)
     outputs = jax.jit(lambda p, x: apply_fn(p, x, rng=None, anything=1))(params, x)
     assert shape == outputs.shape == (2, *space, 7)
@@ -155,7 +156,7 @@ def test_kernel(embedding, mechanism, linear_scaling, x64):
     attention = GlobalSelfAttention(
         7, 5, 6, 2, linear_scaling, b_std=0.3, attention_mechanism=mechanism, **STD, **embedding
     )
-    x1, x2 = random.normal(random.key(1), (2, 2, 3, 4)), random.normal(random.key(2), (3, 2, 3, 4))
+    x1, x2 = normal(1, (2, 2, 3, 4)), normal(2, (3, 2, 3, 4))
     before = serial(Dense(5, 1.1, 0.2), Relu())
     kernel_before = before[2](x1, x2, diagonal_batch=False)
     expected = expected_kernel(kernel_before, embedding, linear_scaling, mechanism, 0.3, n_in=5)
@@ -173,7 +174,7 @@ def test_kernel(embedding, mechanism, linear_scaling, x64):
 
 def test_first_layer_has_no_tangent_kernel_yet(x64):
     """On inputs T = 0: the tangent kernel is that of the layer's own weights."""
-    x = random.normal(random.key(1), (2, 3, 4))
+    x = normal(1, (2, 3, 4))
     _, _, kernel_fn = GlobalSelfAttention(7, 5, 6, 2, b_std=0.3)
     kernel = kernel_fn(x)
     np.testing.assert_allclose(kernel.ntk, 2 * (kernel.nngp - 0.09) + 0.09, rtol=1e-12)
@@ -187,7 +188,7 @@ def test_order_of_axes(batch_axis, channel_axis, order, x64):
     kwargs = dict(EMBEDDINGS["concat"], b_std=0.3)
     axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
     plain, moved = GlobalSelfAttention(7, 5, 6, 2, **kwargs), GlobalSelfAttention(7, 5, 6, 2, **axes, **kwargs)
-    x = random.normal(random.key(1), (2, 2, 3, 4))
+    x = normal(1, (2, 2, 3, 4))
     shape, params = plain[0](random.key(2), x.shape)
     moved_shape, moved_params = moved[0](random.key(2), x.transpose(order).shape)
     assert moved_shape == tuple(shape[a] for a in order)
@@ -200,7 +201,7 @@ def test_order_of_axes(batch_axis, channel_axis, order, x64):
 
 def test_reversed_kernel(x64):
     """A convolution stores pairs of axes in the opposite order; attention keeps it."""
-    x = random.normal(random.key(1), (2, 2, 3, 4))
+    x = normal(1, (2, 2, 3, 4))
     conv = Conv(5, (2, 2), padding="SAME")
     attention = GlobalSelfAttention(7, 5, 6, 2, **EMBEDDINGS["sum, decaying"])
     before = conv[2](x)
@@ -221,7 +222,7 @@ def test_masked_positions_do_not_exist(embedding, mechanism, linear_scaling, x64
     """Sequences that end in masked positions give what the shorter sequences give."""
     kwargs = dict(EMBEDDINGS[embedding], attention_mechanism=mechanism, b_std=0.3)
     init_fn, apply_fn, kernel_fn = GlobalSelfAttention(7, 5, 6, 2, linear_scaling, **kwargs)
-    x1, x2 = random.normal(random.key(1), (1, 5, 4)), random.normal(random.key(2), (1, 5, 4))
+    x1, x2 = normal(1, (1, 5, 4)), normal(2, (1, 5, 4))
     short1, short2 = x1[:, :2], x2[:, :3]
     x1, x2 = x1.at[:, 2:].set(99.0), x2.at[:, 3:].set(99.0)
     _, params = init_fn(random.key(3), x1.shape)
@@ -243,7 +244,7 @@ def test_masked_positions_do_not_exist(embedding, mechanism, linear_scaling, x64
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_fully_masked_sample(mechanism, dtype):
     init_fn, apply_fn, kernel_fn = GlobalSelfAttention(7, 5, 6, 2, b_std=0.3, attention_mechanism=mechanism)
-    x = random.normal(random.key(1), (2, 3, 4), dtype).at[1].set(jnp.nan)
+    x = normal(1, (2, 3, 4), dtype).at[1].set(jnp.nan)
     kernel = kernel_fn(x, None, mask_constant=jnp.nan)
     np.testing.assert_array_equal(kernel.nngp[1], 0)
     np.testing.assert_array_equal(kernel.ntk[:, 1], 0)
@@ -256,7 +257,7 @@ def test_fully_masked_sample(mechanism, dtype):
 
 def test_equal_inputs_stay_equal(dtype):
     """The covariance of a sample with itself is the same number wherever it is stored."""
-    x = random.normal(random.key(1), (3, 4, 5), dtype)
+    x = normal(1, (3, 4, 5), dtype)
     attention = GlobalSelfAttention(7, 5, 6, 2)
     kernel = serial(Dense(5), Relu(), attention)[2](x)
     np.testing.assert_array_equal(np.einsum("ii...->i...", kernel.nngp), kernel.cov1)
@@ -264,7 +265,7 @@ def test_equal_inputs_stay_equal(dtype):
 
 def test_transforms(x64):
     """jit, and derivatives with respect to inputs and standard deviations, also inside of the decay function."""
-    x1, x2 = random.normal(random.key(1), (1, 2, 4)), random.normal(random.key(2), (1, 2, 4))
+    x1, x2 = normal(1, (1, 2, 4)), normal(2, (1, 2, 4))
 
     def total(x1, std, rate):
         decay_fn = lambda d: jnp.exp(-rate * d)  # noqa: E731
@@ -276,7 +277,7 @@ def test_transforms(x64):
     np.testing.assert_allclose(jax.jit(total)(x1, 0.7, 0.4), total(x1, 0.7, 0.4), rtol=1e-12)
     gradients = jax.jit(jax.grad(total, (0, 1, 2)))(x1, 0.7, 0.4)
     h = 1e-6
-    direction = random.normal(random.key(3), x1.shape)
+    direction = normal(3, x1.shape)
     differences = (
         (total(x1 + h * direction, 0.7, 0.4) - total(x1 - h * direction, 0.7, 0.4)) / (2 * h),
         (total(x1, 0.7 + h, 0.4) - total(x1, 0.7 - h, 0.4)) / (2 * h),
@@ -290,7 +291,7 @@ def test_slowly_decaying_embeddings(dtype):
     """Correlations that are singular to rounding, up to embeddings that are the same everywhere."""
     for decay_fn in (lambda d: jnp.exp(-d / 1000), lambda d: 1.0):
         init_fn, apply_fn, kernel_fn = GlobalSelfAttention(3, 5, 6, 2, pos_emb_type="SUM", pos_emb_decay_fn=decay_fn)
-        x = random.normal(random.key(1), (1, 8, 8, 4), dtype)
+        x = normal(1, (1, 8, 8, 4), dtype)
         _, params = init_fn(random.key(2), x.shape)
         assert np.all(np.isfinite(jax.jit(apply_fn)(params, x)))
         assert np.all(np.isfinite(kernel_fn(x, None, "nngp")))
@@ -355,7 +356,7 @@ class TestErrors:
 def test_any_number_of_spatial_axes(space, x64):
     """Positions are positions: only their number matters, without embeddings."""
     n = int(np.prod(space, dtype=int))
-    x = random.normal(random.key(1), (2, n, 4))
+    x = normal(1, (2, n, 4))
     layer = GlobalSelfAttention(7, 5, 6, 2)
     _, params = layer[0](random.key(2), x.shape)
     np.testing.assert_allclose(

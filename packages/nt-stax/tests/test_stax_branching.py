@@ -20,12 +20,13 @@ from nt_stax import (
     parallel,
     serial,
 )
+from stax_samples import normal
 
 FIELDS = ("nngp", "ntk", "cov1", "cov2")
 
 
 def inputs(seed, shape, dtype="float64"):
-    return random.normal(random.key(seed), shape, dtype)
+    return normal(seed, shape, dtype)
 
 
 def assert_kernels_close(actual, expected, rtol=1e-12):

@@ -32,12 +32,13 @@ from nt_stax import (
     supports_masking,
     unmask_fn,
 )
+from stax_samples import normal
 
 FIELDS = ("nngp", "ntk", "cov1", "cov2")
 
 
 def inputs(seed, shape, dtype="float64"):
-    return random.normal(random.key(seed), shape, dtype)
+    return normal(seed, shape, dtype)
 
 
 def assert_trees_equal(a, b):

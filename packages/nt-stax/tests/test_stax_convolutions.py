@@ -24,6 +24,7 @@ from nt_stax import (
     parallel,
     serial,
 )
+from stax_samples import normal
 
 DIMENSION_NUMBERS = [("NHWC", "HWIO", "NHWC"), ("NWHC", "HWIO", "NCWH"), ("CHNW", "IWOH", "WNHC")]
 SHAPE = {"N": 2, "C": 2, "H": 2, "W": 3}
@@ -39,7 +40,7 @@ PADDINGS = ["SAME", "VALID", "CIRCULAR"]
 
 
 def inputs(seed, shape, dtype="float64"):
-    return random.normal(random.key(seed), shape, dtype)
+    return normal(seed, shape, dtype)
 
 
 def assert_close(actual, expected, tolerance=1e-12):

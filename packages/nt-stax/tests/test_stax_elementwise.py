@@ -35,6 +35,7 @@ from nt_stax import (
     serial,
     unmask_fn,
 )
+from stax_samples import normal
 
 # name -> (layer, name of the underlying layer, the function in NumPy)
 LAYERS = {
@@ -151,7 +152,7 @@ def test_kernel_is_expectation_of_finite_function(name, dtype):
 def test_positions_are_treated_as_samples(name, diagonal_batch, diagonal_spatial, x64):
     """The same function is applied to every pair of positions of every pair of samples, in every layout."""
     _, _, kernel_fn = serial(Dense(7, 1.3, 0.4), LAYERS[name][0]())
-    x1, x2 = random.normal(random.key(1), (2, 2, 3, 5)), random.normal(random.key(2), (1, 2, 3, 5))
+    x1, x2 = normal(1, (2, 2, 3, 5)), normal(2, (1, 2, 3, 5))
     kernel = kernel_fn(x1, x2, diagonal_batch=diagonal_batch, diagonal_spatial=diagonal_spatial)
     positions = kernel_fn(x1.reshape(-1, 5), x2.reshape(-1, 5), diagonal_batch=False)
     shapes = {"nngp": (2, 1), "ntk": (2, 1), "cov1": (2, 2), "cov2": (1, 1)}
@@ -169,7 +170,7 @@ def test_positions_are_treated_as_samples(name, diagonal_batch, diagonal_spatial
 
 def test_sign_of_all_pairs_of_one_batch(x64):
     """Covariances between different samples, and after a pool, are no variances: only those are 1."""
-    x = random.normal(random.key(1), (3, 4, 5))
+    x = normal(1, (3, 4, 5))
     network = serial(Dense(7, 1.3), Sign(), AvgPool((2,)), Dense(7), Sign())
     kernel = network[2](x, x + 0, diagonal_batch=False, diagonal_spatial=False)
     np.testing.assert_allclose(kernel.cov1, kernel.nngp, atol=1e-7)
@@ -188,7 +189,7 @@ def test_input_must_be_gaussian(name):
 def test_masked_positions_are_zero(name, x64):
     """Also where f(0) is not zero; the other positions do not notice."""
     init_fn, apply_fn, kernel_fn = serial(Dense(6, 1.3), LAYERS[name][0]())
-    x1, x2 = random.normal(random.key(1), (2, 4, 3)), random.normal(random.key(2), (3, 4, 3))
+    x1, x2 = normal(1, (2, 4, 3)), normal(2, (3, 4, 3))
     masked = np.zeros((2, 4), bool)
     masked[0, 1] = masked[1, 2:] = True
     x1 = jnp.where(masked[..., None], 100.0, x1)
@@ -206,7 +207,7 @@ def test_masked_positions_are_zero(name, x64):
     np.testing.assert_allclose(outputs, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ABRelu", "Relu", "Erf", "Gelu", "Sin", "Sign", "RectifiedMonomial", "Polynomial"])
+@pytest.mark.parametrize("name", ["Relu", "Erf", "Sign"])
 def test_derivatives_are_finite_where_they_are_delicate(name, x64):
     """At equal inputs, opposite inputs and zero inputs, with and without a bias. (nt-core tests all activations so.)"""
     x = jnp.array([[0.3, -1.0], [0.3, -1.0], [-0.3, 1.0], [0.0, 0.0]])
@@ -235,7 +236,7 @@ def test_derivatives_are_finite_where_they_are_delicate(name, x64):
 )
 @pytest.mark.parametrize("get", ["nngp", "ntk"])
 def test_derivative_with_respect_to_coefficients(layer, get, x64):
-    x1, x2 = random.normal(random.key(1), (2, 3)), random.normal(random.key(2), (3, 3))
+    x1, x2 = normal(1, (2, 3)), normal(2, (3, 3))
 
     def value(p):
         return jnp.sum(serial(Dense(4, 1.1), layer(p))[2](x1, x2, get) ** 2)
@@ -255,7 +256,7 @@ def test_derivative_with_respect_to_coefficients(layer, get, x64):
 @pytest.mark.parametrize("do_stabilize", [True, False])
 def test_relu_needs_no_stabilization(scale, do_stabilize):
     """The kernel of inputs of any size is that of inputs of size 1, scaled: in float32, variances of 1e-30 and 1e30."""
-    x1, x2 = random.normal(random.key(1), (3, 8)), random.normal(random.key(2), (4, 8))
+    x1, x2 = normal(1, (3, 8)), normal(2, (4, 8))
     for layer in (Relu(do_stabilize), LeakyRelu(0.1, do_stabilize), Abs(do_stabilize), ABRelu(0.1, 2.0, do_stabilize)):
         _, _, kernel_fn = serial(Dense(4), layer)
         for get in ("nngp", "ntk"):
@@ -277,7 +278,7 @@ class TestExpNormalized:
 
     @pytest.mark.parametrize("do_clip", [True, False])
     def test_kernel(self, do_clip, dtype):
-        x1, x2 = (random.normal(random.key(i), (n, 5), dtype) for i, n in ((1, 3), (2, 4)))
+        x1, x2 = (normal(i, (n, 5), dtype) for i, n in ((1, 3), (2, 4)))
         x2 = x2.at[0].set(2 * x1[0]).at[1].set(-x1[1])
         kernel = serial(Dense(4, 1.2), ExpNormalized(0.7, -0.4, do_clip))[2](x1, x2)
         q1, q2 = (1.44 * jnp.mean(x**2, axis=1) for x in (x1, x2))
@@ -328,7 +329,7 @@ class TestPolynomials:
     @pytest.mark.parametrize("degree", [0, 1, 5, 8, 9])
     def test_monomial_is_a_polynomial(self, degree, x64):
         """Also above the degree that the native engine takes."""
-        x = 0.7 * random.normal(random.key(1), (3, 4))
+        x = 0.7 * normal(1, (3, 4))
         monomial, polynomial = (
             serial(Dense(4, 1.1, 0.2), f)[2](x) for f in (Monomial(degree), Polynomial([0] * degree + [1]))
         )
@@ -367,7 +368,7 @@ class TestElementwise:
         return Elementwise(fn=lambda x: x**2, nngp_fn=lambda cov12, var1, var2: var1 * var2 + 2 * cov12**2, **kwargs)
 
     def test_kernel(self, dtype):
-        x1, x2 = (random.normal(random.key(i), (n, 5), dtype) for i, n in ((1, 3), (2, 4)))
+        x1, x2 = (normal(i, (n, 5), dtype) for i, n in ((1, 3), (2, 4)))
         square = self.square(d_nngp_fn=lambda cov12, var1, var2: 4 * cov12)
         kernel = serial(Dense(4, 1.2, 0.3), square)[2](x1, x2)
         k, q1, q2 = (1.44 * a @ b.T / 5 + 0.09 for a, b in ((x1, x2), (x1, x1), (x2, x2)))
@@ -378,7 +379,7 @@ class TestElementwise:
         np.testing.assert_allclose(kernel.cov1, 3 * jnp.diag(q1) ** 2, rtol=tolerance)
 
     def test_derivative_is_found_with_a_warning(self, x64):
-        x = random.normal(random.key(1), (3, 5))
+        x = normal(1, (3, 5))
         with pytest.warns(UserWarning, match="d_nngp_fn") as record:
             found = self.square()
         assert record[0].filename == __file__
@@ -407,7 +408,7 @@ class TestElementwiseNumerical:
     @pytest.mark.parametrize("name", ["Erf", "Sin", "Gelu", "Exp", "Rbf"])
     def test_agrees_with_closed_form(self, name, x64):
         layer = LAYERS[name][0]()
-        x1, x2 = random.normal(random.key(1), (3, 4)), random.normal(random.key(2), (2, 4))
+        x1, x2 = 0.5 * normal(1, (3, 4)), 0.5 * normal(2, (2, 4))  # small enough for 60 nodes
         with pytest.warns(UserWarning, match="df"):
             numerical = ElementwiseNumerical(lambda x: layer[1]((), x), deg=60)
         for b_std in (None, 0.5):
@@ -417,7 +418,7 @@ class TestElementwiseNumerical:
         np.testing.assert_allclose(numerical[1]((), x1), layer[1]((), x1))
 
     def test_derivative_may_be_given(self, x64, recwarn):
-        x = random.normal(random.key(1), (3, 4))
+        x = normal(1, (3, 4))
         numerical = ElementwiseNumerical(jnp.sin, deg=30, df=jnp.cos)
         assert not recwarn.list
         expected, found = (serial(Dense(4), f)[2](x, None, "ntk") for f in (Sin(), numerical))

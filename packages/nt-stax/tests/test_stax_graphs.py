@@ -7,13 +7,14 @@ import pytest
 from jax import random
 from nt_core import batch
 from nt_stax import Aggregate, AggregateImplementation, Conv, Dense, GlobalAvgPool, Relu, serial
+from stax_samples import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Aggregate with implementation='SPARSE'")
 SPARSE = "SPARSE"
 
 
 def inputs(seed, shape):
-    return random.normal(random.key(seed), shape, "float64")
+    return normal(seed, shape, "float64")
 
 
 def weights(seed, n, nodes):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import random
 from nt_stax import Conv, Dense, Flatten, GlobalAvgPool, Index, Relu, Slice, serial
+from stax_samples import normal
 
 INDICES = [
     Slice[:, 1:, ::2],
@@ -21,7 +22,7 @@ INDICES = [
 
 
 def inputs(seed, shape):
-    return random.normal(random.key(seed), shape, "float64")
+    return normal(seed, shape, "float64")
 
 
 @pytest.mark.parametrize("idx", INDICES)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import random
 from nt_stax import (
     AvgPool,
     Conv,
@@ -18,13 +17,14 @@ from nt_stax import (
     requires,
     serial,
 )
+from stax_samples import normal
 
 HEAD = serial(Dense(4), Relu())
 TAIL = serial(Dense(4, b_std=0.3), Relu(), Dense(1))[2]
 
 
 def inputs(shape, seed=1):
-    return random.normal(random.key(seed), shape)
+    return normal(seed, shape)
 
 
 def identity(rng, input_shape):

@@ -8,12 +8,13 @@ from jax import lax, random
 from jax.image import ResizeMethod
 from nt_core import batch
 from nt_stax import Conv, Dense, DotGeneral, GlobalAvgPool, ImageResize, Relu, serial
+from stax_samples import normal
 
 NOTHING = ((), ())
 
 
 def inputs(seed, shape):
-    return random.normal(random.key(seed), shape, "float64")
+    return normal(seed, shape, "float64")
 
 
 def assert_close(actual, expected, tolerance=1e-12):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import random
 from nt_stax import Dense, LayerNorm, Relu, serial, unmask_fn
+from stax_samples import normal
 
 # Inputs have 2 or 3 samples, height 3, width 2 and 4 channels, in these orders. H comes before W in all of them.
 ORDERS = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 3, 1, 2), "HNCW": (1, 0, 3, 2), "CHWN": (3, 1, 2, 0)}
@@ -36,7 +37,7 @@ def normalized(x, axes, eps, valid):
 @pytest.mark.parametrize(("order", "names"), CASES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_finite_function(order, names, masked, dtype):
-    x = np.asarray(random.normal(random.key(1), (2, 3, 2, 4), dtype)).transpose(ORDERS[order])
+    x = np.asarray(normal(1, (2, 3, 2, 4), dtype)).transpose(ORDERS[order])
     valid = np.ones(x.shape, bool)
     if masked:
         valid = np.asarray(random.bernoulli(random.key(2), 0.7, x.shape))
@@ -54,7 +55,7 @@ def test_finite_function(order, names, masked, dtype):
 def test_an_axis_named_twice_counts_once(x64):
     for layers in ((Dense(4),), (Dense(4), Relu(), Dense(3))):
         twice, once = (serial(*layers, LayerNorm(axis, eps=0.1)) for axis in ((1, -1), -1))
-        x = random.normal(random.key(1), (2, 3))
+        x = normal(1, (2, 3))
         np.testing.assert_array_equal(twice[2](x, None, "ntk"), once[2](x, None, "ntk"))
         params = twice[0](random.key(0), (-1, 3))[1]
         np.testing.assert_array_equal(twice[1](params, x), once[1](params, x))
@@ -80,7 +81,7 @@ def expected_kernel(k, q1, q2, names, eps, valid1, valid2):
 @pytest.mark.filterwarnings("ignore:The inputs have batch_axis")
 def test_kernel(order, names, diagonal_batch, diagonal_spatial, x64):
     axes = {"batch_axis": order.index("N"), "channel_axis": order.index("C")}
-    x1, x2 = (random.normal(random.key(n), (n, 3, 2, 4)).transpose(ORDERS[order]) for n in (2, 3))
+    x1, x2 = (normal(n, (n, 3, 2, 4)).transpose(ORDERS[order]) for n in (2, 3))
     dense = Dense(5, 1.3, 0.2, **axes)
     layer = serial(dense, LayerNorm(axes_of(order, names), eps=0.1, **axes))
     kernel = layer[2](x1, x2, diagonal_batch=diagonal_batch, diagonal_spatial=diagonal_spatial)
@@ -109,7 +110,7 @@ def check_kernel(kernel, before, names, valid1, valid2):
 def test_kernel_with_masks(order, names, x64):
     """Masked positions count neither for the variance of a sample nor of a batch."""
     axes = {"batch_axis": order.index("N"), "channel_axis": order.index("C")}
-    x1, x2 = (random.normal(random.key(n), (n, 3, 2, 4)) for n in (2, 3))
+    x1, x2 = (normal(n, (n, 3, 2, 4)) for n in (2, 3))
     valid1, valid2 = (np.array(random.bernoulli(random.key(10 + n), 0.6, (n, 3, 2))) for n in (2, 3))
     valid2[1] = False  # a sample of which nothing is left
     x1, x2 = (jnp.where(v[..., None], x, jnp.nan).transpose(ORDERS[order]) for x, v in ((x1, valid1), (x2, valid2)))
@@ -125,7 +126,7 @@ def test_kernel_with_masks(order, names, x64):
 
 def test_negative_axes(x64):
     """Any way to write an axis means the same."""
-    x1, x2 = random.normal(random.key(1), (2, 3, 2, 4)), random.normal(random.key(2), (3, 3, 2, 4))
+    x1, x2 = normal(1, (2, 3, 2, 4)), normal(2, (3, 3, 2, 4))
     for names in ("C", "HC", "CHW", "NC", "NCHW"):
         plain, negative = (
             serial(Dense(5), LayerNorm(axes_of("NHWC", names, which), channel_axis=-1 if which else 3))
@@ -140,7 +141,7 @@ def test_negative_axes(x64):
 
 def test_unit_variance(dtype):
     """After normalisation over the channels every variance is 1, and the covariance is a correlation."""
-    x = random.normal(random.key(1), (4, 3), dtype)
+    x = normal(1, (4, 3), dtype)
     kernel = serial(Dense(5, 1.3, 0.2), LayerNorm())[2](x, None)
     np.testing.assert_allclose(kernel.cov1, np.ones(4), rtol=1e-6)
     np.testing.assert_allclose(jnp.diag(kernel.nngp), np.ones(4), rtol=1e-6)

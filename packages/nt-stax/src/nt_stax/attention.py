@@ -16,6 +16,8 @@ from jax.core import Tracer
 from nt_core import Bool, Diagonal, Kernel, Rule, Spec, layer, supports_masking
 from nt_core.authoring import combine, from_positions, to_positions
 
+from nt_stax.weights import normal
+
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
 
 
@@ -161,7 +163,7 @@ def GlobalSelfAttention(
             embedding_shape,
         )
         keys = random.split(rng, len(shapes))
-        params = tuple(None if s is None else random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+        params = tuple(None if s is None else normal(k, s) for k, s in zip(keys, shapes, strict=True))
         return _resized(input_shape, {channel_axis: n_chan_out}), params
 
     def apply_fn(params, inputs, *, mask=None, **kwargs):

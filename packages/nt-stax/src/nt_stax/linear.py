@@ -183,7 +183,7 @@ def Dropout(rate: float, mode: str = "train"):
                 "Dropout in mode 'train' needs a random key: `apply_fn(params, inputs, rng=key)`. Use mode='test' for "
                 "the network without dropout."
             )
-        keep = random.bernoulli(rng, rate, inputs.shape)
+        keep = random.bernoulli(rng, rate, (inputs.size,)).reshape(inputs.shape)  # along one axis: see `normal`
         return jnp.where(keep, inputs / rate, 0)
 
     return init_fn, apply_fn, step_rule(steps.Dropout(rate), {"use_dropout": True})

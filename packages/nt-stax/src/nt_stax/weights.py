@@ -1,5 +1,6 @@
 """Weights and biases: what dense layers and convolutions share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ class Weights:
         W_scale, b_scale = 1.0, 1.0
         if self._parameterization == "standard":
             W_scale, b_scale = self._W_std / (fan_in / self._s[0]) ** 0.5, self._b_std
-        W = random.normal(W_rng, tuple(W_shape)) * W_scale
-        return W, None if self._b_std is None else random.normal(b_rng, tuple(b_shape)) * b_scale
+        W = normal(W_rng, W_shape) * W_scale
+        return W, None if self._b_std is None else normal(b_rng, b_shape) * b_scale
 
     def scaled(self, product: Array, b: Array | None, fan_in: int) -> Array:
         """Returns the outputs, given the product of weights and inputs."""
@@ -48,6 +49,11 @@ class Weights:
             "parameterization": self._parameterization,
             "s": self._s,
         }
+
+
+def normal(rng: Array, shape: Sequence[int]) -> Array:
+    """Returns `random.normal(rng, shape)`, which XLA compiles several times faster along one axis."""
+    return random.normal(rng, (math.prod(shape),)).reshape(shape)
 
 
 def n_channels_of(layer: str, input_shape: Sequence[int], channel_axis: int) -> int:

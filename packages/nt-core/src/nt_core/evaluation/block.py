@@ -27,9 +27,12 @@ from nt_core.lowering.primitives import (
     Untie,
     as_covariance,
 )
+from nt_core.lowering.windows import along_axis
 
 # Images with fewer positions are pooled from all their pairs at once: the loop over planes would cost more.
 _MIN_POSITIONS_FOR_PLANES = 32
+# Taps of pools in one turn of their loop: all of those that do not overlap.
+_TAPS_AT_ONCE = 4
 
 
 def pools_planes(lowered: Lowered, number: int) -> bool:
@@ -457,11 +460,17 @@ def _add_plane(sums: Any, plane: Array, offset: tuple[Array, ...], along: Window
     for given d and a, that is for one b in every stride.
     """
     n = len(along)
-    for taps in itertools.product(*(itertools.product(range(w.taps), range(-(-w.taps // w.stride))) for w in along)):
+    for axis, window in enumerate(along):
+        plane = window.pad(plane, (axis,))
+    ranges = [range(r) for w in along for r in (w.taps, -(-w.taps // w.stride))]
+    taps = jnp.array(list(itertools.product(*ranges)), jnp.int32).reshape(-1, n, 2)
+
+    def add_tap(sums: Array, tap: Array) -> tuple[Array, None]:
         piece, slots, mask = plane, [], jnp.ones((1,) * plane.ndim, bool)
-        for axis, ((a, k), window, d) in enumerate(zip(taps, along, offset, strict=True)):
+        for axis, (window, d) in enumerate(zip(along, offset, strict=True)):
+            a, k = tap[axis, 0], tap[axis, 1]
             b = (a + d) % window.stride + k * window.stride
-            piece = window.tap(window.pad(piece, (axis,)), a, axis)
+            piece = window.traced_tap(piece, a, axis)
             slots.append((d + a - b) // window.stride % window.count)
             allowed = jnp.broadcast_to(b < window.taps, (window.count,))
             if not window.circular:
@@ -469,11 +478,12 @@ def _add_plane(sums: Any, plane: Array, offset: tuple[Array, ...], along: Window
                 partner = (p + d) % window.size
                 other = (partner + window.low - b) // window.stride
                 allowed &= (p >= 0) & (p < window.size) & (other >= 0) & (other < window.count)
-            mask &= allowed.reshape([window.count if i == axis else 1 for i in range(plane.ndim)])
+            mask &= along_axis(allowed, axis, plane.ndim)
         at = (*slots, *(jnp.zeros_like(slots[0]) for _ in range(sums.ndim - n)))
         old = lax.dynamic_slice(sums, at, (1,) * n + sums.shape[n:])
-        sums = lax.dynamic_update_slice(sums, old + jnp.where(mask, piece, 0)[(None,) * n], at)
-    return sums
+        return lax.dynamic_update_slice(sums, old + jnp.where(mask, piece, 0)[(None,) * n], at), None
+
+    return lax.scan(add_tap, sums, taps, unroll=min(len(taps), _TAPS_AT_ONCE))[0]
 
 
 def _planes_to_pairs(planes: Array, counts: tuple[int, ...]) -> Array:

@@ -64,6 +64,12 @@ class Window:
         limit = start + (self.count - 1) * self.stride + 1
         return lax.slice_in_dim(padded, start, limit, self.stride, axis)
 
+    def traced_tap(self, padded: Array, tap: Array, axis: int) -> Array:
+        """The same for a traced tap."""
+        span = (self.count - 1) * self.stride + 1
+        entries = lax.dynamic_slice_in_dim(padded, tap * self.dilation, span, axis)
+        return lax.slice_in_dim(entries, 0, None, self.stride, axis)
+
     def under(self, x: Array, tap: int, axis: int) -> Array:
         """The entries under a tap, one for every window, and 0 in the padding."""
         if self.circular:
