@@ -275,11 +275,12 @@ def derivatives(dual, arguments):
 
     def at(*arguments):
         each = (0, 1, 2)
-        return (
-            jax.jacfwd(dual, each)(*arguments),
-            jax.jacrev(dual, each)(*arguments),
-            jax.jacfwd(jax.jacrev(dual, each), each)(*arguments),
-        )
+
+        def backward(*arguments):
+            return (jax.jacrev(dual, each)(*arguments),) * 2
+
+        second, first = jax.jacfwd(backward, each, has_aux=True)(*arguments)
+        return jax.jacfwd(dual, each)(*arguments), first, second
 
     return jax.jit(jax.vmap(at))(*arguments)
 

@@ -1,29 +1,22 @@
 """The xla backend: the conformance suite, and what is its own."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import nt_core.evaluation.block as block
 import numpy as np
 import pytest
-from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, pool, run, spec_of
+from conformance import RELU, Conformance, chain, conv, inputs, pool, run, spec_of
 from nt_core import Builder, Inputs, propagate, steps
-from nt_core.steps import GlobalPool, Pool
 
 
 class TestXla(Conformance):
     implementation = "xla"
 
 
-def pools_a_small_image(name):
-    space, layers = CHAINS[name]
-    program = chain(spec_of(*inputs(space, 1, 1, "float32")), layers)
-    pools = [node for node in program.nodes if isinstance(node.step, Pool | GlobalPool)]
-    return any(math.prod(program.spec(pool.inputs[0]).space) < block._MIN_POSITIONS_FOR_PLANES for pool in pools)
+SMALL = ["dilated", "circular strides", "pool", "normalised", "gather, circular", "gather, pool", "untie, pool"]
 
 
-@pytest.mark.parametrize("name", [n for n in CHAINS if pools_a_small_image(n) and n != "large image"])  # see "pool"
+@pytest.mark.parametrize("name", SMALL)
 def test_planes(name, x64, monkeypatch):
     """Pooling on offset planes, which by default only larger images take."""
     jax.clear_caches()
