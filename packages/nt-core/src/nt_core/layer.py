@@ -123,13 +123,14 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
         state, requested = x1_or_kernel, request_for(names)
         if x2 is not None or not all(isinstance(leaf, Kernel) for leaf in nt_tree_leaves(x1_or_kernel)):
             layout = resolve(requirements, diagonal_batch=diagonal_batch, diagonal_spatial=diagonal_spatial)
-            if layout["batch_axis"] != 0:
+            state = _make_state(x1_or_kernel, x2, layout, mask_constant)
+            arrays = [x for x in nt_tree_leaves(x1_or_kernel) if not isinstance(x, Kernel)]
+            if any(layout["batch_axis"] % jnp.ndim(x) for x in arrays):
                 warnings.warn(
                     f"The inputs have batch_axis={layout['batch_axis']}; kernels lead with the batch axes anyway, "
                     "and `batch` and `predict` expect batch_axis=0.",
                     stacklevel=2,
                 )
-            state = _make_state(x1_or_kernel, x2, layout, mask_constant)
         else:
             state = nt_tree_map(lambda k: _given_kernel(k, names), state)
             if isinstance(state, Kernel):
