@@ -1,8 +1,8 @@
 """Faults that were found in the archived neural-tangents 0.6.5, by their numbers; here the results are right.
 
 Judges are closed forms, and finite networks of one layer with weights: such a network is linear in its parameters, and
-its empirical tangent kernel is the covariance of its outputs at any width. What is said of a layer after a convolution is
-judged by a convolution that changes no kernel, `Conv(1, (1, 1))` with `W_std=1`, after which spatial axes are reversed.
+its empirical tangent kernel is the covariance of its outputs at any width. What is said of a layer after a convolution
+is judged by a convolution that changes no kernel, `Conv(1, (1, 1))` with `W_std=1`: it leaves spatial axes reversed.
 """
 
 import math
