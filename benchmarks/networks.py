@@ -53,10 +53,17 @@ def fcn5(stax):
     return stax.serial(*[layer for _ in range(5) for layer in (stax.Dense(512), stax.Relu())], stax.Dense(1))
 
 
+def text_cnn(stax):
+    """Convolutions over sentences of words, and an average over the words: for reviews of films (IMDb)."""
+    convolutions = [stax.Conv(300, (9,), padding="SAME"), stax.Relu()] * 2
+    return stax.serial(*convolutions, stax.GlobalAvgPool(), stax.Dense(1))
+
+
 NETWORKS = {
     "cnn21-pool": lambda stax: cnn(stax, "GlobalAvgPool"),
     "cnn21-flatten": lambda stax: cnn(stax, "Flatten"),
     "wide-resnet": wide_resnet,
     "myrtle10": myrtle10,
     "fcn5": fcn5,
+    "imdb": text_cnn,
 }

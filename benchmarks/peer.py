@@ -44,6 +44,7 @@ class Case:
     peer: tuple[int, int]
     repeats: int
     jit: bool = True
+    masked: bool = False
 
 
 CASES = [
@@ -52,6 +53,8 @@ CASES = [
     Case("wide-resnet", "wide-resnet", (32, 32, 3), ours=(4, 16), peer=(2, 2), repeats=3),
     Case("myrtle10", "myrtle10", (32, 32, 3), ours=(4, 16), peer=(2, 2), repeats=5),
     Case("fcn5", "fcn5", (784,), ours=(4000, 4000), peer=(4000, 4000), repeats=5),
+    # Sentences of up to 500 words in 50 dimensions; what is missing of them is masked.
+    Case("imdb", "imdb", (500, 50), ours=(16, 16), peer=(2, 2), repeats=5, masked=True),
     # 2 x 2 pixels and no jit, next to no arithmetic: what a call costs by itself.
     Case("cnn21-call", "cnn21-pool", (2, 2, 3), ours=(2, 2), peer=(2, 2), repeats=9, jit=False),
 ]
@@ -87,7 +90,7 @@ class Worker:
         environment |= {"JAX_PLATFORMS": "cpu"}
         command = [python, "-W", "ignore", HERE / "worker.py", case.network, json.dumps(case.shape)]
         self._process = subprocess.Popen(
-            [*command, "jit" if case.jit else "nojit"],
+            [*command, "jit" if case.jit else "nojit", "masked" if case.masked else "whole"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -52,12 +52,7 @@ CHAINS = {
         [conv((1, 1), (1, 2), "CIRCULAR"), RELU, conv((2, 2)), RELU, conv((1, 2)), RELU],
     ),
     "pool": ((6, 8), [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)]),
-    "overlapping pool": ((6, 6), [conv(), RELU, pool((3, 3), (1, 1), "SAME"), conv(), RELU, steps.Flatten()]),
     "strided pool": ((8, 6), [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), RELU, steps.Flatten()]),
-    "normalised edges": (
-        (6, 6),
-        [conv(), RELU, pool((3, 3), (2, 2), "SAME", MEAN, True), conv(), RELU, steps.Flatten()],
-    ),
     # After Flatten only equal positions count; global pools read what pools leave between different windows too.
     "overlapping pool, global": (
         (6, 6),

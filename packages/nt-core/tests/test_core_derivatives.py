@@ -69,6 +69,7 @@ def temporary_bytes(space, n1, n2):
     return jax.jit(gradient).lower(x1, x2).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_a_gradient_grows_neither_with_pairs_nor_with_offsets(monkeypatch):
     """With samples and with positions it does: one plane of each layer, for the pairs of one block."""
     monkeypatch.setattr(tiles, "_LANES", 16)
