@@ -189,3 +189,16 @@ def sparse(x, pattern):
 def test_sparse_says_what_it_leaves_out():
     with pytest.warns(UserWarning, match="leaves out edges with negative coordinates"):
         Aggregate(implementation=SPARSE)
+
+
+@pytest.mark.parametrize("n", [None, 2])
+def test_known_graphs_under_jit(n, x64):
+    """Two arrays for the same graphs, which are no arguments of the jitted function."""
+    x1, x2 = inputs(1, (3, 2, 3, 2)), None if n is None else inputs(2, (2, 2, 3, 2))
+    graphs = (weights(3, 3, (2, 3)), weights(3, 3, (2, 3)) if n is None else weights(4, 2, (2, 3)))
+    kernel_fn = serial(Dense(2), Aggregate((1, 2)), Relu())[2]
+
+    def kernel(x1, x2):
+        return kernel_fn(x1, x2, "nngp", pattern=tuple(map(jnp.asarray, graphs)))
+
+    assert_close(jax.jit(kernel)(x1, x2), kernel(x1, x2))
