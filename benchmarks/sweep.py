@@ -8,9 +8,9 @@ One process per library, side by side on the same cores, network after network; 
 dropped before the next. Float64, NNGP and NTK of two batches. For each network four times, in seconds:
 
 * the first call without jit: building the network, tracing, compilation and the computation;
-* later calls without jit, the median of five;
+* later calls without jit, the median;
 * the first call of the jitted function, with everything that it needs;
-* later calls of it, the median of five.
+* later calls of it, the median.
 
 Prints the networks with both times and their ratio (the archived library's time over ours), and how many are slower
 here: by more than 5 % and 0.2 ms.
@@ -29,7 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 FIGURES = ("first", "later", "jitted first", "jitted later")
-LATER = 5
+LATER_CALLS, LATER_S = 50, 0.5  # so many later calls, or as many as take so long
 NOISE_S = 2e-4  # of a call; less is what a call costs beside its arithmetic, see calls.py
 
 
@@ -138,7 +138,10 @@ def serve():
                 return kept[0](x1, x2)
 
             yield seconds(first, x1, x2)
-            yield statistics.median(seconds(kept[0], x1, x2) for _ in range(LATER))
+            later = []
+            while len(later) < LATER_CALLS and sum(later) < LATER_S:
+                later.append(seconds(kept[0], x1, x2))
+            yield statistics.median(later)
 
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
