@@ -1,4 +1,4 @@
-"""What is refused, and how; matrices that are not positive definite."""
+"""What is refused, and how; matrices that are singular or indefinite."""
 
 import collections
 import re
@@ -51,35 +51,70 @@ def infinite_time_predictions(kernel, y, test_train):
 def test_indefinite_matrix_is_an_error(dtype):
     for predict in infinite_time_predictions(INDEFINITE.astype(dtype), Y, TEST_TRAIN):
         with pytest.raises(
-            np.linalg.LinAlgError, match=rf"not positive definite in {dtype}.* -1, the largest 3.*diag_reg"
+            np.linalg.LinAlgError, match=rf"not positive semi-definite in {dtype}.* -1, the largest 3.*diag_reg"
         ):
             predict()
-        with pytest.raises(ValueError, match="not positive definite"):
+        with pytest.raises(ValueError, match="not positive semi-definite"):
             predict()
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_duplicate_training_points_are_an_error(seed, dtype):
-    """Whatever the signs of the rounding errors are."""
+def test_duplicate_training_points_have_no_share(seed, dtype):
+    """The limit of gradient flow is that of the set without them, whatever the signs of rounding errors are."""
     x, x_test, y = duplicate_points(dtype, seed=seed)
+    once = gp_inference(linear(x[:-1], None, ""), y[:-1])("nngp", linear(x_test, x[:-1], ""))
     for predict in infinite_time_predictions(linear(x, None, ""), y, linear(x_test, x, "")):
-        with pytest.raises(np.linalg.LinAlgError, match="duplicate training inputs"):
-            predict()
+        with pytest.warns(
+            UserWarning, match=rf"dimension 12 has rank 11 in {dtype}.*pseudo-inverse.*diag_reg=.*regular"
+        ):
+            mean = predict()
+        np.testing.assert_allclose(mean, once, atol=2e4 * float(np.finfo(dtype).eps))
 
 
-def test_the_regularisation_that_the_error_recommends_is_enough(dtype):
-    x, _, y = duplicate_points(dtype)
-    for kernel in (INDEFINITE.astype(dtype), linear(x, None, "")):
-        labels = Y if len(kernel) == 3 else y
+def test_more_points_than_features(dtype):
+    """A linear network: least squares of the smallest norm. One warning for all calls."""
+    random = np.random.default_rng(0)
+    x, x_test, y = (random.normal(size=shape).astype(dtype) for shape in ((20, 5), (4, 5), (20, 2)))
+    predict_fn = gp_inference(linear(x, None, ""), y)
+    with pytest.warns(UserWarning, match="dimension 20 has rank 5") as warned:
+        means = [predict_fn("nngp", linear(x_test, x, "")) for _ in range(2)]
+    assert len(warned) == 1
+    expected = x_test @ np.linalg.lstsq(x, y, rcond=None)[0]
+    for mean in means:
+        np.testing.assert_allclose(mean, expected, atol=2e3 * float(np.finfo(dtype).eps))
+    posterior = predict_fn("nngp", linear(x_test, x, ""), linear(x_test, None, ""))
+    np.testing.assert_allclose(posterior.covariance, 0, atol=2e3 * float(np.finfo(dtype).eps))
+
+
+def test_a_kernel_of_zeros_teaches_nothing(dtype):
+    with pytest.warns(UserWarning, match="has rank 0"):
+        mean = gp_inference(np.zeros((3, 3), dtype), Y)("nngp", np.zeros((1, 3), dtype))
+    np.testing.assert_array_equal(mean, 0)
+
+
+def test_advice_suits_the_precision(x64):
+    for dtype, in_double in (("float64", False), ("float32", True)):
         with pytest.raises(np.linalg.LinAlgError) as error:
-            gp_inference(kernel, labels)("nngp", kernel)
-        diag_reg = float(re.search(r"by about (\S+) of the mean", str(error.value)).group(1))
-        assert np.isfinite(gp_inference(kernel, labels, diag_reg=diag_reg)("nngp", kernel)).all()
+            gp_inference(INDEFINITE.astype(dtype), Y)("nngp", TEST_TRAIN.astype(dtype))
+        assert ("compute the kernel in float64" in str(error.value)) == in_double
+
+
+def test_the_regularisation_that_is_recommended_is_enough(dtype):
+    x, _, y = duplicate_points(dtype)
+    indefinite, singular = INDEFINITE.astype(dtype), linear(x, None, "")
+    with pytest.raises(np.linalg.LinAlgError) as error:
+        gp_inference(indefinite, Y)("nngp", indefinite)
+    with pytest.warns(UserWarning) as warned:
+        gp_inference(singular, y)("nngp", singular)
+    of_error = re.search(r"by about (\S+) of the mean", str(error.value)).group(1)
+    of_warning = re.search(r"`diag_reg=(\S+)` would", str(warned[0].message)).group(1)
+    for kernel, labels, diag_reg in ((indefinite, Y, of_error), (singular, y, of_warning)):
+        assert np.isfinite(gp_inference(kernel, labels, diag_reg=float(diag_reg))("nngp", kernel)).all()
 
 
 def test_error_is_raised_inside_jit_if_the_kernel_is_known():
     predict_fn = gp_inference(INDEFINITE, Y)
-    with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+    with pytest.raises(np.linalg.LinAlgError, match="not positive semi-definite"):
         jax.jit(lambda k: predict_fn("nngp", k))(TEST_TRAIN)
 
 

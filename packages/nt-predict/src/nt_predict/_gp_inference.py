@@ -56,9 +56,10 @@ def gp_inference(
 
     Raises:
       ValueError: shapes do not fit; a kernel that is needed is missing; the train-train kernel has infinities or NaN;
-        ``numpy.linalg.LinAlgError`` (a ``ValueError``), from ``predict_fn``, if it is not positive definite. Where
-        that cannot be raised, since ``k_train_train`` is traced by ``jax.jit``, ``vmap`` or ``grad``, the inverse of
-        a matrix that is not positive definite is its pseudo-inverse, where negative eigenvalues count as zero.
+        ``numpy.linalg.LinAlgError`` (a ``ValueError``), from ``predict_fn``, if it has an eigenvalue that is negative
+        beyond rounding. If it is singular, predictions are by its pseudo-inverse, with one warning. Where neither can
+        be told, since ``k_train_train`` is traced by ``jax.jit``, ``vmap`` or ``grad``, the inverse of a matrix that
+        is not positive definite is its pseudo-inverse, where negative eigenvalues count as zero.
 
     Example:
       >>> import jax.numpy as jnp

@@ -43,14 +43,15 @@ def gradient_descent_mse(
       training, broadcast to all points; None leaves out the prediction. The result is ``fx_train``, ``fx_test`` or
       the tuple of both, with the axes of ``t`` in front. ``k_test_train`` is needed for test points.
 
-      Training points at ``t=None`` get their labels. With ``t=jnp.inf``, eigenvalues that are zero to rounding belong
-      to directions that are not learned, and nothing fails; with ``t=None`` the kernel must be positive definite.
+      Training points at ``t=None`` get their labels. Eigenvalues that are zero to rounding belong to directions that
+      are not learned; at ``t=None`` the inverse of the kernel is then its pseudo-inverse, and one warning says so.
 
     Raises:
       ValueError: shapes do not fit; nothing to predict, or no kernel to do it with; negative times; the kernel has
         infinities or NaN; ``numpy.linalg.LinAlgError`` (a ``ValueError``), from ``predict_fn`` with ``t=None`` for test
-        points, if it is not positive definite. Where the kernel is traced by ``jax.jit``, ``vmap`` or ``grad``, so that
-        its values cannot be looked at, the pseudo-inverse takes the place of the inverse, as for ``t=jnp.inf``.
+        points, if it has an eigenvalue that is negative beyond rounding. Where the kernel is traced by ``jax.jit``,
+        ``vmap`` or ``grad``, so that its values cannot be looked at, the pseudo-inverse takes the place of the inverse,
+        as for ``t=jnp.inf``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -70,15 +70,16 @@ def gradient_descent_mse_ensemble(
       test-train kernel gets ``(test value, training value)`` for arrays that differ, of pairs of arrays the
       first part each. Anything else must be the same for both, or be given for the test points only.
 
-      Training points at ``t=None`` get their labels, without variance, whatever the regularisation. With ``t=jnp.inf``,
-      eigenvalues that are zero to rounding belong to directions that are not learned, and nothing fails; with
-      ``t=None`` the train-train kernel must be positive definite.
+      Training points at ``t=None`` get their labels, without variance, whatever the regularisation. Eigenvalues that
+      are zero to rounding belong to directions that are not learned; at ``t=None`` the inverse of the train-train
+      kernel is then its pseudo-inverse, and one warning says so.
 
     Raises:
       ValueError: shapes or keywords do not fit; negative times; the kernel has infinities or NaN;
         ``numpy.linalg.LinAlgError`` (a ``ValueError``), from ``predict_fn`` with ``t=None`` for test points, if the
-        train-train kernel is not positive definite. Where it is traced by ``jax.jit``, ``vmap`` or ``grad``, so that
-        its values cannot be looked at, the pseudo-inverse takes the place of the inverse, as for ``t=jnp.inf``.
+        train-train kernel has an eigenvalue that is negative beyond rounding. Where it is traced by ``jax.jit``,
+        ``vmap`` or ``grad``, so that its values cannot be looked at, the pseudo-inverse takes the place of the inverse,
+        as for ``t=jnp.inf``.
       NotImplementedError: ``get`` contains ``'ntkgp'``, which is no ensemble of networks; see :func:`gp_inference`.
 
     Example:

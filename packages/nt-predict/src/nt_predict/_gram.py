@@ -1,4 +1,4 @@
-"""A train-train kernel matrix, factored at most once, and what happens if it is not positive definite."""
+"""A train-train kernel matrix, factored at most once, and what happens if it is singular or indefinite."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ _NULL_PIVOT_ULPS = 4.0
 
 
 class Gram:
-    """The kernel of the training points as a symmetric positive definite matrix.
+    """The kernel of the training points as a symmetric matrix, positive semi-definite but for rounding.
 
     Matrices whose values are known are factored on first use, and only once, also if that is inside `jax.jit`. Traced
     matrices are factored where they are used, so that nothing outlives the trace that it belongs to.
@@ -48,6 +48,7 @@ class Gram:
         self.kernel = kernel
         self._spectrum: Spectrum | None = None
         self._cholesky: jax.Array | None = None
+        self._singular: Spectrum | None = None  # in the place of `_cholesky`, without what is zero up to rounding
         with evaluate_now():
             scale = 1 if diag_reg_absolute_scale else jnp.trace(kernel) / len(kernel)
             shift = jnp.asarray(diag_reg * scale, kernel.dtype)
@@ -65,7 +66,10 @@ class Gram:
         return self._apply(FALL, times, rhs)
 
     def gain(self, times: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """Returns `A^-1 (1 - exp(-A t)) @ rhs`, shape (times, n, columns); times None is infinity, by Cholesky."""
+        """Returns `A^-1 (1 - exp(-A t)) @ rhs`, shape (times, n, columns); times None is infinity.
+
+        There the solution is by Cholesky, or by the pseudo-inverse if A is singular.
+        """
         return self._solve(rhs)[None] if times is None else self._apply(GAIN, times, rhs)
 
     def _apply(self, function: SpectralFunction, times: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -80,38 +84,59 @@ class Gram:
     def _solve(self, rhs: jax.Array) -> jax.Array:
         if self.is_traced:
             return _solve_traced(self.matrix, rhs)
-        if self._cholesky is None:
+        if self._cholesky is None and self._singular is None:
             with evaluate_now():
                 factor = _cholesky(self.matrix)
-                if not _is_positive_definite(factor, self.matrix):
-                    raise self._not_positive_definite()
-                self._cholesky = factor
+                if _is_positive_definite(factor, self.matrix):
+                    self._cholesky = factor
+                else:
+                    self._singular = self._spectrum_of_singular()
+        if self._singular is not None:
+            return apply_spectrum(GAIN, self._singular, jnp.full(1, jnp.inf, rhs.dtype), rhs)[0]
+        assert self._cholesky is not None
         return cho_solve((self._cholesky, True), rhs)
+
+    def _spectrum_of_singular(self) -> Spectrum:
+        """Returns the spectrum, with a warning. Raises `LinAlgError` if an eigenvalue is negative beyond rounding."""
+        spectrum = decompose_known(self.matrix)
+        values, dtype = spectrum.values, self.matrix.dtype
+        smallest, largest = float(values[0]), float(values[-1])
+        described = f"its smallest eigenvalue is {smallest:.3g}, the largest {largest:.3g}."
+        if smallest < -_rounding_of_kernels(dtype) * abs(largest):
+            message = f"The train-train kernel of dimension {len(values)} is not positive semi-definite in {dtype}: "
+            advice = f" Increase `diag_reg`, by about {self._missing(smallest, largest)} of the mean of the diagonal"
+            in_double = "" if dtype == jnp.float64 else ", or compute the kernel in float64"
+            has_mean = float(jnp.trace(self.matrix)) > 0
+            raise np.linalg.LinAlgError(message + described + (advice + in_double + "." if has_mean else ""))
+        # Eigenvalues as small as the most negative one are rounding errors as well.
+        noise = jnp.maximum(spectrum.noise, jnp.abs(values[0]) / spectrum.scale)
+        rank = int(jnp.sum(values > noise * spectrum.scale))
+        advice = f" `diag_reg={self._missing(smallest, largest)}` would make it regular." if rank else ""
+        warnings.warn(
+            f"The train-train kernel of dimension {len(values)} has rank {rank} in {dtype}: {described} Predictions at "
+            f"infinite time are by its pseudo-inverse, which is the limit of gradient descent.{advice}",
+            stacklevel=2,
+        )
+        return spectrum._replace(noise=noise)
+
+    def _missing(self, smallest: float, largest: float) -> str:
+        """What `diag_reg` would have to be larger by, in units of the mean of the diagonal."""
+        missing = max(-smallest, 0) + 10 * float(jnp.finfo(self.matrix.dtype).eps) * largest
+        return f"{10.0 ** math.ceil(math.log10(missing * len(self.matrix) / float(jnp.trace(self.matrix)))):.0e}"
 
     def _warn_if_indefinite(self, eigenvalues: jax.Array) -> None:
         smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-        # Kernels carry more rounding errors than their eigenvalues: half of the digits.
-        if smallest < -(float(jnp.finfo(eigenvalues.dtype).eps) ** 0.5) * abs(largest):
+        if smallest < -_rounding_of_kernels(eigenvalues.dtype) * abs(largest):
             warnings.warn(
                 f"The train-train kernel has the eigenvalue {smallest:.3g} (the largest is {largest:.3g}), so that it "
                 "is no covariance. Directions of negative eigenvalues are treated as if they were not learned.",
                 stacklevel=2,
             )
 
-    def _not_positive_definite(self) -> np.linalg.LinAlgError:
-        eigenvalues = decompose_known(self.matrix).values
-        smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-        mean = float(jnp.trace(self.matrix)) / len(eigenvalues)
-        message = (
-            f"The train-train kernel of dimension {len(eigenvalues)} is not positive definite in {self.matrix.dtype}: "
-            f"its smallest eigenvalue is {smallest:.3g}, the largest {largest:.3g}."
-        )
-        if mean > 0:
-            missing = max(-smallest, 0) + 10 * float(jnp.finfo(self.matrix.dtype).eps) * largest
-            relative = 10.0 ** math.ceil(math.log10(missing / mean))
-            message += f" Increase `diag_reg`, by about {relative:.0e} of the mean of the diagonal,"
-            message += " or compute the kernel in float64, or remove duplicate training inputs."
-        return np.linalg.LinAlgError(message)
+
+def _rounding_of_kernels(dtype: Any) -> float:
+    """How large rounding errors of kernels may be, relative to the largest eigenvalue: half of the digits."""
+    return float(jnp.finfo(dtype).eps) ** 0.5
 
 
 def _cholesky(matrix: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class Window:
         """Whether there is one window, over all positions."""
         return self.count == 1 and self.low == self.high == 0 and self.taps == self.size and not self.circular
 
-    def positions(self, tap: int) -> Array:
+    def positions(self, tap: int | Array) -> Array:
         """The position under a tap, for every window; outside of [0, size) in the padding."""
         return jnp.arange(self.count) * self.stride + tap * self.dilation - self.low
 
