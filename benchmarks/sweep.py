@@ -1,8 +1,8 @@
 """Every layer and every kind of composition, here and on the archived library: is anything slower here?
 
     make bench-sweep                                    # the networks below, and reference cases with all layers
-    make bench-sweep BENCH_ARGS="--every 1"             # all reference cases, about half an hour
-    make bench-sweep BENCH_ARGS="imdb norm-0177"        # some of them
+    make bench-sweep BENCH_ARGS="--every 1"             # all reference cases
+    make bench-sweep BENCH_ARGS="imdb norm-0090"        # some of them
 
 One process per library, side by side on the same cores, network after network; what was compiled for one network is
 dropped before the next. Float64, NNGP and NTK of two batches. For each network four times, in seconds:

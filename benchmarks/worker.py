@@ -39,9 +39,9 @@ def main():
     def reply(**values):
         print(json.dumps(values), file=replies, flush=True)
 
-    _, _, kernel_fn = NETWORKS[network](stax)
+    kernel_fn = functools.partial(NETWORKS[network](stax)[2], **kwargs)
     if jitted:
-        kernel_fn = jax.jit(functools.partial(kernel_fn, **kwargs), static_argnames="get")
+        kernel_fn = jax.jit(kernel_fn, static_argnames="get")
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.float32(0)))  # the start of the backend is not the library's time
     reply(jax=jax.__version__, python=sys.version.split()[0])
 
@@ -52,7 +52,7 @@ def main():
             x1, x2 = shortened(x1), shortened(x2)
         x1, x2 = jax.device_put((x1, x2))
         start = time.perf_counter()
-        ntk = jax.block_until_ready(kernel_fn(x1, x2, "ntk") if jitted else kernel_fn(x1, x2, "ntk", **kwargs))
+        ntk = jax.block_until_ready(kernel_fn(x1, x2, "ntk"))
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         reply(seconds=seconds, peak_bytes=peak, corner=np.asarray(ntk)[:2, :2].astype(float).tolist())

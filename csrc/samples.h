@@ -218,8 +218,8 @@ class RecordWriter {
   }
 
   void tied(const Value& value, const T* coefficient, const T* half_in, T* average, T* half) const {
-    const T* sums = average ? average : half;
-    window_sum(value, half_in, c_.program.values[value.inputs[0]].space, average ? average : half);
+    T* sums = average ? average : half;
+    window_sum(value, half_in, c_.program.values[value.inputs[0]].space, sums);
     const int64_t n = n_positions(value.space);
     const V scale = broadcast(T(1) / window_size<T>(value));
     for (int64_t p = 0; p < n; ++p) {

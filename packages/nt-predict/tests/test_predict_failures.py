@@ -92,6 +92,13 @@ def test_a_kernel_of_zeros_teaches_nothing(dtype):
     np.testing.assert_array_equal(mean, 0)
 
 
+@pytest.mark.parametrize("diagonal", [0.0, -2.0])
+def test_an_indefinite_matrix_without_a_positive_diagonal(diagonal, dtype):
+    kernel = np.array([[diagonal, 1.0], [1.0, diagonal]], dtype)
+    with pytest.raises(np.linalg.LinAlgError, match=r"not positive semi-definite.*its smallest eigenvalue is -[13]"):
+        gp_inference(kernel, Y[:2])("nngp", kernel)
+
+
 def test_advice_suits_the_precision(x64):
     for dtype, in_double in (("float64", False), ("float32", True)):
         with pytest.raises(np.linalg.LinAlgError) as error:

@@ -104,14 +104,16 @@ class Gram:
         described = f"its smallest eigenvalue is {smallest:.3g}, the largest {largest:.3g}."
         if smallest < -_rounding_of_kernels(dtype) * abs(largest):
             message = f"The train-train kernel of dimension {len(values)} is not positive semi-definite in {dtype}: "
-            advice = f" Increase `diag_reg`, by about {self._missing(smallest, largest)} of the mean of the diagonal"
-            in_double = "" if dtype == jnp.float64 else ", or compute the kernel in float64"
-            has_mean = float(jnp.trace(self.matrix)) > 0
-            raise np.linalg.LinAlgError(message + described + (advice + in_double + "." if has_mean else ""))
+            advice = ""
+            if missing := self._missing(smallest, largest):
+                in_double = "" if dtype == jnp.float64 else ", or compute the kernel in float64"
+                advice = f" Increase `diag_reg`, by about {missing} of the mean of the diagonal{in_double}."
+            raise np.linalg.LinAlgError(message + described + advice)
         # Eigenvalues as small as the most negative one are rounding errors as well.
         noise = jnp.maximum(spectrum.noise, jnp.abs(values[0]) / spectrum.scale)
         rank = int(jnp.sum(values > noise * spectrum.scale))
-        advice = f" `diag_reg={self._missing(smallest, largest)}` would make it regular." if rank else ""
+        missing = self._missing(smallest, largest)
+        advice = f" `diag_reg={missing}` would make it regular." if missing else ""
         warnings.warn(
             f"The train-train kernel of dimension {len(values)} has rank {rank} in {dtype}: {described} Predictions at "
             f"infinite time are by its pseudo-inverse, which is the limit of gradient descent.{advice}",
@@ -119,10 +121,13 @@ class Gram:
         )
         return spectrum._replace(noise=noise)
 
-    def _missing(self, smallest: float, largest: float) -> str:
-        """What `diag_reg` would have to be larger by, in units of the mean of the diagonal."""
+    def _missing(self, smallest: float, largest: float) -> str | None:
+        """What `diag_reg` would have to be larger by, in units of the mean of the diagonal; None if that is no unit."""
+        mean = float(jnp.trace(self.matrix)) / len(self.matrix)
+        if mean <= 0:
+            return None
         missing = max(-smallest, 0) + 10 * float(jnp.finfo(self.matrix.dtype).eps) * largest
-        return f"{10.0 ** math.ceil(math.log10(missing * len(self.matrix) / float(jnp.trace(self.matrix)))):.0e}"
+        return f"{10.0 ** math.ceil(math.log10(missing / mean)):.0e}"
 
     def _warn_if_indefinite(self, eigenvalues: jax.Array) -> None:
         smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])

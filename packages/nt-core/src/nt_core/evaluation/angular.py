@@ -121,12 +121,12 @@ class AngularBlock(Block):
     def _stds(self, number: int, geometry: Geometry) -> Sides:
         return Sides(geometry, *(jnp.sqrt(s.variance[number]) for s in (self._first, self._second)))
 
-    def _shares(self, weighted: Array | float, number: int, of: int | None, geometry: Geometry) -> Sides:
+    def _shares(self, weight: Array | float, number: int, of: int | None, geometry: Geometry) -> Sides:
         """Roots of the shares that a branch, or a bias (`of=None`), has in the variances of a sum."""
 
         def root(variance: dict[int, Array]) -> Array:
             total = variance[number]
-            part = weighted if of is None else weighted * variance[of]
+            part = weight if of is None else weight * variance[of]
             return jnp.sqrt(part / jnp.where(total > 0, total, 1))
 
         return Sides(geometry, root(self._first.variance), root(self._second.variance))
