@@ -1,5 +1,6 @@
 """Small networks, with kernels that are written out by hand in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,6 +46,11 @@ def reduce(kernel, trace_axes, diagonal_axes):
         elif axis in diagonal:
             kernel = np.moveaxis(kernel.diagonal(axis1=2 * axis, axis2=2 * axis + 1), -1, 2 * axis)
     return kernel
+
+
+def quickly_compiled(fn, **kwargs):
+    """Compiles without the optimisation that small arrays do not need, which takes most of the time."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **kwargs)
 
 
 def assert_close(actual, expected, tolerance):

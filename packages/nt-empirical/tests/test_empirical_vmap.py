@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from empirical_networks import assert_close, mlp, mlp_params
-from nt_empirical import empirical_kernel_fn, empirical_ntk_fn
+from empirical_networks import assert_close, mlp, mlp_params, quickly_compiled
+from nt_empirical import NtkImplementation, empirical_ntk_fn
 
+IMPLEMENTATIONS = [NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.NTK_VECTOR_PRODUCTS]
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(4, 5, 6)), RNG.normal(size=(3, 5, 6))
 SECOND1, SECOND2 = (np.moveaxis(x, 0, 1) for x in (X1, X2))
@@ -61,28 +62,41 @@ CASES = {  # function, inputs, vmap_axes, trace_axes, diagonal_axes
 def test_the_kernel_is_the_same(case, second, x64):
     f, x1, x2, vmap_axes, trace_axes, diagonal_axes = CASES[case]
     params, x2 = mlp_params(6, 2), x2 if second else None
-    expected, actual = (
-        jax.jit(empirical_kernel_fn(f, trace_axes, diagonal_axes, axes), static_argnums=2)(x1, x2, None, params)
-        for axes in (None, vmap_axes)
-    )
-    jax.tree.map(lambda a, e: assert_close(a, e, 1e-13), actual, expected)
+
+    def kernels(params):
+        return [
+            empirical_ntk_fn(f, trace_axes, diagonal_axes, axes, implementation)(x1, x2, params)
+            for implementation in IMPLEMENTATIONS
+            for axes in (None, vmap_axes)
+        ]
+
+    expected, *others = quickly_compiled(kernels)(params)
+    for actual in others:
+        jax.tree.map(lambda a, e: assert_close(a, e, 1e-13), actual, expected)
 
 
 @pytest.mark.parametrize(("trace_axes", "diagonal_axes"), [((0,), ()), ((), (0,)), ((1,), (0,)), ((0, 1), ())])
 def test_the_axis_of_the_samples_may_be_traced_or_diagonal(trace_axes, diagonal_axes, x64):
-    params = mlp_params(6, 2)
-    expected, actual = (
-        empirical_ntk_fn(pooled, trace_axes, diagonal_axes, axes)(X1[:3], X2, params) for axes in (None, 0)
-    )
-    assert_close(actual, expected, 1e-13)
+    def kernels(params):
+        return [
+            empirical_ntk_fn(pooled, trace_axes, diagonal_axes, axes, implementation)(X1[:3], X2, params)
+            for implementation in IMPLEMENTATIONS
+            for axes in (None, 0)
+        ]
+
+    expected, *others = quickly_compiled(kernels)(mlp_params(6, 2))
+    for actual in others:
+        assert_close(actual, expected, 1e-13)
 
 
-def test_network_without_parameters():
-    ntk = empirical_ntk_fn(lambda params, x: x, (), (), 0)(jnp.ones((4, 2)), jnp.ones((3, 2)), ())
-    np.testing.assert_array_equal(ntk, np.zeros((4, 3, 2, 2)))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_network_without_parameters(implementation):
+    ntk_fn = empirical_ntk_fn(lambda params, x: x, (), (), 0, implementation)
+    np.testing.assert_array_equal(ntk_fn(jnp.ones((4, 2)), jnp.ones((3, 2)), ()), np.zeros((4, 3, 2, 2)))
 
 
-def test_the_function_sees_one_sample_at_a_time():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_function_sees_one_sample_at_a_time(implementation):
     seen = []
 
     def f(w, x):
@@ -90,7 +104,8 @@ def test_the_function_sees_one_sample_at_a_time():
         return x["a"] * w + jnp.sum(x["b"])
 
     x = {"a": jnp.ones((4, 2)), "b": jnp.ones(7)}
-    empirical_ntk_fn(f, vmap_axes=({"a": 0, "b": None}, 0, {}))(x, None, jnp.ones((1, 2)))
+    ntk_fn = empirical_ntk_fn(f, vmap_axes=({"a": 0, "b": None}, 0, {}), implementation=implementation)
+    jax.eval_shape(lambda w: ntk_fn(x, None, w), jnp.ones((1, 2)))
     assert set(seen) == {((1, 2), (7,))}
 
 
@@ -157,8 +172,9 @@ def test_a_key_for_each_sample(x64):
 # What is refused
 
 
-def ntk_with(vmap_axes, f=pooled):
-    return empirical_ntk_fn(f, vmap_axes=vmap_axes)(X1.astype("float32"), None, mlp_params(6, 2, dtype="float32"))
+def ntk_with(vmap_axes, f=pooled, implementation=NtkImplementation.JACOBIAN_CONTRACTION):
+    ntk_fn = empirical_ntk_fn(f, vmap_axes=vmap_axes, implementation=implementation)
+    return ntk_fn(X1.astype("float32"), None, mlp_params(6, 2, dtype="float32"))
 
 
 def test_axes_must_exist():
@@ -182,6 +198,7 @@ def test_axes_must_be_named():
         ntk_with((0, None, {}))
 
 
-def test_outputs_must_have_one_entry_per_sample():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outputs_must_have_one_entry_per_sample(implementation):
     with pytest.raises(ValueError, match=r"promises .* one entry per sample along axis 1, .* shape \(1, 2\)"):
-        ntk_with((0, 1, {}))
+        ntk_with((0, 1, {}), implementation=implementation)

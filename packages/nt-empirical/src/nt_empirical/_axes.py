@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from nt_core.cells import NotCut
 from nt_core.grid import swapped
+
+from nt_empirical._batches import check_same_structure
 
 Axes = int | Sequence[int]
 
@@ -49,10 +52,9 @@ class OutputAxes:
         Returns:
           The kernel, in float32 if `a` and `b` have less precision; exactly symmetric if `b` is `a`.
         """
-        shared = set(self.traced) | set(self.diagonal)
-        self._check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
+        self.check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
         labels_a = [2 * axis for axis in range(a.ndim)]
-        labels_b = [2 * axis + (axis < self.ndim and axis not in shared) for axis in range(b.ndim)]
+        labels_b = [2 * axis + (axis < self.ndim and axis not in self.shared) for axis in range(b.ndim)]
         labels_out = sorted({*labels_a[: self.ndim], *labels_b[: self.ndim]} - {2 * axis for axis in self.traced})
         # Kernels are ill-conditioned: the reduced precision that accelerators default to would not leave them
         # positive semi-definite.
@@ -66,8 +68,29 @@ class OutputAxes:
             preferred_element_type=jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32),
         )
         kernel = products / math.prod(a.shape[axis] for axis in self.traced)
-        # A matrix product may round an entry and its mirror image differently.
-        return (kernel + swapped(kernel, self.pairs())) / 2 if b is a else kernel
+        return self.symmetric(kernel) if b is a else kernel
+
+    def kernel_of_columns(self, columns: jax.Array, rows: Sequence[int]) -> jax.Array:
+        """Returns the kernel, given its columns.
+
+        Args:
+          columns: an array with all axes of the outputs for `x2`, then those axes of the outputs for `x1` that are in
+            `rows`. Of a shared axis that is not in `rows` there are equal positions only.
+          rows: axes of the outputs, in order; among them all that are not shared.
+        """
+        of_column = [2 * axis + (axis not in self.shared) for axis in range(self.ndim)]
+        labels_out = sorted({*of_column, *(2 * axis for axis in rows)} - {2 * axis for axis in self.traced})
+        total = jnp.einsum(columns, [*of_column, *(2 * axis for axis in rows)], labels_out)
+        return total / math.prod(columns.shape[axis] for axis in self.traced)
+
+    def symmetric(self, kernel: jax.Array) -> jax.Array:
+        """Returns an exactly symmetric kernel: products may round an entry and its mirror image differently."""
+        return (kernel + swapped(kernel, self.pairs())) / 2
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The axes at which both outputs have the same position, in order."""
+        return tuple(sorted((*self.traced, *self.diagonal)))
 
     def pairs(self) -> list[tuple[int, int]]:
         """Returns the axes of a kernel that are a pair, of which the kernel of `(x2, x1)` has them exchanged."""
@@ -80,7 +103,8 @@ class OutputAxes:
                 axis += 2
         return pairs
 
-    def _check_sizes(self, shape1: tuple[int, ...], shape2: tuple[int, ...]) -> None:
+    def check_sizes(self, shape1: tuple[int, ...], shape2: tuple[int, ...]) -> None:
+        """Raises a ValueError for outputs that differ along shared axes, or have no entries along traced ones."""
         for axis in (*self.traced, *self.diagonal):
             if shape1[axis] != shape2[axis]:
                 raise ValueError(
@@ -89,6 +113,27 @@ class OutputAxes:
                 )
         if 0 in (shape1[axis] for axis in self.traced):
             raise ValueError(f"Outputs of shape {shape1} have no entries along the traced axes {self.traced}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of outputs that are traced or diagonal in kernels, as a user names them."""
+
+    trace_axes: Axes
+    diagonal_axes: Axes
+
+    def axes_of(self, outputs1: Any, outputs2: Any) -> list[OutputAxes]:
+        """Returns the axes of every output of a network, for outputs for `x1` and for `x2` that must fit.
+
+        Raises:
+          ValueError: they do not fit, or an axis does not exist.
+        """
+        check_same_structure(outputs1, outputs2)
+        leaves = jax.tree.leaves(outputs1), jax.tree.leaves(outputs2)
+        axes = [OutputAxes.of(y.ndim, self.trace_axes, self.diagonal_axes) for y in leaves[0]]
+        for y1, y2, output in zip(*leaves, axes, strict=True):
+            output.check_sizes(y1.shape, y2.shape)
+        return axes
 
 
 def axis_pairs(kernel_ndim: int, trace_axes: Axes, diagonal_axes: Axes) -> list[tuple[int, int]] | None:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nt_empirical._batches import Batch, checked_outputs
-from nt_empirical._vmap import BatchAxes, drop_sample_axis, map_samples, output_axes
+from nt_empirical._axes import Layout
+from nt_empirical._batches import Batch
+from nt_empirical._vmap import BatchAxes, map_samples, output_axes, sample_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +29,33 @@ class Differentiated:
         return Differentiated(jnp.moveaxis(self.value, 0, axis), [jnp.moveaxis(j, 0, axis) for j in self.jacobian])
 
 
+def ntk_by_jacobians(
+    f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None
+) -> Any:
+    """Returns the tangent kernels of two batches, a pytree as the outputs: products of their Jacobians."""
+    outputs1 = differentiate(f, params, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(f, params, batch2, batch_axes)
+    axes = layout.axes_of(*(jax.tree.map(lambda y: y.value, outputs) for outputs in (outputs1, outputs2)))
+    differentiated, structure = jax.tree.flatten(outputs1)
+    kernels = [
+        sum(output.contract(j1, j2) for j1, j2 in zip(y1.jacobian, y2.jacobian, strict=True))
+        for output, y1, y2 in zip(axes, differentiated, jax.tree.leaves(outputs2), strict=True)
+    ]
+    return structure.unflatten(kernels)
+
+
 def differentiate(f: Callable[..., Any], params: Any, batch: Batch, axes: BatchAxes | None) -> Any:
     """Returns the outputs of `f` for a batch as a pytree of `Differentiated`.
 
     With `axes`, samples are differentiated one by one, and not each output of a sample through the whole batch.
     """
-    _check_parameters(params)
     weights, params_structure = jax.tree.flatten(params)
 
     def outputs_and_jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]]]:
         def outputs_twice(weights: list[Any]) -> tuple[Any, Any]:
-            outputs = checked_outputs(f(params_structure.unflatten(weights), batch.x, **batch.kwargs))
-            if axes is not None:
-                outputs = drop_sample_axis(outputs, axes)
+            outputs = sample_outputs(f, params_structure.unflatten(weights), batch, axes)
             return outputs, outputs
 
-        if not weights:  # `jax.jacrev` needs some
-            _, outputs = outputs_twice([])
-            return outputs, [[] for _ in jax.tree.leaves(outputs)]
         jacobians, outputs = jax.jacrev(outputs_twice, has_aux=True)(weights)
         return outputs, jax.tree.structure(outputs).flatten_up_to(jacobians)
 
@@ -61,7 +71,8 @@ def differentiate(f: Callable[..., Any], params: Any, batch: Batch, axes: BatchA
     return structure.unflatten(differentiated)
 
 
-def _check_parameters(params: Any) -> None:
+def check_parameters(params: Any) -> None:
+    """Raises a TypeError for parameters that are not real floating-point arrays."""
     for path, weights in jax.tree_util.tree_leaves_with_path(params):
         kind = getattr(weights, "dtype", type(weights))
         if not (kind is float or jnp.issubdtype(kind, jnp.floating)):

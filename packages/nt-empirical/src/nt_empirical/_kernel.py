@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from nt_core.get import Get, as_named, parse_get
 
-from nt_empirical._axes import Axes
+from nt_empirical._axes import Axes, Layout
 from nt_empirical._batches import make_batches
 from nt_empirical._nngp import nngp
-from nt_empirical._ntk import NtkImplementation, check_implementation, ntk, pairs_of_axes
+from nt_empirical._ntk import NtkImplementation, implementation_of, ntk, pairs_of_axes
 from nt_empirical._vmap import BatchAxes, VMapAxes
 
 KERNELS = ("nngp", "ntk")
@@ -51,15 +51,15 @@ def empirical_kernel_fn(
       >>> print(kernel.nngp, kernel.ntk)
       [[9.]] [[2.]]
     """
-    check_implementation(implementation)
-    batch_axes = BatchAxes.of(vmap_axes)
+    implementation = implementation_of(implementation)
+    layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:
         names = parse_get(get, KERNELS)
         batch1, batch2 = make_batches(x1, x2, kwargs)
         kernel_fns = {
-            "nngp": lambda: nngp(f, params, batch1, batch2, trace_axes, diagonal_axes),
-            "ntk": lambda: ntk(f, params, batch1, batch2, trace_axes, diagonal_axes, batch_axes),
+            "nngp": lambda: nngp(f, params, batch1, batch2, layout),
+            "ntk": lambda: ntk(f, params, batch1, batch2, layout, batch_axes, implementation),
         }
         kernels = [kernel_fns[name]() for name in names]
         return jax.tree.map(

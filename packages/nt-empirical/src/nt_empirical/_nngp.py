@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from nt_empirical._axes import Axes, OutputAxes, axis_pairs
-from nt_empirical._batches import Batch, check_same_structure, checked_outputs, make_batches
+from nt_empirical._axes import Axes, Layout, axis_pairs
+from nt_empirical._batches import Batch, checked_outputs, make_batches
 
 
 def empirical_nngp_fn(f: Callable[..., Any], trace_axes: Axes = (-1,), diagonal_axes: Axes = ()) -> Callable[..., Any]:
@@ -44,21 +44,18 @@ def empirical_nngp_fn(f: Callable[..., Any], trace_axes: Axes = (-1,), diagonal_
     """
 
     def nngp_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
-        return nngp(f, params, *make_batches(x1, x2, kwargs), trace_axes, diagonal_axes)
+        return nngp(f, params, *make_batches(x1, x2, kwargs), Layout(trace_axes, diagonal_axes))
 
     nngp_fn.axis_pairs = lambda ndim: axis_pairs(ndim, trace_axes, diagonal_axes)  # type: ignore[attr-defined]
     return nngp_fn
 
 
-def nngp(
-    f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, trace_axes: Axes, diagonal_axes: Axes
-) -> Any:
+def nngp(f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout) -> Any:
     """Returns the empirical NNGP of two batches."""
     outputs1 = checked_outputs(f(params, batch1.x, **batch1.kwargs))
     outputs2 = outputs1 if batch2 is batch1 else checked_outputs(f(params, batch2.x, **batch2.kwargs))
-    check_same_structure(outputs1, outputs2)
-
-    def covariance(y1: jax.Array, y2: jax.Array) -> jax.Array:
-        return OutputAxes.of(y1.ndim, trace_axes, diagonal_axes).contract(y1, y2).astype(y1.dtype)
-
-    return jax.tree.map(covariance, outputs1, outputs2)
+    (leaves1, structure), leaves2 = jax.tree.flatten(outputs1), jax.tree.leaves(outputs2)
+    axes = layout.axes_of(outputs1, outputs2)
+    return structure.unflatten(
+        output.contract(y1, y2).astype(y1.dtype) for output, y1, y2 in zip(axes, leaves1, leaves2, strict=True)
+    )

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nt_empirical._axes import Axes, OutputAxes, axis_pairs
-from nt_empirical._batches import Batch, check_same_structure, make_batches
-from nt_empirical._jacobian import Differentiated, differentiate
-from nt_empirical._vmap import BatchAxes, VMapAxes, check_first
+from nt_empirical._axes import Axes, Layout, axis_pairs
+from nt_empirical._batches import Batch, make_batches
+from nt_empirical._jacobian import check_parameters, ntk_by_jacobians
+from nt_empirical._vector_products import ntk_by_columns
+from nt_empirical._vmap import BatchAxes, VMapAxes, check_first, outputs_of
 
 
 class NtkImplementation(enum.IntEnum):
@@ -19,7 +20,9 @@ class NtkImplementation(enum.IntEnum):
     Attributes:
       AUTO: the best that there is, which is `JACOBIAN_CONTRACTION` for now.
       JACOBIAN_CONTRACTION: the Jacobians of both batches, and their product.
-      NTK_VECTOR_PRODUCTS: not implemented.
+      NTK_VECTOR_PRODUCTS: the kernel column by column, without Jacobians: each column takes a gradient of one number
+        for `x2`, and the derivatives of all outputs for `x1` along it. Of use where Jacobians do not fit into memory,
+        or a network costs little beside the number of its outputs times its parameters.
       STRUCTURED_DERIVATIVES: not implemented.
     """
 
@@ -82,11 +85,11 @@ def empirical_ntk_fn(
       [[1. 1.]
        [1. 2.]]
     """
-    check_implementation(implementation)
-    batch_axes = BatchAxes.of(vmap_axes)
+    implementation = implementation_of(implementation)
+    layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
-        return ntk(f, params, *make_batches(x1, x2, kwargs), trace_axes, diagonal_axes, batch_axes)
+        return ntk(f, params, *make_batches(x1, x2, kwargs), layout, batch_axes, implementation)
 
     ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
     return ntk_fn
@@ -97,24 +100,28 @@ def ntk(
     params: Any,
     batch1: Batch,
     batch2: Batch,
-    trace_axes: Axes,
-    diagonal_axes: Axes,
+    layout: Layout,
     batch_axes: BatchAxes | None,
+    implementation: NtkImplementation,
 ) -> Any:
-    """Returns the empirical NTK of two batches, by contraction of their Jacobians."""
-    outputs1 = differentiate(f, params, batch1, batch_axes)
-    outputs2 = outputs1 if batch2 is batch1 else differentiate(f, params, batch2, batch_axes)
-    check_same_structure(*(jax.tree.map(lambda y: y.value, outputs) for outputs in (outputs1, outputs2)))
+    """Returns the empirical NTK of two batches."""
+    check_parameters(params)
     weights = jax.tree.leaves(params)
+    if not weights:
+        outputs1, outputs2 = (outputs_of(f, params, batch, batch_axes) for batch in (batch1, batch2))
+        return _no_kernel(outputs1, outputs2, layout)
+    kernels = _IMPLEMENTATIONS[implementation](f, params, batch1, batch2, layout, batch_axes)
+    return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*weights)), kernels)
 
-    def tangent_kernel(y1: Differentiated, y2: Differentiated) -> jax.Array:
-        axes = OutputAxes.of(y1.value.ndim, trace_axes, diagonal_axes)
-        if not weights:
-            return axes.contract(jnp.zeros_like(y1.value), jnp.zeros_like(y2.value)).astype(y1.value.dtype)
-        parts = [axes.contract(j1, j2) for j1, j2 in zip(y1.jacobian, y2.jacobian, strict=True)]
-        return sum(parts[1:], start=parts[0]).astype(jnp.result_type(*weights))
 
-    return jax.tree.map(tangent_kernel, outputs1, outputs2)
+def _no_kernel(outputs1: Any, outputs2: Any, layout: Layout) -> Any:
+    """Returns the tangent kernels of networks without parameters."""
+    (leaves1, structure), leaves2 = jax.tree.flatten(outputs1), jax.tree.leaves(outputs2)
+    axes = layout.axes_of(outputs1, outputs2)
+    return structure.unflatten(
+        output.contract(jnp.zeros_like(y1), jnp.zeros_like(y2)).astype(y1.dtype)
+        for output, y1, y2 in zip(axes, leaves1, leaves2, strict=True)
+    )
 
 
 def empirical_ntk_vp_fn(f: Callable[..., Any], x1: Any, x2: Any, params: Any, **kwargs: Any) -> Callable[[Any], Any]:
@@ -161,11 +168,19 @@ def pairs_of_axes(
     return pairs
 
 
-def check_implementation(implementation: NtkImplementation | int) -> None:
-    """Raises an error for an implementation that does not exist."""
+def implementation_of(implementation: NtkImplementation | int) -> NtkImplementation:
+    """Returns an implementation given by itself or by its number, and raises an error for one that does not exist."""
     implementation = NtkImplementation(implementation)
-    if implementation not in (NtkImplementation.AUTO, NtkImplementation.JACOBIAN_CONTRACTION):
+    if implementation not in _IMPLEMENTATIONS:
         raise NotImplementedError(
             f"NtkImplementation.{implementation.name} does not exist yet; use NtkImplementation.JACOBIAN_CONTRACTION, "
             "which gives the same result."
         )
+    return implementation
+
+
+_IMPLEMENTATIONS = {
+    NtkImplementation.AUTO: ntk_by_jacobians,
+    NtkImplementation.JACOBIAN_CONTRACTION: ntk_by_jacobians,
+    NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_by_columns,
+}

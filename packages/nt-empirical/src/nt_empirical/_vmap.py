@@ -9,7 +9,7 @@ from nt_core.cells import NotCut
 from nt_core.keywords import is_array
 
 from nt_empirical._axes import non_negative_axis
-from nt_empirical._batches import Batch
+from nt_empirical._batches import Batch, checked_outputs
 
 VMapAxes = Any
 
@@ -54,8 +54,16 @@ def check_first(axes: BatchAxes | None) -> None:
         )
 
 
-def map_samples(fn: Callable[[Batch], Any], batch: Batch, axes: BatchAxes) -> Any:
-    """Calls `fn` with batches of one sample, and returns arrays with the samples along a new leading axis."""
+def map_samples(
+    fn: Callable[[Batch], Any],
+    batch: Batch,
+    axes: BatchAxes,
+    mapping: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = jax.vmap,
+) -> Any:
+    """Calls `fn` with batches of one sample, and returns arrays with the samples along a new leading axis.
+
+    `mapping` makes a function of a sample one of many, along the leading axis: all at once, or one after the other.
+    """
     leaves, structure = jax.tree.flatten((batch.x, batch.kwargs))
     leaf_axes = _axes_of_leaves((axes.inputs, axes.of_kwargs(batch.kwargs)), (batch.x, batch.kwargs))
     if all(axis is None for axis in leaf_axes):
@@ -71,11 +79,32 @@ def map_samples(fn: Callable[[Batch], Any], batch: Batch, axes: BatchAxes) -> An
         )
         return fn(Batch(x, kwargs))
 
-    mapped = [(leaf, axis) for leaf, axis in zip(leaves, leaf_axes, strict=True) if axis is not None]
-    return jax.vmap(sample_fn, in_axes=([axis for _, axis in mapped],))([leaf for leaf, _ in mapped])
+    mapped = [
+        jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+        for leaf, axis in zip(leaves, leaf_axes, strict=True)
+        if axis is not None
+    ]
+    return mapping(sample_fn)(mapped)
 
 
-def drop_sample_axis(outputs: Any, axes: BatchAxes) -> Any:
+def outputs_of(f: Callable[..., Any], params: Any, batch: Batch, axes: BatchAxes | None) -> Any:
+    """Returns the outputs of `f` for a batch, from one sample at a time if there are `axes`."""
+    if axes is None:
+        return sample_outputs(f, params, batch, axes)
+    outputs = map_samples(lambda sample: sample_outputs(f, params, sample, axes), batch, axes)
+    leaves, structure = jax.tree.flatten(outputs)
+    return structure.unflatten(
+        jnp.moveaxis(y, 0, axis) for y, axis in zip(leaves, output_axes(outputs, axes), strict=True)
+    )
+
+
+def sample_outputs(f: Callable[..., Any], params: Any, batch: Batch, axes: BatchAxes | None) -> Any:
+    """Returns the outputs of `f`; if there are `axes`, for a batch of one sample, without its axis."""
+    outputs = checked_outputs(f(params, batch.x, **batch.kwargs))
+    return outputs if axes is None else _drop_sample_axis(outputs, axes)
+
+
+def _drop_sample_axis(outputs: Any, axes: BatchAxes) -> Any:
     """Removes the axis of the samples from the outputs for one sample."""
     leaves, structure = jax.tree.flatten(outputs)
     leaf_axes = output_axes(outputs, axes)

@@ -1,0 +1,72 @@
+"""The implementations of the NTK give the same kernels, in the same layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from empirical_networks import TOLERANCE, assert_close, mlp, mlp_kernels, mlp_params, quickly_compiled, reduce
+from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn
+
+RNG = np.random.default_rng(0)
+X1, X2 = RNG.normal(size=(4, 5, 6)), RNG.normal(size=(3, 5, 6))
+LAYOUTS = [((), ()), ((2,), ()), ((1, 2), ()), ((2,), (1,)), ((1,), (2,)), ((), (1, 2)), ((0,), (2,)), ((2,), (0, 1))]
+IMPLEMENTATIONS = [NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.NTK_VECTOR_PRODUCTS]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_kernels_are_those_by_hand(implementation, dtype, capsys):
+    """In all layouts; without a second batch they are exactly symmetric. Nothing is printed."""
+    params = mlp_params(6, 2, dtype=dtype)
+    x1, x2 = jnp.asarray(X1[:3], dtype), jnp.asarray(X2, dtype)
+
+    def kernels(params, x1, x2):
+        return [
+            empirical_ntk_fn(mlp, *axes, vmap_axes=0, implementation=implementation)(x1, x2, params) for axes in LAYOUTS
+        ]
+
+    full = mlp_kernels(params, x1, x2)[1]
+    for actual, axes in zip(quickly_compiled(kernels)(params, x1, x2), LAYOUTS, strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, reduce(full, *axes), TOLERANCE[dtype])
+    everything, traced = quickly_compiled(lambda p, x: kernels(p, x, None)[:2])(params, x1)
+    np.testing.assert_array_equal(everything, everything.transpose(1, 0, 3, 2, 5, 4))
+    np.testing.assert_array_equal(traced, traced.transpose(1, 0, 3, 2))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("vmap_axes", [None, 0])
+def test_batches_of_many_and_of_no_samples(vmap_axes, implementation):
+    """More columns than are computed at once."""
+    params, x = mlp_params(6, 2, dtype="float32"), RNG.normal(size=(41, 6)).astype("float32")
+    ntk_fn = jax.jit(empirical_ntk_fn(mlp, vmap_axes=vmap_axes, implementation=implementation))
+    assert_close(ntk_fn(x[:3], x, params), reduce(mlp_kernels(params, x[:3], x)[1], (-1,), ()), TOLERANCE["float32"])
+    assert ntk_fn(x[:0], x[:2], params).shape == (0, 2)
+    assert ntk_fn(x[:2], x[:0], params).shape == (2, 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_named_kernels_and_derivatives(implementation, x64):
+    """`empirical_kernel_fn` takes implementations too; kernels can be differentiated and mapped over."""
+    params, x1, x2 = mlp_params(6, 2), X1[:, 0], X2[:, 0]
+    kernel_fn = empirical_kernel_fn(mlp, implementation=implementation)
+
+    def total(x):
+        return jnp.sum(kernel_fn(x, x2, ("ntk",), params).ntk ** 2)
+
+    direction = RNG.normal(size=x1.shape)
+    values, slope = quickly_compiled(jax.vmap(jax.value_and_grad(total)))(
+        np.stack([x1, x1 + 1e-6 * direction, x1 - 1e-6 * direction])
+    )
+    assert values[0] == pytest.approx(np.sum(reduce(mlp_kernels(params, x1, x2)[1], (-1,), ()) ** 2), rel=1e-12)
+    assert np.sum(slope[0] * direction) == pytest.approx(float(values[1] - values[2]) / 2e-6, rel=1e-7)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_complex_numbers_are_refused(implementation):
+    x = jnp.ones((4, 6))
+    ntk_fn = empirical_ntk_fn(lambda w, x: x @ w * (1 + 2j), implementation=implementation)
+    with pytest.raises(TypeError, match="real floating-point arrays, got dtype complex64"):
+        ntk_fn(x, None, jnp.ones((6, 2)))
+    with pytest.raises(TypeError, match="real floating-point arrays, got complex64 in params"):
+        ntk_fn(x, None, jnp.ones((6, 2), "complex64"))
