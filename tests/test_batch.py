@@ -367,7 +367,7 @@ def test_progress(monkeypatch, progress):
             shown.append("closed")
 
     clock = iter(np.arange(0, 100, 0.4))
-    monkeypatch.setattr(sys.modules["nt_core.batch"], "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(sys.modules["nt_core.progress"], "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     nt.batch(FCN[2], 2, progress=progress)(VECTORS[0], None, "nngp")

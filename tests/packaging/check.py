@@ -19,6 +19,8 @@ import venv
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DIST = ROOT / "dist"
@@ -81,15 +83,17 @@ class Environment:
         return {normalised(name): requires for name, requires in found.items()}
 
     def closure(self, *names):
-        """The names and all that they require, without extras."""
-        installed, todo, seen = self.installed(), list(names), set()
+        """The names and all that they require, with the extras that are asked for."""
+        installed, todo, seen = self.installed(), [Requirement(name) for name in names], set()
         while todo:
-            name = todo.pop()
-            if name in installed and name not in seen:
-                seen.add(name)
-                requires = [r for r in installed[name] if "extra ==" not in r]
-                todo += [normalised(re.match(r"[\w.-]+", r).group()) for r in requires]
-        return seen
+            requirement = todo.pop()
+            name, extras = normalised(requirement.name), ("", *sorted(requirement.extras))
+            if name in installed and (name, extras) not in seen:
+                seen.add((name, extras))
+                for needed in map(Requirement, installed[name]):
+                    if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                        todo.append(needed)
+        return {name for name, _ in seen}
 
     def brought(self):
         """What was installed into the environment since it was made."""

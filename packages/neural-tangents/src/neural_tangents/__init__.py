@@ -5,7 +5,7 @@
 
 from importlib.metadata import version
 
-from nt_core import Kernel, batch
+from nt_core import Kernel, KernelStore, batch
 from nt_empirical import (
     NtkImplementation,
     empirical_kernel_fn,
@@ -24,6 +24,7 @@ __version__ = version("neural-tangents")
 
 __all__ = [
     "Kernel",
+    "KernelStore",
     "NtkImplementation",
     "batch",
     "empirical_kernel_fn",

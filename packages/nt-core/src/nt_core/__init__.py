@@ -1,7 +1,8 @@
 """Covariance propagation through infinitely wide neural networks.
 
 The pieces: `Kernel`, the covariances themselves; `steps` and `Program`, what a network does to them, as data;
-`propagate`, which executes a program on the best backend there is; `layer` and its kin, which make layers of them.
+`propagate`, which executes a program on the best backend there is; `layer` and its kin, which make layers of them;
+`batch` and `KernelStore`, for kernels of any size.
 """
 
 from nt_core import activations, steps
@@ -17,6 +18,7 @@ from nt_core.requirements import Bool, Diagonal, requires
 from nt_core.rules import Rule, Run, apply_rules, step_rule
 from nt_core.sources import Inputs
 from nt_core.spec import Spec
+from nt_core.store import KernelStore
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __all__ = [
     "Difference",
     "Inputs",
     "Kernel",
+    "KernelStore",
     "MaskedArray",
     "Node",
     "Program",

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +26,7 @@ from nt_core.cells import (
     start,
 )
 from nt_core.grid import Cell, Grid, evenly
+from nt_core.progress import with_progress
 from nt_core.tracing import is_traced
 
 _T = TypeVar("_T")
@@ -92,7 +91,7 @@ def batch(
     batched = attribute(kernel_fn, "batched")
     if batched is not None:
         return batched(batching)
-    compiled = _Compiled(kernel_fn)
+    compiled = Compiled(kernel_fn)
 
     @functools.wraps(kernel_fn)
     def batched_fn(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +171,7 @@ class Batching:
         return jax.tree.map(lambda a: jax.device_put(a, device) if isinstance(a, arrays) else a, kernels)
 
 
-class _Compiled:
+class Compiled:
     """A kernel function, compiled once for each kind of call."""
 
     def __init__(self, kernel_fn: Callable[..., Any]) -> None:
@@ -218,50 +217,67 @@ class _Compiled:
         return self._known[key]
 
 
-def _cells(compiled: _Compiled, call: Call, batching: Batching, n_devices: int) -> "_Cells | None":
+def _cells(compiled: Compiled, call: Call, batching: Batching, n_devices: int) -> "Cells | None":
     """Returns the cells of a call, or None if there is no more than one."""
     grid = batching.grid(call.n1, call.n2, call.symmetric, n_devices, functools.partial(compiled.fits, call))
     if grid is None or grid.shape == (1, 1):
         return None
-    return _Cells(compiled, call, grid, min(n_devices, len(grid.cells())))
+    return Cells(compiled, call, grid, min(n_devices, len(grid.cells())))
 
 
-class _Cells:
+class Cells:
     """The cells of one call."""
 
-    def __init__(self, compiled: _Compiled, call: Call, grid: Grid, n_devices: int) -> None:
-        self._compiled, self._call, self._grid, self._n_devices = compiled, call, grid, n_devices
+    def __init__(self, compiled: Compiled, call: Call, grid: Grid, n_devices: int) -> None:
+        self._compiled, self._call, self._n_devices = compiled, call, n_devices
         # On all devices, once.
         self._common = call.common if n_devices == 1 else jax.device_put(call.common, self._sharding())
-        self._axes = compiled.remember(("axes", grid, n_devices), call, self._mirror_axes)
-        if any(pairs is None for axes in self._axes for pairs in axes.values()):
-            self._grid = dataclasses.replace(grid, symmetric=False)
+        self.grid = grid
+        self.axes = compiled.remember(("axes", grid, n_devices), call, self._mirror_axes)
+        if any(pairs is None for axes in self.axes for pairs in axes.values()):
+            self.grid = dataclasses.replace(grid, symmetric=False)
 
     def collected(self, progress: bool) -> Any:
         """Returns the kernels, each cell in the memory of the CPU as soon as it is computed."""
         kernels: list[dict[str, Any]] = []
-        for cells, out in _one_ahead(map(self._dispatched, _with_progress(self._chunks(), progress))):
+        for cell, out in self.computed(self.grid.cells(), progress):
+            kernels = kernels or [start(self.grid, fields) for fields in out["fields"]]
+            for kernel, fields, axes in zip(kernels, out["fields"], self.axes, strict=True):
+                put(kernel, self.grid, cell, fields, axes)
+        return finish(out, kernels)
+
+    def computed(
+        self, wanted: Sequence[Cell], progress: bool, is_wanted: Callable[[Cell], bool] = lambda cell: True
+    ) -> Iterator[tuple[Cell, Any]]:
+        """Yields cells, and what `compute_cell` returns for them, in the memory of the CPU.
+
+        Args:
+          wanted: which cells; of those that are computed alike, in this order.
+          progress: whether to show a bar.
+          is_wanted: asked before each of them is computed.
+        """
+        chunks = self._chunks(wanted)
+        chunks = with_progress(chunks, progress, len(chunks), "kernel", "cell")
+        kept = (([cell for cell in cells if is_wanted(cell)], shape) for cells, shape in chunks)
+        for cells, out in _one_ahead(self._dispatched(*chunk) for chunk in kept if chunk[0]):
             fetched = jax.device_get(out).tree
             for number, cell in enumerate(cells):
                 fields = [{k: _entry(v, number) for k, v in fields.items()} for fields in fetched["fields"]]
-                kernels = kernels or [start(self._grid, f) for f in fields]
-                for kernel, f, axes in zip(kernels, fields, self._axes, strict=True):
-                    put(kernel, self._grid, cell, f, axes)
-        return finish(fetched, kernels)
+                yield cell, {**fetched, "fields": fields}
 
     def _mirror_axes(self) -> list[dict[str, Any]]:
-        cells, shape = _groups(self._grid, self._call)[0]
+        cells, shape = _groups(self.grid, self._call, self.grid.cells())[0]
         template = jax.eval_shape(lambda: self._compute(cells[:1] * self._n_devices, shape)).tree
         return [mirror_axes(self._compiled.kernel_fn, fields) for fields in template["fields"]]
 
     def joined(self) -> Any:
         """Returns the kernels, in a computation that is being traced."""
-        groups = _groups(self._grid, self._call)
+        groups = _groups(self.grid, self._call, self.grid.cells())
         order = {cell: number for number, cell in enumerate(cell for cells, _ in groups for cell in cells)}
-        numbers = np.array([order[cell] for cell in self._grid.cells()])
+        numbers = np.array([order[cell] for cell in self.grid.cells()])
         outs = [self._map(cells, shape) for cells, shape in groups]
         out = jax.tree.map(lambda *a: jnp.concatenate(a)[numbers], *outs).tree
-        kernels = [join(self._grid, fields, axes) for fields, axes in zip(out["fields"], self._axes, strict=True)]
+        kernels = [join(self.grid, fields, axes) for fields, axes in zip(out["fields"], self.axes, strict=True)]
         return finish(out, kernels)
 
     def _map(self, cells: list[Cell], shape: Shape) -> Mixed:
@@ -271,22 +287,21 @@ class _Cells:
         call = jax.tree.map(jnp.asarray, self._call)
         compute = self._compiled.cells(shape, n)
         body = jax.checkpoint(lambda chunk: compute(call.common, call.take(*chunk)), prevent_cse=False)
-        chunks = [jnp.asarray(a).reshape(-1, n, a.shape[1]) for a in _indices(padded, self._grid, shape)]
+        chunks = [jnp.asarray(a).reshape(-1, n, a.shape[1]) for a in _indices(padded, self.grid, shape)]
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: len(cells)], lax.map(body, chunks))
 
-    def _chunks(self) -> list[tuple[list[Cell], Shape]]:
+    def _chunks(self, wanted: Sequence[Cell]) -> list[tuple[list[Cell], Shape]]:
         """Returns the cells that are computed at the same time."""
-        groups, n = _groups(self._grid, self._call), self._n_devices
+        groups, n = _groups(self.grid, self._call, wanted), self._n_devices
         return [(cells[i : i + n], shape) for cells, shape in groups for i in range(0, len(cells), n)]
 
-    def _dispatched(self, chunk: tuple[list[Cell], Shape]) -> tuple[list[Cell], Mixed]:
-        cells, shape = chunk
+    def _dispatched(self, cells: list[Cell], shape: Shape) -> tuple[list[Cell], Mixed]:
         return cells, self._compute(cells + cells[-1:] * (self._n_devices - len(cells)), shape)
 
     def _compute(self, cells: list[Cell], shape: Shape) -> Mixed:
         """Computes one cell on each device."""
         compute = self._compiled.cells(shape, self._n_devices)
-        taken = self._call.take(*_indices(cells, self._grid, shape))
+        taken = self._call.take(*_indices(cells, self.grid, shape))
         if self._n_devices == 1:
             return compute(self._common, taken)
         return compute(self._common, jax.device_put(taken, self._sharding(_AXIS)))
@@ -295,16 +310,16 @@ class _Cells:
         return NamedSharding(_mesh(self._n_devices), PartitionSpec(*axes))
 
 
-def _groups(grid: Grid, call: Call) -> list[tuple[list[Cell], Shape]]:
-    """Returns the cells, and how they are computed.
+def _groups(grid: Grid, call: Call, cells: Sequence[Cell]) -> list[tuple[list[Cell], Shape]]:
+    """Returns cells, and how they are computed.
 
     Those on the diagonal of a batch with itself are kernels of a batch with itself. That two batches are the same is
     otherwise decided by their sizes and values. Where it matters, cells that are not about the same samples, but may be
     about equal ones, get one column more, which makes them differ.
     """
-    cells, plain = grid.cells(), Shape(grid.rows, grid.columns, grid.columns)
+    plain = Shape(grid.rows, grid.columns, grid.columns)
     if not (call.symmetric or call.knows_samples):
-        return [(cells, plain)]
+        return [(list(cells), plain)]
     same: list[Cell] = []
     others: list[Cell] = []
     for i, j in cells:
@@ -335,35 +350,11 @@ def _entry(value: Any, number: int) -> Any:
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
     """Yields each item when the next one is there: devices work while the results before are taken care of."""
-    iterator = iter(items)
-    previous = next(iterator)
-    for item in iterator:
-        yield previous
-        previous = item
-    yield previous
-
-
-def _with_progress(items: Sequence[_T], show: bool) -> Iterator[_T]:
-    """Yields items; shows a bar from the moment that it has taken a second."""
-    bar, show, began = None, show and sys.stderr.isatty(), time.monotonic()
-    for number, item in enumerate(items):
-        if bar is not None:
-            bar.update()
-        elif show and time.monotonic() > began + 1:
-            bar = _bar(number, len(items))
-            show = bar is not None
-        yield item
-    if bar is not None:
-        bar.update()
-        bar.close()
-
-
-def _bar(number: int, total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(initial=number, total=total, unit="cell", desc="kernel")
+    previous: list[_T] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
 
 
 def _largest_array(jaxpr: Any) -> int:

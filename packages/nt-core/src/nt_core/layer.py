@@ -89,8 +89,7 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
     """Returns the public `kernel_fn` of a layer or network with these rules."""
     requirements = in_series(*(rule.requirements for rule in rules))
     # Programs are remembered as long as the network is there: their coefficients may be traced, and live no longer.
-    remembering = functools.lru_cache(maxsize=128)(collect)
-    remembering_masked = functools.lru_cache(maxsize=128)(collect_masked)
+    remembering, remembering_masked = _Remembering(collect), _Remembering(collect_masked)
 
     def kernel_fn(
         x1_or_kernel: Any,
@@ -142,6 +141,20 @@ def make_kernel_fn(rules: tuple[Rule, ...]) -> Callable[..., Any]:
     kernel_fn.input_req = requirements  # type: ignore[attr-defined]
     kernel_fn.rules = rules  # type: ignore[attr-defined]
     return kernel_fn
+
+
+class _Remembering:
+    """A function that remembers its last results. What is pickled, for another process, is the function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._remembering = functools.lru_cache(maxsize=128)(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._remembering(*args)
+
+    def __reduce__(self) -> Any:
+        return _Remembering, (self._function,)
 
 
 def rules_of(kernel_fn: Callable[..., Any]) -> tuple[Rule, ...]:

@@ -1,0 +1,124 @@
+"""Kernels on disk: what the store costs, how two processes scale, and what a full CIFAR-10 would take.
+
+    .venv/bin/python benchmarks/store.py            # all, some ten minutes on two cores
+    .venv/bin/python benchmarks/store.py overhead   # or `scaling`, or `rehearsal`
+
+overhead   A dense network in tiles of 512 x 512 (1 MB in single precision) of about 0.2 s each: `compute` against
+           `nt.batch` with the same cells, which keeps them in memory.
+scaling    A convolutional network by one process, then by two, each on a core of its own; tiles of some 0.2 s.
+rehearsal  What `nt_core.store.plan` says of Myrtle-10 on 1000 images of 32 x 32 and on 60,000 from a small tile, and
+           with --images N the time that the kernel of N images takes.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import neural_tangents as nt
+import numpy as np
+from networks import NETWORKS
+from neural_tangents import stax
+from nt_core.store import plan
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def normal(*shape):
+    """Random inputs in single precision."""
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def deep_dense():
+    """Forty layers, so that a tile takes some 0.2 s."""
+    return stax.serial(*[layer for _ in range(40) for layer in (stax.Dense(1), stax.Relu())])[2]
+
+
+def pooled_cnn():
+    """Five layers and a pool over all positions."""
+    layers = [layer for _ in range(5) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
+    return stax.serial(*layers, stax.GlobalAvgPool())[2]
+
+
+def seconds(function):
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def overhead(folder, n=4096, tile=512):
+    """Prints the time of a store and that of the same cells in memory, one after the other three times."""
+    kernel_fn, x = deep_dense(), normal(n, 64)
+    batched = nt.batch(kernel_fn, tile, 1, store_on_device=False)
+    batched(x[: 2 * tile], None, "ntk")  # compiles
+    n_tiles = len(nt.KernelStore.create(folder / "tiles", kernel_fn, x, get="ntk", tile=tile).grid.cells())
+    print(f"overhead: {n_tiles} tiles of {tile} x {tile}")
+    for number in range(3):
+        store = nt.KernelStore.create(folder / f"overhead-{number}", kernel_fn, x, get="ntk", tile=tile)
+        in_memory = seconds(lambda: batched(x, None, "ntk"))
+        on_disk = seconds(lambda store=store: store.compute(device_count=1, progress=False))
+        print(f"  in memory {in_memory:.2f} s, on disk {on_disk:.2f} s: {100 * (on_disk / in_memory - 1):+.1f} %")
+
+
+def work(path, process, of):
+    """One process of `scaling`, once it is told to begin."""
+    os.sched_setaffinity(0, {CORES[int(process)]})
+    store = nt.KernelStore.create(path, pooled_cnn(), normal(128, 32, 32, 3), get="ntk", tile=8)
+    input()
+    print(seconds(lambda: store.compute(process=int(process), of=int(of), device_count=1)), flush=True)
+
+
+def scaling(folder):
+    """Prints the time that one process takes, and two."""
+    times = {}
+    for of in (1, 2):
+        command = [sys.executable, "-W", "ignore", __file__, "work", str(folder / f"scaling-{of}")]
+        processes = [
+            subprocess.Popen([*command, str(i), str(of)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for i in range(of)
+        ]
+        time.sleep(30)  # all have started
+        times[of] = max(float(process.communicate("\n")[0]) for process in _told(processes))
+        print(f"scaling: {of} process{'es' * (of > 1)}, each on one core: {times[of]:.1f} s")
+    print(f"  two are {times[1] / times[2]:.2f} times as fast")
+
+
+def _told(processes):
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+def rehearsal(folder, images):
+    """Prints plans for Myrtle-10, and the time of the whole for some images."""
+    kernel_fn, x = NETWORKS["myrtle10"](stax)[2], normal(max(images, 32), 32, 32, 3)
+    for n in (1000, 60_000):
+        print(f"rehearsal, Myrtle-10:\n{plan(kernel_fn, x[:64], n1=n, tile=512)}")
+    if images:
+        store = nt.KernelStore.create(folder / "rehearsal", kernel_fn, x[:images], tile=64)
+        took, pairs = seconds(store.compute), images * (images + 1) / 2
+        print(f"{images} images: {took:.1f} s, {1e3 * took / pairs:.3g} ms for each of {pairs:,.0f} pairs")
+
+
+def main():
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["overhead", "scaling", "rehearsal"])
+    parser.add_argument("--images", type=int, default=0)
+    options = parser.parse_args()
+    if options.parts[0] == "work":
+        return work(*options.parts[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        for part in options.parts:
+            {"overhead": overhead, "scaling": scaling, "rehearsal": lambda f: rehearsal(f, options.images)}[part](
+                Path(folder)
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""A kernel matrix on disk, and its computation tile by tile."""
+
+import dataclasses
+import inspect
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nt_core.batch import Cells, Compiled
+from nt_core.cells import Call, Shape
+from nt_core.get import Get, parse_get
+from nt_core.grid import Cell, Grid
+from nt_core.kernel import Kernel
+from nt_core.keywords import is_absent
+from nt_core.store import workers
+from nt_core.store.extras import load
+from nt_core.store.fingerprint import differences, fingerprint
+from nt_core.store.matrix import StoredMatrix
+from nt_core.trees import nt_tree_leaves
+
+_NAMES = ("nngp", "ntk")
+# Under this name the description of a store stands in the attributes of its group, as zarr has them.
+_ATTRIBUTE = "nt_core"
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How far a store is.
+
+    Attributes:
+      done: how many tiles are on disk, in all of its matrices.
+      total: how many there are to compute; of a symmetric matrix one triangle.
+      bytes: what the tiles on disk take.
+    """
+
+    done: int
+    total: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.done} of {self.total} tiles ({self.bytes / 2**30:.2f} GiB)"
+
+
+class KernelStore:
+    """A kernel matrix on disk that is computed tile by tile, and goes on where it was when it was killed.
+
+    `create` makes or resumes one for a kernel function; `KernelStore(path)` opens one to read. A tile is written all at
+    once when it is computed; its file says that it is done. The folder is a group in the zarr format with an array for
+    each of NNGP and NTK, one chunk a tile, with checksums; any library for zarr 3 reads it (of a symmetric matrix, the
+    upper triangle).
+
+    Several processes may compute at once, on one machine or on several that share a file system: see `compute`.
+
+    Attributes:
+      path: the folder.
+      grid: the tiles.
+      matrices: NNGP and NTK by name, also as `store.nngp` and `store.ntk`: arrays to read from. See `StoredMatrix`.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from nt_core import KernelStore, make_kernel_fn, step_rule, steps
+    >>> kernel_fn = make_kernel_fn((step_rule(steps.Dense(2.0, None, 16)),))
+    >>> x = np.random.default_rng(0).normal(size=(10, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = KernelStore.create(f"{folder}/kernel", kernel_fn, x, tile=4)
+    ...     store.compute()
+    ...     print(store.status(), store.ntk[2:7, 1].shape)
+    6 of 6 tiles (0.00 GiB) (5,)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], task: "Task | None" = None) -> None:
+        """Opens a store, to read if there is no task. See `create`.
+
+        Args:
+          path: its folder.
+          task: what computes its tiles.
+
+        Raises:
+          FileNotFoundError: there is no store.
+        """
+        self.path = Path(path).absolute()
+        self._task = task
+        about = _read_description(self.path)
+        if about is None:
+            raise FileNotFoundError(f"There is no kernel store at {self.path}; `KernelStore.create` makes one.")
+        self._about = about
+        self.grid = Grid(**about["grid"])
+        self.matrices = {
+            name: StoredMatrix(self.path / name, self.grid, tuple(m["entry"]), m["dtype"], m["axes"])
+            for name, m in about["matrices"].items()
+        }
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        kernel_fn: Callable[..., Any],
+        x1: Any,
+        x2: Any = None,
+        *,
+        get: Get = _NAMES,
+        tile: int = 1024,
+        **kwargs: Any,
+    ) -> "KernelStore":
+        """Makes a store for the kernel of two batches, or opens the one that is there, to go on with it.
+
+        Nothing is computed yet, but for one entry, by which the kernel function is known again.
+
+        Args:
+          path: the folder, which is made if it is not there.
+          kernel_fn: a kernel function as `batch` takes it: of a network, empirical, or of your own. Its batches have
+            their samples along the first axis (a network's along its `batch_axis`).
+          x1, x2: the batches; `x2=None` stands for `x1`. Arrays that are mapped from files (`numpy.memmap`) stay there,
+            and are read tile by tile.
+          get: "nngp", "ntk" or both.
+          tile: how many samples of each batch there are in a tile. What is lost when a computation is killed is a tile;
+            disks and networks like files of 1 to 16 MB, which are 512 to 2048 samples in single precision.
+          **kwargs: for `kernel_fn`, as `batch` takes them.
+
+        Raises:
+          ValueError: the store at `path` is of another kernel; the message says what differs.
+
+        Returns:
+          The store.
+        """
+        task = Task(kernel_fn, x1, x2, get, tile, kwargs)
+        path = Path(path).absolute()
+        stored = _read_description(path)
+        if stored is None:
+            _write_description(path, task.describe())
+            stored = _read_description(path)
+            assert stored is not None
+        given = task.describe()
+        differing = differences(stored["of"], given["of"])
+        if stored["grid"] != given["grid"]:
+            differing.append(f"tile: the store has {stored['grid']['rows']}, given was {tile}")
+        if differing:
+            raise ValueError(
+                f"The store at {path} is of another kernel:\n  "
+                + "\n  ".join(differing)
+                + "\nChoose another path, or remove that folder."
+            )
+        return cls(path, task)
+
+    @property
+    def nngp(self) -> StoredMatrix:
+        """The NNGP kernel."""
+        return self._matrix("nngp")
+
+    @property
+    def ntk(self) -> StoredMatrix:
+        """The tangent kernel."""
+        return self._matrix("ntk")
+
+    def _matrix(self, name: str) -> StoredMatrix:
+        if name not in self.matrices:
+            raise AttributeError(f"The store at {self.path} has {' and '.join(self.matrices)} only, not {name}.")
+        return self.matrices[name]
+
+    def __repr__(self) -> str:
+        return f"KernelStore({str(self.path)!r}): {' and '.join(self.matrices)}, {self.status()}"
+
+    def status(self) -> Status:
+        """Says how far the computation is, by what is on disk."""
+        files = [m.path / m.grid.key(tile) for m in self.matrices.values() for tile in self._done()]
+        return Status(len(self._done()), len(self.grid.cells()), sum(file.stat().st_size for file in files))
+
+    def missing(self) -> list[Cell]:
+        """Returns the tiles that are not on disk, in the order in which they are computed."""
+        done = self._done()
+        return [tile for tile in self.grid.cells() if tile not in done]
+
+    def compute(
+        self,
+        *,
+        process: int = 0,
+        of: int = 1,
+        executor: Executor | None = None,
+        device_count: int = -1,
+        progress: bool = True,
+    ) -> None:
+        """Computes the tiles that are missing, and returns when all are there.
+
+        Can be killed at any time, and called again: tiles that are on disk are not computed again.
+
+        Args:
+          process, of: this is one of so many processes that were given the same task, for instance by an array of jobs.
+            It computes the tiles `process`, `process + of`, ...; then all that are missing, whoever was to compute them
+            (so that a tile may be computed twice, with the same result). They do not speak with each other.
+          executor: anything with `submit` as `concurrent.futures.Executor` has it: computes the tiles, each in a call
+            of its own. Its workers write what they compute themselves, so they must see the same folder; they get the
+            kernel function and the inputs through a file in it, which is removed in the end.
+          device_count: over how many devices of this process tiles are spread; -1 for all. Not for executors.
+          progress: whether to show a bar, if tqdm is installed, standard error is a terminal, and it takes longer than
+            a second.
+
+        Raises:
+          ValueError: the store was opened to read, or the numbers are no such.
+          OSError: a tile could not be written. Those before it are on disk.
+        """
+        task = self._with_task()
+        if not 0 <= process < of:
+            raise ValueError(f"`process` must be one of 0, ..., {of - 1} as `of` is {of}, got {process}.")
+        if executor is not None:
+            return workers.compute(self, task, self.missing()[process::of], executor, progress)
+        tiles = self.grid.cells()
+        own = tiles[process::of]
+        # Where all do what is left over, each begins at another place.
+        start = process * len(tiles) // of
+        own_and_others = dict.fromkeys((*own, *tiles[start:], *tiles[:start]))
+        done = self._done()
+        self.write_tiles([tile for tile in own_and_others if tile not in done], device_count, progress)
+
+    def write_tiles(self, tiles: Sequence[Cell], device_count: int = 0, progress: bool = False) -> None:
+        """Computes and writes tiles, except those that are on disk when their turn comes.
+
+        Args:
+          tiles: which.
+          device_count, progress: as for `compute`.
+        """
+        writing: list[tuple[Cell, Any]] = []
+        for tile, values in self._with_task().computed(tiles, device_count, progress, lambda t: not self._has(t)):
+            # Written while the next one is computed.
+            _finish(writing, self.path)
+            writing = [(tile, self.matrices[name].write(tile, value)) for name, value in values.items()]
+        _finish(writing, self.path)
+
+    def verify(self) -> list[Cell]:
+        """Reads all tiles that are on disk, and removes those that are damaged, which `compute` makes anew.
+
+        Returns:
+          The tiles that were damaged.
+        """
+        damaged = []
+        for tile in sorted(self._done()):
+            if not all(matrix.is_intact(tile) for matrix in self.matrices.values()):
+                damaged.append(tile)
+                for matrix in self.matrices.values():
+                    matrix.remove(tile)
+        return damaged
+
+    def _with_task(self) -> "Task":
+        if self._task is None:
+            raise ValueError("This store was opened to read. `KernelStore.create`, with its arguments, computes more.")
+        return self._task
+
+    def _done(self) -> set[Cell]:
+        done = set.intersection(*(matrix.tiles() for matrix in self.matrices.values()))
+        return done & set(self.grid.cells())
+
+    def _has(self, tile: Cell) -> bool:
+        return all(matrix.has(tile) for matrix in self.matrices.values())
+
+
+class Task:
+    """What a store is the result of."""
+
+    def __init__(
+        self, kernel_fn: Callable[..., Any], x1: Any, x2: Any, get: Get, tile: int, kwargs: dict[str, Any]
+    ) -> None:
+        if tile < 1:
+            raise ValueError(f"`tile` must be positive, got {tile}.")
+        if any(isinstance(leaf, Kernel) for leaf in nt_tree_leaves(x1)):
+            raise TypeError("A store is of inputs, not of a Kernel: give arrays and the kernel function of all layers.")
+        x2, names = None if is_absent(x2) else x2, parse_get(get, _NAMES)
+        self.arguments = kernel_fn, x1, x2, names, tile, kwargs
+        self._compiled = Compiled(kernel_fn)
+        takes_get = "get" in inspect.signature(kernel_fn).parameters
+        self._call = Call.of(kernel_fn, (x1, x2), {**kwargs, **({"get": names} if takes_get else {})})
+        self._cells: dict[int, Cells] = {}
+        n1, n2 = self._call.n1, self._call.n2
+        if 0 in (n1, n2):
+            raise ValueError(f"A store needs samples, got batches of {n1} and {n2}.")
+        self._grid = Grid(n1, n2, min(tile, n1), min(tile, n2), self._call.symmetric)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns all that a store knows of itself."""
+        kernel_fn, x1, x2, names, _, _ = self.arguments
+        probe = self._probe()
+        cells = self._on(1)
+        return {
+            "of": fingerprint(kernel_fn, self._call, x1, x2, names, probe),
+            "grid": dataclasses.asdict(cells.grid),
+            "matrices": {
+                name: {
+                    "dtype": str(value.dtype),
+                    "entry": list(value.shape[2:]),
+                    "axes": self._named(cells.axes[0])[name] if cells.grid.symmetric else None,
+                }
+                for name, value in probe.items()
+            },
+        }
+
+    def computed(
+        self, tiles: Sequence[Cell], device_count: int, progress: bool, is_wanted: Callable[[Cell], bool]
+    ) -> Iterator[tuple[Cell, dict[str, np.ndarray]]]:
+        """Yields tiles and their covariances by name."""
+        n_devices = len(jax.local_devices()) if device_count == -1 else max(1, device_count)
+        cells = self._on(min(n_devices, max(1, len(tiles))))
+        for tile, out in cells.computed(tiles, progress, is_wanted):
+            yield tile, self._named(out["fields"][0])
+
+    def _on(self, n_devices: int) -> Cells:
+        if n_devices not in self._cells:
+            self._cells[n_devices] = Cells(self._compiled, self._call, self._grid, n_devices)
+        return self._cells[n_devices]
+
+    def _probe(self) -> dict[str, np.ndarray]:
+        """Returns the covariances of the first sample of the one batch with the last one of the other."""
+        first, last, at = np.zeros((1, 1), int), np.full((1, 1), self._call.n2 - 1), np.zeros((1, 2), int)
+        out = self._compiled.cells(Shape(1, 1, 1), 1)(self._call.common, self._call.take(first, last, at))
+        fields = jax.device_get(out).tree["fields"]
+        if len(fields) != 1:
+            raise TypeError(
+                f"A store holds the kernels of one pair of batches, the kernel function returns {len(fields)}."
+            )
+        return {name: value[0] for name, value in self._named(fields[0]).items()}
+
+    def _named(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The covariances that are wanted; an array that has no name has the one that was asked for."""
+        names = self.arguments[3]
+        if len(fields) == 1 and len(names) == 1:
+            return dict(zip(names, fields.values(), strict=True))
+        if any(fields.get(name) is None for name in names):
+            has = [name for name in _NAMES if fields.get(name) is not None]
+            raise ValueError(
+                f"The kernel function returns {' and '.join(has)}, but `get` asks for {' and '.join(names)}."
+            )
+        return {name: fields[name] for name in names}
+
+
+def _finish(writing: list[tuple[Cell, Any]], path: Path) -> None:
+    """Waits until what is being written is on disk."""
+    for tile, write in writing:
+        try:
+            write.result()
+        except Exception as error:  # of tensorstore, of various types
+            raise OSError(
+                f"Tile {tile} could not be written to {path}: {error}\n"
+                "The tiles before it are on disk. Make room, or see to the permissions, and call `compute` again."
+            ) from error
+
+
+def _read_description(path: Path) -> dict[str, Any] | None:
+    file = path / "zarr.json"
+    if not file.exists():
+        return None
+    about = json.loads(file.read_text()).get("attributes", {}).get(_ATTRIBUTE)
+    if about is None:
+        raise ValueError(f"The folder {path} holds something else in the zarr format. Choose another path.")
+    return about
+
+
+def _write_description(path: Path, about: dict[str, Any]) -> None:
+    """Writes the description of a store, at once, unless another process has."""
+    load("tensorstore")  # before anything is on disk
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: about}}, indent=1)
+    temporary = path / f".zarr.json.{uuid.uuid4().hex}"
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path / "zarr.json")
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink(missing_ok=True)
