@@ -1,6 +1,8 @@
 """`batch`: the same kernels as without, whatever the cells and the devices."""
 
 import os
+import pathlib
+import socket
 import subprocess
 import sys
 import types
@@ -410,3 +412,26 @@ def test_devices():
     subprocess.run(
         [sys.executable, "-c", f"ROUNDING = {ROUNDING}{DEVICES}"], check=True, env={**os.environ, "XLA_FLAGS": flags}
     )
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_mesh(n_processes):
+    """Devices of one process and of two compute rows each, and keep them; a solver takes what they keep."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = pathlib.Path(__file__).parent / "mesh_process.py"
+    processes = [
+        subprocess.Popen([sys.executable, script, str(i), str(n_processes), str(port)]) for i in range(n_processes)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0] * n_processes
+
+
+def test_mesh_says_what_it_cannot_do():
+    mesh = jax.make_mesh((1,), ("samples",))
+    with pytest.raises(ValueError, match="by name"):
+        nt.batch(FCN[2], 2, mesh=mesh)(VECTORS[0])
+    with pytest.raises(TypeError, match="not a Kernel"):
+        nt.batch(FCN[2], 2, mesh=mesh)(FCN[2](VECTORS[0]), None, "ntk")
+    with pytest.raises(ValueError, match="has 0 samples"):
+        nt.batch(FCN[2], 2, mesh=mesh)(VECTORS[0][:0], VECTORS[0], "ntk")

@@ -26,6 +26,7 @@ from nt_core.cells import (
     start,
 )
 from nt_core.grid import Cell, Grid, evenly
+from nt_core.over_mesh import rows_over_mesh
 from nt_core.progress import with_progress
 from nt_core.tracing import is_traced
 
@@ -44,6 +45,7 @@ def batch(
     store_on_device: bool = True,
     *,
     progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
     """Returns a function that computes the same kernel cell by cell, for batches of any size.
 
@@ -62,6 +64,10 @@ def batch(
         may be larger than a device.
       progress: whether to show a bar, if tqdm is installed, standard error is a terminal, and it takes longer than a
         second.
+      mesh: devices, of several processes too (`jax.distributed`), in the place of `device_count`. Each of them computes
+        some rows, in cells, and keeps them: the result is sharded along its first axis, over all axes of the mesh. All
+        processes call with the same arguments, with a number of samples of `x1` that the number of devices divides, and
+        ask for covariances by name. No triangle is left out.
 
     Returns:
       A function with the arguments and results of `kernel_fn`. Samples are along the first axis of all inputs (along
@@ -89,12 +95,14 @@ def batch(
     """
     batching = Batching(batch_size, device_count, store_on_device, progress)
     batched = attribute(kernel_fn, "batched")
-    if batched is not None:
+    if batched is not None and mesh is None:
         return batched(batching)
     compiled = Compiled(kernel_fn)
 
     @functools.wraps(kernel_fn)
     def batched_fn(*args: Any, **kwargs: Any) -> Any:
+        if mesh is not None:
+            return rows_over_mesh(compiled, Call.of(kernel_fn, args, kwargs), batching, mesh)
         traced = any(map(is_traced, (jnp.add(0, 0), *jax.tree.leaves((args, kwargs)))))
         cells = None
         try:
