@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -27,7 +27,7 @@ from nt_core.cells import (
 )
 from nt_core.grid import Cell, Grid, evenly
 from nt_core.over_mesh import rows_over_mesh
-from nt_core.progress import with_progress
+from nt_core.progress import one_ahead, with_progress
 from nt_core.tracing import is_traced
 
 _T = TypeVar("_T")
@@ -264,10 +264,9 @@ class Cells:
           progress: whether to show a bar.
           is_wanted: asked before each of them is computed.
         """
-        chunks = self._chunks(wanted)
-        chunks = with_progress(chunks, progress, len(chunks), "kernel", "cell")
+        chunks = with_progress(self._chunks(wanted), progress, "kernel", "cell")
         kept = (([cell for cell in cells if is_wanted(cell)], shape) for cells, shape in chunks)
-        for cells, out in _one_ahead(self._dispatched(*chunk) for chunk in kept if chunk[0]):
+        for cells, out in one_ahead(self._dispatched(*chunk) for chunk in kept if chunk[0]):
             fetched = jax.device_get(out).tree
             for number, cell in enumerate(cells):
                 fields = [{k: _entry(v, number) for k, v in fields.items()} for fields in fetched["fields"]]
@@ -354,15 +353,6 @@ def _mesh(n_devices: int) -> Mesh:
 
 def _entry(value: Any, number: int) -> Any:
     return value[number] if isinstance(value, np.ndarray) else value
-
-
-def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Yields each item when the next one is there: devices work while the results before are taken care of."""
-    previous: list[_T] = []
-    for item in items:
-        yield from previous
-        previous = [item]
-    yield from previous
 
 
 def _largest_array(jaxpr: Any) -> int:

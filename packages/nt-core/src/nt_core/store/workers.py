@@ -38,7 +38,7 @@ def compute(store: "KernelStore", task: "Task", tiles: Sequence[Cell], executor:
     try:
         futures = [executor.submit(compute_tile, str(file), tile) for tile in tiles]
         # In their order, and not as they are completed, which is for futures of the standard library only.
-        for future in with_progress(futures, progress, len(futures), "kernel", "tile"):
+        for future in with_progress(futures, progress, "kernel", "tile"):
             future.result()
     finally:
         for future in futures:
