@@ -68,12 +68,6 @@ def test_ntk_is_the_product_of_finite_differences(x64):
     assert_close(actual, expected.transpose(0, 2, 1, 3), 1e-9)
 
 
-@pytest.mark.parametrize("make", [empirical_ntk_fn, empirical_kernel_fn])
-def test_implementations_to_come_are_refused(make):
-    with pytest.raises(NotImplementedError, match=r"use NtkImplementation\.JACOBIAN_CONTRACTION"):
-        make(mlp, implementation=3)
-
-
 def test_network_without_parameters(dtype):
     kernel = empirical_kernel_fn(lambda params, x: x, diagonal_axes=1)(
         jnp.asarray(SPATIAL1, dtype), jnp.asarray(SPATIAL2, dtype), None, ()
@@ -318,11 +312,13 @@ def test_kernels_have_documented_types(x64):
     assert mixed.dtype == "float64"
 
 
+@pytest.mark.parametrize("implementation", [1, 3])
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_half_precision_is_accumulated_in_single(half):
+def test_half_precision_is_accumulated_in_single(half, implementation):
     """A sum of ones stops at 256 in bfloat16, and 1024 * 64 overflows in float16."""
     x = jnp.full((3, 1), 8, half)
-    kernel = empirical_kernel_fn(lambda w, x: jnp.expand_dims(w, 0) * x)(x, None, None, jnp.ones(1024, half))
+    kernel_fn = empirical_kernel_fn(lambda w, x: jnp.expand_dims(w, 0) * x, implementation=implementation)
+    kernel = kernel_fn(x, None, None, jnp.ones(1024, half))
     assert kernel.nngp.dtype == kernel.ntk.dtype == half
     for k in kernel:
         np.testing.assert_array_equal(k.astype("float32"), np.full((3, 3), 64.0))

@@ -248,8 +248,8 @@ def test_numbers_of_samples_are_checked():
 def test_devices_and_implementations_are_checked():
     with pytest.raises(ValueError, match=r"`device_count` must be -1 .* got 99"):
         monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, device_count=99)
-    with pytest.raises(NotImplementedError, match="JACOBIAN_CONTRACTION"):
-        monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, implementation=3)
+    with pytest.raises(ValueError, match="7 is not a valid NtkImplementation"):
+        monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, implementation=7)
     with pytest.raises(ValueError, match="`batch_size` must be positive, or 0"):
         monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 1, batch_size=-1)
 

@@ -7,7 +7,7 @@ import pytest
 from empirical_networks import assert_close, mlp, mlp_params, quickly_compiled
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
-IMPLEMENTATIONS = [NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.NTK_VECTOR_PRODUCTS]
+IMPLEMENTATIONS = list(NtkImplementation)[1:]
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(4, 5, 6)), RNG.normal(size=(3, 5, 6))
 SECOND1, SECOND2 = (np.moveaxis(x, 0, 1) for x in (X1, X2))

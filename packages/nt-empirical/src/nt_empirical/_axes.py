@@ -53,21 +53,11 @@ class OutputAxes:
           The kernel, in float32 if `a` and `b` have less precision; exactly symmetric if `b` is `a`.
         """
         self.check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
-        labels_a = [2 * axis for axis in range(a.ndim)]
-        labels_b = [2 * axis + (axis < self.ndim and axis not in self.shared) for axis in range(b.ndim)]
-        labels_out = sorted({*labels_a[: self.ndim], *labels_b[: self.ndim]} - {2 * axis for axis in self.traced})
-        # Kernels are ill-conditioned: the reduced precision that accelerators default to would not leave them
-        # positive semi-definite.
-        products = jnp.einsum(
-            a,
-            labels_a,
-            b,
-            labels_b,
-            labels_out,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32),
+        following = range(2 * self.ndim, self.ndim + a.ndim)
+        products = sum_of_products(
+            [(a, [*self.labels1, *following]), (b, [*self.labels2, *following])], self.labels_of_kernel
         )
-        kernel = products / math.prod(a.shape[axis] for axis in self.traced)
+        kernel = products / self.size_of_traced(a.shape)
         return self.symmetric(kernel) if b is a else kernel
 
     def kernel_of_columns(self, columns: jax.Array, rows: Sequence[int]) -> jax.Array:
@@ -78,14 +68,31 @@ class OutputAxes:
             `rows`. Of a shared axis that is not in `rows` there are equal positions only.
           rows: axes of the outputs, in order; among them all that are not shared.
         """
-        of_column = [2 * axis + (axis not in self.shared) for axis in range(self.ndim)]
-        labels_out = sorted({*of_column, *(2 * axis for axis in rows)} - {2 * axis for axis in self.traced})
-        total = jnp.einsum(columns, [*of_column, *(2 * axis for axis in rows)], labels_out)
-        return total / math.prod(columns.shape[axis] for axis in self.traced)
+        labels = [*self.labels2, *(self.labels1[axis] for axis in rows)]
+        return jnp.einsum(columns, labels, self.labels_of_kernel) / self.size_of_traced(columns.shape)
 
     def symmetric(self, kernel: jax.Array) -> jax.Array:
         """Returns an exactly symmetric kernel: products may round an entry and its mirror image differently."""
         return (kernel + swapped(kernel, self.pairs())) / 2
+
+    @property
+    def labels1(self) -> list[int]:
+        """Labels of the axes of outputs for `x1` in an einsum, below twice their number."""
+        return [2 * axis for axis in range(self.ndim)]
+
+    @property
+    def labels2(self) -> list[int]:
+        """Labels of the axes of outputs for `x2`, those of `labels1` where axes are shared."""
+        return [2 * axis + (axis not in self.shared) for axis in range(self.ndim)]
+
+    @property
+    def labels_of_kernel(self) -> list[int]:
+        """Labels of the axes of a kernel."""
+        return sorted({*self.labels1, *self.labels2} - {2 * axis for axis in self.traced})
+
+    def size_of_traced(self, shape: tuple[int, ...]) -> int:
+        """Returns how many products are summed in a trace over outputs of this shape."""
+        return math.prod(shape[axis] for axis in self.traced)
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -113,6 +120,17 @@ class OutputAxes:
                 )
         if 0 in (shape1[axis] for axis in self.traced):
             raise ValueError(f"Outputs of shape {shape1} have no entries along the traced axes {self.traced}.")
+
+
+def sum_of_products(operands: Sequence[tuple[jax.Array, Sequence[int]]], labels: Sequence[int]) -> jax.Array:
+    """Returns an einsum of arrays with labelled axes, accumulated in float32 at least.
+
+    Kernels are ill-conditioned: the reduced precision that accelerators default to would not leave them positive
+    semi-definite.
+    """
+    dtype = jnp.promote_types(jnp.result_type(*(array for array, _ in operands)), jnp.float32)
+    arguments = [argument for operand in operands for argument in operand]
+    return jnp.einsum(*arguments, labels, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

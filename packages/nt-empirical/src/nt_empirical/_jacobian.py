@@ -1,15 +1,18 @@
 """Jacobians of networks with respect to their parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nt_empirical._axes import Layout
+from nt_empirical._axes import Layout, OutputAxes
 from nt_empirical._batches import Batch
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, sample_outputs
+
+Network = Callable[[list[Any]], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,57 +21,87 @@ class Differentiated:
 
     Attributes:
       value: the output.
-      jacobian: for every array of parameters, the axes of the output and then those of the parameters.
+      jacobian: for every array, by which it was differentiated, the axes of the output and then those of the array.
+      samples_at: the axis of the samples if they were differentiated one by one.
     """
 
     value: jax.Array
     jacobian: list[jax.Array]
+    samples_at: int | None
 
-    def with_samples_at(self, axis: int) -> "Differentiated":
-        """Moves the leading axis of the output to `axis`."""
-        return Differentiated(jnp.moveaxis(self.value, 0, axis), [jnp.moveaxis(j, 0, axis) for j in self.jacobian])
+    @classmethod
+    def of(cls, value: jax.Array, jacobian: list[jax.Array], samples_at: int | None) -> "Differentiated":
+        """Moves the samples from the leading axis to where they belong."""
+        if samples_at is not None:
+            value, *jacobian = (jnp.moveaxis(array, 0, samples_at) for array in (value, *jacobian))
+        return cls(value, jacobian, samples_at)
 
 
 def ntk_by_jacobians(
     f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None
 ) -> Any:
     """Returns the tangent kernels of two batches, a pytree as the outputs: products of their Jacobians."""
-    outputs1 = differentiate(f, params, batch1, batch_axes)
-    outputs2 = outputs1 if batch2 is batch1 else differentiate(f, params, batch2, batch_axes)
+    weights, structure = jax.tree.flatten(params)
+
+    def network_of(batch: Batch) -> tuple[Network, list[Any]]:
+        return lambda w: (sample_outputs(f, structure.unflatten(w), batch, batch_axes), ()), weights
+
+    def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
+        return functools.reduce(jnp.add, map(output.contract, y1.jacobian, y2.jacobian))
+
+    outputs1, _ = differentiate(network_of, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(network_of, batch2, batch_axes)[0]
+    return kernels_of(kernel, outputs1, outputs2, layout)
+
+
+def kernels_of(
+    kernel: Callable[[OutputAxes, Differentiated, Differentiated], jax.Array],
+    outputs1: Any,
+    outputs2: Any,
+    layout: Layout,
+) -> Any:
+    """Calls `kernel` for each output of a network, two pytrees of `Differentiated`."""
     axes = layout.axes_of(*(jax.tree.map(lambda y: y.value, outputs) for outputs in (outputs1, outputs2)))
-    differentiated, structure = jax.tree.flatten(outputs1)
-    kernels = [
-        sum(output.contract(j1, j2) for j1, j2 in zip(y1.jacobian, y2.jacobian, strict=True))
-        for output, y1, y2 in zip(axes, differentiated, jax.tree.leaves(outputs2), strict=True)
-    ]
-    return structure.unflatten(kernels)
+    leaves, structure = jax.tree.flatten(outputs1)
+    return structure.unflatten(map(kernel, axes, leaves, jax.tree.leaves(outputs2)))
 
 
-def differentiate(f: Callable[..., Any], params: Any, batch: Batch, axes: BatchAxes | None) -> Any:
-    """Returns the outputs of `f` for a batch as a pytree of `Differentiated`.
+def differentiate(
+    network_of: Callable[[Batch], tuple[Network, list[Any]]], batch: Batch, axes: BatchAxes | None
+) -> tuple[Any, Any]:
+    """Differentiates a network, for a batch, by what is given with it.
 
-    With `axes`, samples are differentiated one by one, and not each output of a sample through the whole batch.
+    Args:
+      network_of: returns a function of arrays, for a batch or a sample, and the arrays. The function returns outputs,
+        and anything else that is to be returned.
+      batch: inputs.
+      axes: with these, samples are differentiated one by one, and not each output of a sample through the whole batch.
+
+    Returns:
+      A pytree of `Differentiated`, and what else the function returned, with `axes` with a leading axis of samples.
     """
-    weights, params_structure = jax.tree.flatten(params)
 
-    def outputs_and_jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]]]:
-        def outputs_twice(weights: list[Any]) -> tuple[Any, Any]:
-            outputs = sample_outputs(f, params_structure.unflatten(weights), batch, axes)
-            return outputs, outputs
+    def outputs_and_jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]], Any]:
+        network, arrays = network_of(batch)
 
-        jacobians, outputs = jax.jacrev(outputs_twice, has_aux=True)(weights)
-        return outputs, jax.tree.structure(outputs).flatten_up_to(jacobians)
+        def outputs_twice(arrays: list[Any]) -> tuple[Any, Any]:
+            outputs, rest = network(arrays)
+            return outputs, (outputs, rest)
+
+        if not arrays:  # `jax.jacrev` needs some
+            _, (outputs, rest) = outputs_twice([])
+            return outputs, [[] for _ in jax.tree.leaves(outputs)], rest
+        jacobians, (outputs, rest) = jax.jacrev(outputs_twice, has_aux=True)(arrays)
+        return outputs, jax.tree.structure(outputs).flatten_up_to(jacobians), rest
 
     if axes is None:
-        outputs, jacobians = outputs_and_jacobians(batch)
+        outputs, jacobians, rest = outputs_and_jacobians(batch)
     else:
-        outputs, jacobians = map_samples(outputs_and_jacobians, batch, axes)
+        outputs, jacobians, rest = map_samples(outputs_and_jacobians, batch, axes)
     values, structure = jax.tree.flatten(outputs)
-    differentiated = [Differentiated(*pair) for pair in zip(values, jacobians, strict=True)]
-    if axes is not None:
-        samples_at = output_axes(outputs, axes)
-        differentiated = [y.with_samples_at(axis) for y, axis in zip(differentiated, samples_at, strict=True)]
-    return structure.unflatten(differentiated)
+    samples_at = [None] * len(values) if axes is None else output_axes(outputs, axes)
+    differentiated = [Differentiated.of(*arguments) for arguments in zip(values, jacobians, samples_at, strict=True)]
+    return structure.unflatten(differentiated), rest
 
 
 def check_parameters(params: Any) -> None:

@@ -9,7 +9,7 @@ from nt_core.get import Get, as_named, parse_get
 from nt_empirical._axes import Axes, Layout
 from nt_empirical._batches import make_batches
 from nt_empirical._nngp import nngp
-from nt_empirical._ntk import NtkImplementation, implementation_of, ntk, pairs_of_axes
+from nt_empirical._ntk import NtkImplementation, ntk, pairs_of_axes
 from nt_empirical._vmap import BatchAxes, VMapAxes
 
 KERNELS = ("nngp", "ntk")
@@ -40,7 +40,7 @@ def empirical_kernel_fn(
     Raises:
       KeyError: ``get`` names something else.
       ValueError: ``get`` is empty or has duplicates, and as :func:`empirical_ntk_fn`.
-      TypeError, NotImplementedError: as :func:`empirical_ntk_fn`.
+      TypeError: as :func:`empirical_ntk_fn`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ def empirical_kernel_fn(
       >>> print(kernel.nngp, kernel.ntk)
       [[9.]] [[2.]]
     """
-    implementation = implementation_of(implementation)
+    implementation = NtkImplementation(implementation)
     layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def kernel_fn(x1: Any, x2: Any, get: Get, params: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,6 @@ def monte_carlo_kernel_fn(
       TypeError: ``n_samples`` is neither an integer nor iterable; ``rng`` is given to ``kernel_fn``.
       ValueError: ``n_samples`` has numbers that are no positive integers; as :func:`nt_core.batch`, and as
         :func:`empirical_kernel_fn`.
-      NotImplementedError: as :func:`empirical_kernel_fn`.
 
     Example:
       >>> import jax

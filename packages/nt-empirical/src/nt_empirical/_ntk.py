@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
 from nt_empirical._jacobian import check_parameters, ntk_by_jacobians
+from nt_empirical._structured import ntk_by_structure
 from nt_empirical._vector_products import ntk_by_columns
 from nt_empirical._vmap import BatchAxes, VMapAxes, check_first, outputs_of
 
@@ -23,7 +24,11 @@ class NtkImplementation(enum.IntEnum):
       NTK_VECTOR_PRODUCTS: the kernel column by column, without Jacobians: each column takes a gradient of one number
         for `x2`, and the derivatives of all outputs for `x1` along it. Of use where Jacobians do not fit into memory,
         or a network costs little beside the number of its outputs times its parameters.
-      STRUCTURED_DERIVATIVES: not implemented.
+      STRUCTURED_DERIVATIVES: where a parameter enters a product, a convolution, a sum or a table, the derivative of the
+        outputs by the result of that, and what the parameter was multiplied with. The kernel is a sum of products of
+        these for all places where parameters enter: for a Dense layer ``(a1 a2') * (g1 g2')``, of its inputs ``a`` and
+        the derivatives ``g`` by its outputs. Jacobians are formed only for parameters that enter in other ways
+        (stacked in a ``scan``, or through a nonlinear function), or where that takes less. Usually the fastest.
     """
 
     AUTO = 0
@@ -58,7 +63,7 @@ def empirical_ntk_fn(
         normalisation), or where ``rng`` draws different masks for the samples of a batch (dropout): samples would
         share theirs. None promises nothing.
       implementation: how to compute it; the results are the same.
-      _j_rules, _s_rules, _fwd: details of ``STRUCTURED_DERIVATIVES``, of no effect.
+      _j_rules, _s_rules, _fwd: accepted for compatibility, of no effect.
 
     Returns:
       ``ntk_fn(x1, x2, params, **kwargs)``. Each axis of the outputs becomes two axes side by side, a diagonal axis
@@ -74,7 +79,6 @@ def empirical_ntk_fn(
       ValueError: axes do not exist or overlap, outputs for ``x1`` and ``x2`` do not fit, or ``vmap_axes`` does not
         hold.
       TypeError: parameters or outputs are not real floating-point arrays.
-      NotImplementedError: ``implementation`` is one that does not exist yet.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,7 +89,7 @@ def empirical_ntk_fn(
       [[1. 1.]
        [1. 2.]]
     """
-    implementation = implementation_of(implementation)
+    implementation = NtkImplementation(implementation)
     layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
@@ -168,19 +172,9 @@ def pairs_of_axes(
     return pairs
 
 
-def implementation_of(implementation: NtkImplementation | int) -> NtkImplementation:
-    """Returns an implementation given by itself or by its number, and raises an error for one that does not exist."""
-    implementation = NtkImplementation(implementation)
-    if implementation not in _IMPLEMENTATIONS:
-        raise NotImplementedError(
-            f"NtkImplementation.{implementation.name} does not exist yet; use NtkImplementation.JACOBIAN_CONTRACTION, "
-            "which gives the same result."
-        )
-    return implementation
-
-
 _IMPLEMENTATIONS = {
     NtkImplementation.AUTO: ntk_by_jacobians,
     NtkImplementation.JACOBIAN_CONTRACTION: ntk_by_jacobians,
     NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_by_columns,
+    NtkImplementation.STRUCTURED_DERIVATIVES: ntk_by_structure,
 }

@@ -23,7 +23,9 @@ def ntk_by_columns(
     A column of the kernel belongs to one number among the outputs for `batch2`. It takes the gradient of that number,
     and the derivative of the outputs for `batch1` along it.
     """
-    outputs1, push_forward = jax.linearize(lambda p: outputs_of(f, p, batch1, batch_axes), params)
+    outputs1, pull_back1 = jax.vjp(lambda p: outputs_of(f, p, batch1, batch_axes), params)
+    # Not by forward-mode differentiation, which functions with a `custom_vjp` do not have.
+    push_forward = jax.linear_transpose(pull_back1, outputs1)
     structure = jax.tree.structure(outputs1)
     axes = layout.axes_of(outputs1, jax.eval_shape(lambda p: outputs_of(f, p, batch2, batch_axes), params))
     samples_at: list[Any] = [None] * structure.num_leaves if batch_axes is None else output_axes(outputs1, batch_axes)
@@ -39,7 +41,8 @@ def ntk_by_columns(
             unit = (jnp.arange(leaves[which].size) == position).astype(leaves[which].dtype)
             vector = [jnp.zeros_like(y) for y in leaves]
             vector[which] = unit.reshape(leaves[which].shape)
-            rows = jax.tree.leaves(push_forward(*pull_back(structure.unflatten(vector))))[which]
+            (derivatives,) = push_forward(pull_back(structure.unflatten(vector)))
+            rows = jax.tree.leaves(derivatives)[which]
             places: list[Any] = list(jnp.unravel_index(position, leaves[which].shape))
             if samples_at[which] is not None:
                 places.insert(samples_at[which], None)

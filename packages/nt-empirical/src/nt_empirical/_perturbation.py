@@ -1,0 +1,132 @@
+"""A network as a function of perturbations, one at each place where its parameters enter."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from nt_empirical._rules import RULES, is_arrangement, split
+from nt_empirical._uses import Use, dtype_of
+
+# Equations that call a function, which is looked into where it takes parameters.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+
+
+class Weights(NamedTuple):
+    """A value that is linear in one parameter."""
+
+    value: jax.Array
+    use: Use
+
+
+class Perturbed:
+    """A function of parameters as one of perturbations, which are added wherever a parameter has entered.
+
+    Attributes:
+      zeros: perturbations of 0.
+    """
+
+    def __init__(self, f: Callable[[list[jax.Array]], Any], weights: Sequence[jax.Array]):
+        self._weights = [jnp.asarray(w) for w in weights]
+        self._jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(list(weights))
+        self._structure = jax.tree.structure(shapes)
+        found: list[Any] = []
+
+        def collect() -> None:
+            found.extend(jax.typeof(value) for value in self._evaluate(None).perturbed)
+
+        jax.eval_shape(collect)
+        self.zeros = [jnp.zeros(value.shape, value.dtype) for value in found]
+
+    def __call__(self, perturbations: list[jax.Array]) -> tuple[Any, list[tuple[Use, ...]]]:
+        """Returns the outputs, and for every perturbation how changes of parameters change the value it is added to."""
+        evaluation = self._evaluate(perturbations)
+        return self._structure.unflatten(evaluation.outputs), evaluation.uses
+
+    def _evaluate(self, perturbations: list[jax.Array] | None) -> "_Evaluation":
+        evaluation = _Evaluation(perturbations)
+        inputs = [Weights(w, Use.of(i, w)) for i, w in enumerate(self._weights)]
+        outputs = evaluation.run(self._jaxpr.jaxpr, self._jaxpr.consts, inputs)
+        evaluation.outputs = [evaluation.plain(y) for y in outputs]
+        return evaluation
+
+
+class _Evaluation:
+    """Evaluates a jaxpr equation by equation, with perturbations; without, the values that would be perturbed count."""
+
+    def __init__(self, perturbations: list[jax.Array] | None):
+        self._perturbations = perturbations
+        self.perturbed: list[jax.Array] = []
+        self.uses: list[tuple[Use, ...]] = []
+        self.outputs: list[jax.Array] = []
+
+    def perturb(self, value: jax.Array, uses: Sequence[Use]) -> jax.Array:
+        """Adds the next perturbation to a value, which changes with parameters as `uses` say."""
+        self.perturbed.append(value)
+        self.uses.append(tuple(uses))
+        return value if self._perturbations is None else value + self._perturbations[len(self.uses) - 1]
+
+    def plain(self, value: Any) -> Any:
+        """Returns a value that is perturbed itself if it was linear in a parameter."""
+        return self.perturb(value.value, [value.use]) if isinstance(value, Weights) else value
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of a jaxpr, of inputs and with outputs that may be `Weights`."""
+        known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+        plain: dict[Any, Any] = {}  # perturbed parameters: of each one, for all equations that no rule is for
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, Literal) else known[var]
+
+        def read_plain(var: Any) -> Any:
+            if not isinstance(value := read(var), Weights):
+                return value
+            if var not in plain:
+                plain[var] = self.plain(value)
+            return plain[var]
+
+        for equation in jaxpr.eqns:
+            values = [read(var) for var in equation.invars]
+            outputs = self._with_rule(equation, values, jaxpr) if any(isinstance(v, Weights) for v in values) else None
+            if outputs is None:
+                outputs = _evaluated(equation, [read_plain(var) for var in equation.invars], jaxpr)
+            known.update(zip(equation.outvars, outputs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _with_rule(self, equation: JaxprEqn, inputs: list[Any], jaxpr: Jaxpr) -> list[Any] | None:
+        """Returns the outputs of an equation that takes parameters, or None if there is no rule for it."""
+        name = equation.primitive.name
+        if name in CALLS:
+            called = equation.params[CALLS[name]]
+            closed = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
+            return self.run(closed.jaxpr, closed.consts, inputs)
+        weights = {i: value.use for i, value in enumerate(inputs) if isinstance(value, Weights)}
+        values = [value.value if isinstance(value, Weights) else value for value in inputs]
+        if name == "split":
+            slices = split(weights[0], equation)
+            return None if slices is None else list(map(Weights, _evaluated(equation, values, jaxpr), slices))
+        if name not in RULES or not jnp.issubdtype(dtype_of(equation.outvars[0]), jnp.floating):
+            return None
+        found = [RULES[name](use, i, values, equation) for i, use in weights.items()]
+        uses = [use for use in found if use is not None]
+        if len(uses) != len(found):
+            return None
+        (output,) = _evaluated(equation, values, jaxpr)
+        if len(uses) == 1 and is_arrangement(name, uses[0]):
+            return [Weights(output, uses[0])]
+        return [self.perturb(output, uses)]
+
+
+def _evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[Any]:
+    """Returns the outputs of an equation of a jaxpr, as part of which its own derivatives are kept."""
+    values = {var: x for var, x in zip(equation.invars, inputs, strict=True) if not isinstance(var, Literal)}
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=list(values),
+        outvars=list(equation.outvars),
+        eqns=[equation],
+        effects=equation.effects,
+    )
+    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
