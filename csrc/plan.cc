@@ -62,7 +62,7 @@ constexpr int64_t kMaxScratch = int64_t{1} << 40;  // positions: no memory holds
 std::vector<int> offsets_along(const Window& w, int size, int wanted) {
   std::vector<int> along;
   for (int k = 1 - w.taps; k < w.taps; ++k) {
-    int d = wanted * w.stride + k;
+    int d = wanted * w.stride + k * w.dilation;
     if (w.circular) d = d % size - size;  // and those that differ by multiples of the size
     const int step = w.circular ? size : 2 * size;
     for (; d < size; d += step) {

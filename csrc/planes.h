@@ -54,9 +54,14 @@ struct Scratch {
   }
 };
 
-// The positions of one axis that a pool's window `window`, of the output offset `delta`, takes from an offset plane.
+// The positions of one axis that a pool's window `window`, of the output offset `delta`, takes from an offset plane:
+// one in `step` from `begin` on.
 struct Link {
-  int delta, window, begin, end;
+  int delta, window, begin, end, step;
+
+  bool holds(int position) const {
+    return position >= begin && position < end && (step == 1 || (position - begin) % step == 0);
+  }
 };
 
 // A position of one axis, in an offset plane, that is copied to the place `place`, and its partner to `place + delta`.

@@ -12,17 +12,19 @@ inline std::vector<Link> pool_links(const Window& w, int size, int count, int of
   std::vector<Link> links;
   const int low = std::max(0, -offset), high = size - std::max(0, offset);
   // A circular window is one at every distance of whole images.
-  const int turns = w.circular ? ((count - 1) * w.stride + w.taps + std::abs(w.low)) / size + 2 : 0;
+  const int turns = w.circular ? ((count - 1) * w.stride + w.extent() + std::abs(w.low)) / size + 2 : 0;
   for (int window = 0; window < count; ++window) {
     for (int turn1 = -turns; turn1 <= turns; ++turn1) {
       const int first = window * w.stride - w.low + turn1 * size;
-      const int begin1 = std::max(first, low), end1 = std::min(first + w.taps, high);
-      if (begin1 >= end1) continue;
+      if (first >= high || first + w.extent() <= low) continue;
       for (int partner = 0; partner < count; ++partner) {
         for (int turn2 = -turns; turn2 <= turns; ++turn2) {
           const int second = partner * w.stride - w.low - offset + turn2 * size;
-          const int begin = std::max(begin1, second), end = std::min(end1, second + w.taps);
-          if (begin < end) links.push_back({partner - window, window, begin, end});
+          int begin = std::max(first, second);
+          const int end = std::min(std::min(first, second) + w.extent(), high);
+          if (std::max(begin, low) >= end || (second - first) % w.dilation != 0) continue;
+          if (begin < low) begin += (low - begin + w.dilation - 1) / w.dilation * w.dilation;
+          if (begin < end) links.push_back({partner - window, window, begin, end, w.dilation});
         }
       }
     }
@@ -41,14 +43,15 @@ inline std::vector<Link> pool_links(const Stage& stage, const Value& pool, int a
   return links;
 }
 
+// The sum of one in `step` of the `n` numbers of a row.
 template <class V>
-V row_sum(const V* row, int n) {
+NT_INLINE V row_sum(const V* row, int n, int step = 1) {
   V sum[4] = {};
   int x = 0;
-  for (; x + 4 <= n; x += 4) {
-    for (int k = 0; k < 4; ++k) sum[k] += row[x + k];
+  for (; x + 3 * step < n; x += 4 * step) {
+    for (int k = 0; k < 4; ++k) sum[k] += row[x + k * step];
   }
-  for (; x < n; ++x) sum[0] += row[x];
+  for (; x < n; x += step) sum[0] += row[x];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -61,14 +64,18 @@ void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
   const size_t n = along.size();
   Vec<T>* sums = work.scratch.sums_of_links(2 * n);
   for (size_t k = 0; k < n; ++k) {
-    const int length = along[k].end - along[k].begin;
-    sums[k] = row_sum(d + along[k].begin - low, length);
-    if (t) sums[n + k] = row_sum(t + along[k].begin - low, length);
+    const auto sum = [&, link = along[k]](const Vec<T>* row) {
+      row += link.begin - low;
+      const int length = link.end - link.begin;
+      return link.step == 1 ? row_sum(row, length) : row_sum(row, length, link.step);  // the former is faster
+    };
+    sums[k] = sum(d);
+    if (t) sums[n + k] = sum(t);
   }
   for (const Link& lz : work.links[0]) {
-    if (z < lz.begin || z >= lz.end) continue;
+    if (!lz.holds(z)) continue;
     for (const Link& ly : work.links[1]) {
-      if (y < ly.begin || y >= ly.end) continue;
+      if (!ly.holds(y)) continue;
       for (size_t k = 0; k < n; ++k) {
         const Link& lx = along[k];
         const Index3 delta{lz.delta, ly.delta, lx.delta};

@@ -25,6 +25,8 @@ from conformance import (
 )
 from nt_core import Builder, Request, Spec, _native, activations, definition, propagate, steps
 from nt_core.backends.cpu.encode import encode
+from nt_core.lowering.primitives import Pool
+from nt_core.lowering.windows import Window, counts
 from nt_core.sources import Inputs
 
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -200,6 +202,60 @@ def test_circular_convolutions(name, x64):
     program = chain(spec_of(x1, x1), layers)
     own = run(program, x1, None, Request(), "cpu")
     TestCpu().agree(own, definition.propagate(program, (x1, x1)), 1e-7)  # the definition carries correlations
+
+
+@steps.step
+class WindowsPool(steps.Step):
+    """A pool with any windows: no step of this library has dilated ones."""
+
+    windows: tuple[Window, ...] = steps.static()
+    mean: bool = steps.static(default=True)
+    normalize_edges: bool = steps.static(default=False)
+
+    def infer(self, *specs):
+        (spec,) = specs
+        return spec.with_shape(counts(self.windows), spec.n_channels).replace(is_input=False)
+
+    def primitive(self, spec):
+        return Pool(self.windows, self.mean, self.normalize_edges)
+
+    def as_copies(self, n1, n2):
+        """The same in steps that the definitions know: copies of what lies under each window, side by side, summed."""
+        places = [np.concatenate([np.array(w.positions(k))[:, None] for k in range(w.taps)], 1) for w in self.windows]
+        positions = tuple(
+            tuple((p % w.size if w.circular else np.where((p >= 0) & (p < w.size), p, -1)).ravel().tolist())
+            for w, p in zip(self.windows, places, strict=True)
+        )
+        taps = tuple(w.taps for w in self.windows)
+        share = 1 / np.broadcast_to(
+            Pool(self.windows, self.mean, self.normalize_edges).divisors(float), counts(self.windows)
+        )
+        shares = (np.broadcast_to(share, (n, *share.shape)) for n in (n1, n2))
+        return [steps.Gather(positions), steps.Pool(taps, taps, "VALID", SUM), steps.Scale(*shares)]
+
+
+def window(size, taps, stride, dilation, low, high, circular=False):
+    return Window(
+        size, (size + low + high - (taps - 1) * dilation - 1) // stride + 1, taps, stride, dilation, low, high, circular
+    )
+
+
+DILATED_POOLS = {
+    "a gap": WindowsPool((window(6, 2, 1, 2, 0, 0), window(5, 2, 2, 3, 0, 0))),
+    "padded": WindowsPool((window(6, 3, 2, 2, 3, 2), window(5, 2, 1, 1, 1, 0)), SUM),
+    "normalised edges": WindowsPool((window(6, 3, 1, 2, 2, 2), window(5, 2, 1, 4, 2, 2)), MEAN, True),
+    "circular": WindowsPool((window(6, 3, 2, 5, 4, 5, True), window(5, 2, 1, 2, 1, 1, True))),
+}
+
+
+@pytest.mark.parametrize("name", DILATED_POOLS)
+def test_dilated_pools(name, x64):
+    dilated, before, after = DILATED_POOLS[name], [conv(), RELU], [conv(), ABS, steps.GlobalPool(MEAN)]
+    x1, x2 = inputs((6, 5), 3, 18, "float64")
+    for rest in ([], after):
+        program = chain(spec_of(x1, x2), [*before, dilated, *rest])
+        same = chain(spec_of(x1, x2), [*before, *dilated.as_copies(3, 18), *rest])
+        TestCpu().agree(run(program, x1, x2, Request(), "cpu"), definition.propagate(same, (x1, x2)), 1e-12)
 
 
 def test_what_is_refused_goes_to_the_next_backend():

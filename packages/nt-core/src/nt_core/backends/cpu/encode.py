@@ -245,8 +245,6 @@ class _Encoder:
             case Pool():
                 if self._lowered.input_form(node).same_position:
                     raise Refused("a pool over same-position covariances")
-                if any(w.is_dilated() for w in primitive.windows):
-                    raise Refused("pools whose windows are dilated")
                 windows = self._windows(node, primitive.windows)
                 return self._add_pool(deficit, space, inputs[0], windows, primitive.mean, primitive.normalize_edges)
             case Gather():
