@@ -97,8 +97,9 @@ Offsets offsets_before(const Value& readout, const Index3& space, const std::vec
   for (const Index3& d : wanted) {
     std::array<std::vector<int>, kAxes> along;
     for (int a = 0; a < kAxes; ++a) {
-      along[a] = readout.op == Op::kGather ? offsets_along(readout.positions[a], d[a])
-                                           : offsets_along(readout.window[a], space[a], d[a]);
+      const int from = readout.order[a];
+      along[from] = readout.op == Op::kGather ? offsets_along(readout.positions[from], d[a])
+                                              : offsets_along(readout.window[a], space[a], d[a]);
     }
     for (int z : along[0]) {
       for (int y : along[1]) {

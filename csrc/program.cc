@@ -102,10 +102,15 @@ int coefficients_of(const Value& value) {
   return 0;
 }
 
-// Along each axis, the position that is copied to each place.
+// The order of the axes, and along each axis of the output the position that is copied to each place.
 void read_positions(Reader& reader, Value& value) {
+  for (int& axis : value.order) axis = reader.next(0, kAxes - 1, "an axis");
+  Index3 sorted = value.order;
+  std::sort(sorted.begin(), sorted.end());
+  if (sorted != Index3{0, 1, 2}) malformed("an axis is copied twice");
   for (int a = 0; a < kAxes; ++a) {
-    for (int i = 0; i < value.space[a]; ++i) value.positions[a].push_back(reader.next(-1, kMaxSize, "a position"));
+    std::vector<int>& positions = value.positions[value.order[a]];
+    for (int i = 0; i < value.space[a]; ++i) positions.push_back(reader.next(-1, kMaxSize, "a position"));
   }
 }
 

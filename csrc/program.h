@@ -57,7 +57,7 @@ inline constexpr const ActivationInfo& info(Activation activation) {
   return kActivations[static_cast<int>(activation)];
 }
 
-inline constexpr int64_t kEncoding = 4;  // changes with the layout of the code
+inline constexpr int64_t kEncoding = 5;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {
@@ -70,8 +70,10 @@ struct Value {
   bool bias_follows_weights = false;  // kTied: its own tangent kernel is its covariance
   bool mean = false;                  // kPool
   bool normalize_edges = false;       // kPool
-  // kGather, kUntie: along each axis, the position that is copied to each place; -1 for zero.
+  // kGather, kUntie: along each axis of the input, the position that is copied to each place; -1 for zero. And which of
+  // these axes stands at each axis of the output.
   std::array<std::vector<int>, kAxes> positions;
+  Index3 order{0, 1, 2};
   Activation activation = Activation::kAbRelu;
   std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
   bool weighted = false;                 // kNormalize: by numbers of each sample and position
@@ -113,6 +115,9 @@ struct Program {
     return std::any_of(outputs.begin(), outputs.end(), [](const Output& output) { return output.ntk; });
   }
 };
+
+// An index along the axes of the input of a copy, along those of the output.
+inline Index3 reordered(const Index3& i, const Index3& order) { return {i[order[0]], i[order[1]], i[order[2]]}; }
 
 inline int64_t n_positions(const Index3& space) {
   int64_t n = 1;

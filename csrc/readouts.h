@@ -109,17 +109,20 @@ inline std::vector<Copy> copies(const std::vector<int>& positions, const Rectang
 template <class T>
 void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
   const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.readout]];
+  const Index3& order = work.c.program.values[work.stage.readout].order;
   const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
   for (const Copy& cz : work.copies[0]) {
     if (cz.position != z) continue;
     for (const Copy& cy : work.copies[1]) {
       if (cy.position != y) continue;
       for (const Copy& cx : work.copies[2]) {
-        const int64_t start = tensor.find({cz.delta, cy.delta, cx.delta});
+        const Index3 delta = reordered({cz.delta, cy.delta, cx.delta}, order);
+        const Index3 place = reordered({cz.place, cy.place, cx.place}, order);
+        const int64_t start = tensor.find(delta);
         if (start < 0) continue;
-        const Rectangle r(tensor.space, {cz.delta, cy.delta, cx.delta});
-        const int64_t line = (cz.place - r.low[0]) * int64_t{r.size[1]} + cy.place - r.low[1];
-        const int64_t entry = start + line * r.size[2] + cx.place - r.low[2];
+        const Rectangle r(tensor.space, delta);
+        const int64_t line = (place[0] - r.low[0]) * int64_t{r.size[1]} + place[1] - r.low[1];
+        const int64_t entry = start + line * r.size[2] + place[2] - r.low[2];
         work.sum_d[entry] = d[cx.position - low];
         if (t) work.sum_t[entry] = t[cx.position - low];
       }
@@ -258,7 +261,10 @@ void finish_copies(const Context<T>& c, const Plan& plan, const Tile<T>& tile, i
   const int64_t half = c.prepared.record.find(Statistic::kHalfVariance, tensor.value);
   each_pair(tensor, [&](int64_t at, const Index3& p, const Index3& partner) {
     bool copied = value.op == Op::kGather || p == partner;
-    for (int a = 0; a < kAxes; ++a) copied &= value.positions[a][p[a]] >= 0 && value.positions[a][partner[a]] >= 0;
+    for (int a = 0; a < kAxes; ++a) {
+      const std::vector<int>& positions = value.positions[value.order[a]];
+      copied &= positions[p[a]] >= 0 && positions[partner[a]] >= 0;
+    }
     if (copied) return;
     const Row1<T> first{at1<kWide>(c, tile, half + position(value.space, p))};
     d[at] = get<kWide>(first, 0) + load(tile.record2 + (half + position(value.space, partner)) * kLanes<T>);

@@ -288,10 +288,15 @@ class RecordWriter {
 
   void copy(const Value& value, const T* half_in, T* half) const {
     const Index3& space = c_.program.values[value.inputs[0]].space;
-    for (int z : value.positions[0]) {
-      for (int y : value.positions[1]) {
-        for (int x : value.positions[2]) {
-          store(half, z < 0 || y < 0 || x < 0 ? V{} : load(half_in + position(space, z, y, x) * kL));
+    const Index3& order = value.order;
+    Index3 p;  // in the input
+    for (int z : value.positions[order[0]]) {
+      for (int y : value.positions[order[1]]) {
+        for (int x : value.positions[order[2]]) {
+          p[order[0]] = z;
+          p[order[1]] = y;
+          p[order[2]] = x;
+          store(half, z < 0 || y < 0 || x < 0 ? V{} : load(half_in + position(space, p) * kL));
           half += kL;
         }
       }

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "packages" / "nt-core" / "tests"))
 from closed_forms import CLOSED_FORMS, equal, exact_dual, nearly_equal, samples
 from nt_core import _native
-from nt_core.backends.cpu.encode import encode_activation
+from nt_core.backends.cpu.duals import encode_activation
 
 DTYPES = ("float32", "float64")
 

@@ -60,9 +60,11 @@ std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
 std::vector<int64_t> pool(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({value(nt::Op::kPool, needs, 0, s, {input}), {1, 0}, kNoWindow, y, x});
 }
-// Copies of positions along the last two axes.
-std::vector<int64_t> gather(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
-  return join({value(nt::Op::kGather, needs, 0, s, {input}), {0}, y, x});
+// Copies of positions along the last two axes, which come in either order.
+std::vector<int64_t> gather(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x,
+                            bool transposed = false) {
+  const std::vector<int64_t> order = {0, transposed ? 2 : 1, transposed ? 1 : 2};
+  return join({value(nt::Op::kGather, needs, 0, s, {input}), order, {0}, y, x});
 }
 std::vector<int64_t> untie(bool needs, nt::Index3 s, int input) { return value(nt::Op::kUntie, needs, 0, s, {input}); }
 std::vector<int64_t> rescale(nt::Op op, bool needs, nt::Index3 s, int input) {
@@ -79,7 +81,7 @@ const std::vector<int64_t> kRound = {3, 1, 1, 1, 1, 1}, kRoundStrided = {3, 2, 1
 
 std::vector<Network> networks() {
   const nt::Index3 one{1, 1, 1}, image{1, 6, 5}, half{1, 3, 3}, small{1, 3, 2}, strided{1, 3, 3}, even{1, 4, 6},
-      quarter{1, 2, 3};
+      quarter{1, 2, 3}, turned{1, 2, 3};
   return {
       {"fully connected",
        {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), relu(false, one, 1)},
@@ -124,6 +126,11 @@ std::vector<Network> networks() {
        {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), relu(true, small, 1),
         gather(true, half, 2, {0, -1, 2}, {1, -1, 1}), linear(true, half, 3, kThree, kRound), relu(true, half, 4),
         untie(true, half, 5), relu(true, half, 6), gather(false, small, 7, {-1, 0, 2}, {0, 1})},
+       true},
+      {"transposed branches",
+       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), relu(true, small, 1),
+        gather(true, turned, 2, {1, 0}, {-1, 2, 1}, true), linear(true, turned, 3, kThree, kRound),
+        gather(true, small, 4, {2, 0, 1}, {0, 1}, true), sum(true, small, 2, 5), relu(false, small, 6)},
        true},
       {"masks and dropout",
        {inputs(true, small, 3), rescale(nt::Op::kScale, true, small, 0), linear(true, small, 1, kThree, kThree),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nt_core import Builder, Inputs, Request, Spec, activations, definition, propagate, steps
-from nt_core.layouts import reverse_zipped, zip_axes
+from nt_core.layouts import reverse_zipped, zip_axes, zipped_diagonal
 
 RELU = steps.Dual(activations.ABRelu(0.0, 1.0))
 ABS = steps.Dual(activations.ABRelu(-1.0, 0.5))
@@ -180,6 +180,8 @@ def as_stored(k, kernel, n_batch):
     if k.ndim == n_batch:
         return k
     zipped = zip_axes(jnp.asarray(k), n_batch)
+    if kernel.diagonal_spatial:
+        return zipped_diagonal(zipped, n_batch)
     return reverse_zipped(zipped, n_batch) if kernel.is_reversed else zipped
 
 

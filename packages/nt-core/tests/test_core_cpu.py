@@ -17,6 +17,8 @@ from conformance import (
     conv,
     dense,
     inputs,
+    masked,
+    masks,
     pool,
     residual,
     run,
@@ -256,6 +258,83 @@ def test_dilated_pools(name, x64):
         program = chain(spec_of(x1, x2), [*before, dilated, *rest])
         same = chain(spec_of(x1, x2), [*before, *dilated.as_copies(3, 18), *rest])
         TestCpu().agree(run(program, x1, x2, Request(), "cpu"), definition.propagate(same, (x1, x2)), 1e-12)
+
+
+PADDED = {
+    "all pairs": [conv((2, 3), padding=((3, 2), (0, 4))), RELU, conv((1, 1), padding=((0, 9), (0, 0))), RELU],
+    "pooled": [conv((2, 2), (2, 1), padding=((4, 5), (1, 1))), RELU, conv(), ABS, steps.GlobalPool(MEAN)],
+    "circular along the other axis": [conv(padding="CIRCULAR"), ABS, conv(padding=((9, 0), (2, 2))), steps.Flatten()],
+    "cut off on one side": [conv((1, 2), padding=((-1, 7), (0, 1))), RELU, steps.GlobalPool(SUM)],
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_larger_than_the_image(name, x64):
+    x1, x2 = inputs((3, 2), 3, 18, "float64")
+    program = chain(spec_of(x1, x2), PADDED[name])
+    TestCpu().agree(run(program, x1, x2, Request(), "cpu"), definition.propagate(program, (x1, x2)), 1e-12)
+
+
+def test_padding_larger_than_the_image_in_single_precision():
+    x1, x2 = inputs((3, 2), 3, 18, "float32")
+    program = chain(spec_of(x1, x2), PADDED["pooled"])
+    TestCpu().agree(run(program, x1, x2, Request(), "cpu"), definition.propagate(program, (x1, x2)), 2e-6)
+
+
+def test_branches_that_order_their_axes_differently(dtype):
+    """One of them turns the image, and keeps or loses that before they meet."""
+    x1, x2 = inputs((4, 4), 3, 18, dtype)
+    turn = conv((3, 2), axes_out=(0, 2, 1, 3))
+    builder = Builder()
+    x = builder.add(RELU, builder.add(conv((1, 2)), builder.source(spec_of(x1, x2))))
+    turned = builder.add(conv((2, 1)), builder.add(RELU, builder.add(turn, x)))
+    y = builder.add(ABS, builder.add(steps.Combine((0.5, 2.0)), builder.add(conv((2, 3)), x), turned))
+    z = builder.add(steps.Multiply(), turned, builder.add(dense(), y), turned)
+    pooled = builder.add(steps.GlobalPool(MEAN), builder.add(RELU, builder.add(conv((1, 3)), y)))
+    for output in (y, z, pooled):
+        program = builder.build(output)
+        expected = definition.propagate(program, (x1, x2))
+        TestCpu().agree(run(program, x1, x2, Request(), "cpu"), expected, 1e-12 if dtype == "float64" else 2e-6)
+
+
+EQUAL_POSITIONS = {
+    "normalised edges": [pool((2, 3), (1, 2), "SAME", MEAN, True)],
+    "padding larger than the image": [
+        pool((3, 2), (2, 1), ((3, 4), (0, 1)), SUM),
+        steps.GlobalPool(SUM),
+        dense(),
+        RELU,
+    ],
+    "circular": [pool((2, 2), (1, 1), "CIRCULAR"), dense(), RELU, steps.Flatten()],
+    "pooled twice": [pool((2, 2), (2, 2)), conv((1, 1)), ABS, steps.GlobalPool(MEAN)],
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_POSITIONS)
+def test_pools_of_equal_positions(name, x64):
+    """Where only these are stored, a pool takes different positions for independent."""
+    x1, x2 = inputs((5, 4), 3, 18, "float64")
+    layers = [conv(), RELU, *EQUAL_POSITIONS[name]]
+    untied = [part for layer in layers for part in ((layer,) if layer in (RELU, ABS) else (steps.Untie(), layer))]
+    kernel = run(chain(spec_of(x1, x2, diagonal_spatial=True), layers), x1, x2, Request(), "cpu")
+    TestCpu().agree(kernel, definition.propagate(chain(spec_of(x1, x2), untied), (x1, x2)), 1e-12)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_covariances_between_all_samples_of_a_batch(same, x64):
+    """With masks, from inputs and from a kernel in the middle of the network."""
+    (x1, x2), (mask1, mask2) = inputs((4, 3), 3, 4, "float64"), masks((4, 3), 3, 4)
+    if same:
+        x2 = mask2 = None
+    spec = spec_of(x1, x1 if same else x2, diagonal_batch=False)
+    program = masked(spec, mask1, mask2)
+    kernel, expected = (run(program, x1, x2, Request(), name) for name in ("cpu", "xla"))
+    agree(kernel, expected, 1e-12)
+    cut = run(chain(spec, POOLED[:3]), x1, x2, Request(), "cpu")
+    (end,) = propagate(chain(cut.spec, POOLED[3:]), [cut], Request(), "cpu")
+    agree(end, run(chain(spec, POOLED), x1, x2, Request(), "cpu"), 1e-12)
+    own = run(chain(spec_of(x1, x1), POOLED), x1, None, Request(), "cpu")
+    np.testing.assert_allclose(end.cov1, own.nngp, rtol=1e-12)
 
 
 def test_what_is_refused_goes_to_the_next_backend():

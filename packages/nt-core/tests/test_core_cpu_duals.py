@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from closed_forms import CLOSED_FORMS, any_ratio, check_backward_error, equal, exact_dual, nearly_equal, samples
 from nt_core import _native
-from nt_core.backends.cpu.encode import encode_activation
+from nt_core.backends.cpu.duals import encode_activation
 
 LEVELS = ["baseline", "avx2", "avx512"]  # those that the machine does not have are the best one that it has
 

@@ -86,6 +86,20 @@ def is_symmetric(source: Source) -> bool:
     return source.cov2 is None and source.cov1 is not None
 
 
+def of_one_batch(source: Source, which: int) -> Source:
+    """Returns the covariances of batch 1 or 2 with itself. A kernel has those between all samples if it holds them."""
+    spec = source.spec
+    shape = spec.shape1 if which == 1 else spec.shape2
+    if isinstance(source, Inputs):
+        x, mask = (source.x1, source.mask1) if which == 1 or source.x2 is None else (source.x2, source.mask2)
+        return Inputs(x, None, spec.replace(shape1=shape, shape2=shape), mask)
+    cov, mask = (source.cov1, source.mask1) if which == 1 or source.cov2 is None else (source.cov2, source.mask2)
+    assert cov is not None
+    return source.replace(
+        nngp=cov, ntk=None, cov1=cov, cov2=None, x1_is_x2=True, shape1=shape, shape2=shape, mask1=mask, mask2=None
+    )
+
+
 def masks_of(source: Source) -> Masks | None:
     """Returns where both batches of a source are masked."""
     has_one = source.x2 is None if isinstance(source, Inputs) else source.cov2 is None

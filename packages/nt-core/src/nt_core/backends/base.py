@@ -26,6 +26,10 @@ class Request:
     covariances: bool = True
 
 
+class Refused(Exception):
+    """A backend does not take a program, for the reason given."""
+
+
 def device_of(sources: tuple[Source, ...]) -> Device:
     """Returns where a program will run: where its arrays were put, or else the default device in force."""
     for array in jax.tree.leaves(sources):

@@ -42,7 +42,7 @@ class Form:
       deficit: it is carried as a deficit, because variances are read here or later; otherwise as a covariance.
       apart: pairs of different positions are needed.
       has_ntk: there is a tangent kernel (asked for, and not 0).
-      axes: which spatial axis of the sources stands at each spatial axis; None where branches disagree.
+      axes: which spatial axis of the sources stands at each spatial axis; of branches that disagree, that of the first.
     """
 
     space: tuple[int, ...]
@@ -50,7 +50,7 @@ class Form:
     deficit: bool
     apart: bool
     has_ntk: bool
-    axes: tuple[int, ...] | None
+    axes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,19 +211,15 @@ def _apart(n_sources: int, nodes: tuple[LoweredNode, ...], specs: list[Spec], ou
     for number, node in reversed(list(enumerate(nodes, n_sources))):
         is_pool, reads_equal = isinstance(node.primitive, Pool), isinstance(node.primitive, Flatten | Untie)
         for i in node.inputs:
-            apart[i] |= is_pool or (apart[number] and not reads_equal)
+            apart[i] |= not specs[i].diagonal_spatial and (is_pool or (apart[number] and not reads_equal))
     return apart
 
 
-def _axes(nodes: tuple[LoweredNode, ...], sources: list[Spec]) -> list[tuple[int, ...] | None]:
-    axes: list[tuple[int, ...] | None] = [tuple(range(len(spec.space))) for spec in sources]
+def _axes(nodes: tuple[LoweredNode, ...], sources: list[Spec]) -> list[tuple[int, ...]]:
+    axes: list[tuple[int, ...]] = [tuple(range(len(spec.space))) for spec in sources]
     for node in nodes:
-        before = {axes[i] for i in node.inputs}
-        first = before.pop()
-        primitive = node.primitive
-        if before or first is None:
-            axes.append(None)
-        elif isinstance(primitive, Tied):
+        first, primitive = axes[node.inputs[0]], node.primitive
+        if isinstance(primitive, Tied):
             axes.append(tuple(first[i] for i in primitive.order))
         else:
             ends = isinstance(primitive, Flatten) or (isinstance(primitive, Pool) and not primitive.keeps_axes)

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nt_core.backends.base import Device, Request
+from nt_core.backends.base import Device, Refused, Request
 from nt_core.backends.cpu import native
-from nt_core.backends.cpu.encode import Encoded, Refused, encode
+from nt_core.backends.cpu.encode import Encoded, encode
 from nt_core.backends.xla import XlaBackend
 from nt_core.evaluation.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.lowering import Form
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, dtype_of, same_batches
+from nt_core.sources import Inputs, Source, dtype_of, is_symmetric, of_one_batch, same_batches
 from nt_core.spec import Spec
 
 _TARGET = "nt_propagate"
@@ -60,7 +60,7 @@ def _differentiable(request: Request) -> Any:
 
     @jax.custom_jvp
     def compute(program: Program, sources: tuple[Source, ...]) -> list[_Arrays]:
-        return _call(program, sources, request)
+        return _arrays(program, sources, request)
 
     def reference(program: Program, sources: tuple[Source, ...]) -> list[_Arrays]:
         kernels = XlaBackend().propagate(program, sources, request)
@@ -74,9 +74,24 @@ def _differentiable(request: Request) -> Any:
     return compute
 
 
-def _call(program: Program, sources: tuple[Source, ...], request: Request) -> list[_Arrays]:
-    encoded = encode(program, sources, request)
-    dtype = dtype_of(sources[0])
+def _arrays(program: Program, sources: tuple[Source, ...], request: Request) -> list[_Arrays]:
+    """Returns the arrays of the outputs; those between all samples of one batch are a call of its own."""
+    outputs = _call(program, sources, request, (1, 2))
+    if not request.covariances or sources[0].spec.diagonal_batch:
+        return outputs
+    if all(is_symmetric(source) for source in sources):
+        return [{**arrays, "cov1": arrays["nngp"]} for arrays in outputs]
+    for which in (1, 2):
+        alone = tuple(of_one_batch(source, which) for source in sources)
+        own = _call(program, alone, Request(ntk=False, covariances=False), (which, which))
+        outputs = [{**arrays, f"cov{which}": k["nngp"]} for arrays, k in zip(outputs, own, strict=True)]
+    return outputs
+
+
+def _call(program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int]) -> list[_Arrays]:
+    """One call of the engine, see `encode`."""
+    encoded = encode(program, sources, request, batches)
+    dtype, (n1, n2) = dtype_of(sources[0]), (sources[0].spec.n1, sources[0].spec.n2)
     operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
     for source, form in zip(sources, encoded.forms, strict=False):
         operands.extend(_operands(source, form, encoded))
@@ -85,35 +100,30 @@ def _call(program: Program, sources: tuple[Source, ...], request: Request) -> li
     forms = [encoded.forms[value] for value in program.outputs]
     shapes: list[tuple[int, ...]] = []
     for spec, form, all_pairs in zip(specs, forms, encoded.all_pairs, strict=True):
-        batches = [(spec.n1, spec.n2)] * (1 + form.has_ntk)
-        if request.covariances:
-            batches += [(spec.n1,)] if encoded.symmetric else [(spec.n1,), (spec.n2,)]
+        samples = [(n1, n2)] * (1 + form.has_ntk)
+        if encoded.covariances:
+            samples += [(n1,)] if encoded.symmetric else [(n1,), (n2,)]
         positions = (math.prod(spec.space),) * (2 if all_pairs else 1)
-        shapes.extend(batch + positions for batch in batches)
+        shapes.extend(of_samples + positions for of_samples in samples)
     outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     computed = jax.ffi.ffi_call(_TARGET, outputs, vmap_method="sequential")(*operands, code=encoded.code)
     # JAX does not know over which axes of a mesh the results of a custom call vary: adding this 0 tells it.
     results = iter([result + constant((), 0, dtype, operands) for result in computed])
-    return [
-        _take(results, spec, form, request, encoded.symmetric, dtype) for spec, form in zip(specs, forms, strict=True)
-    ]
+    return [_take(results, spec, form, encoded, request.ntk, dtype) for spec, form in zip(specs, forms, strict=True)]
 
 
-def _take(results: Iterator[Array], spec: Spec, form: Form, request: Request, symmetric: bool, dtype: Any) -> _Arrays:
+def _take(results: Iterator[Array], spec: Spec, form: Form, encoded: Encoded, ntk: bool, dtype: Any) -> _Arrays:
     """Takes the arrays of an output from the results, in the order of `make_job` in csrc/job.h."""
-    assert form.axes is not None
-    axes = form.axes
 
     def stored(n_batch: int) -> Array:
-        return _as_stored(next(results), spec, axes, n_batch)
+        return _as_stored(next(results), spec, form.axes, n_batch)
 
     nngp = stored(2)
-    ntk = None
-    if request.ntk:
-        ntk = stored(2) if form.has_ntk else jnp.zeros((), dtype)  # zero: no parameters seen yet
-    cov1 = stored(1) if request.covariances else None
-    cov2 = stored(1) if request.covariances and not symmetric else None
-    return {"nngp": nngp, "ntk": ntk, "cov1": cov1, "cov2": cov2}
+    # A zero: no parameters seen yet.
+    tangent = None if not ntk else stored(2) if form.has_ntk else jnp.zeros((), dtype)
+    cov1 = stored(1) if encoded.covariances else None
+    cov2 = stored(1) if encoded.covariances and not encoded.symmetric else None
+    return {"nngp": nngp, "ntk": tangent, "cov1": cov1, "cov2": cov2}
 
 
 def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:

@@ -4,31 +4,20 @@ The layout of the code is that of `decode_program` in csrc/program.cc; the numbe
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nt_core.activations import (
-    ABRelu,
-    Activation,
-    Erf,
-    Exp,
-    ExpNormalized,
-    Gabor,
-    Gaussian,
-    Gelu,
-    Rbf,
-    RectifiedMonomial,
-    Sin,
-    Step,
-)
-from nt_core.activations.hermite import Expansion, Series, power
-from nt_core.backends.base import Request
+from nt_core.backends.base import Refused, Request
 from nt_core.backends.cpu import native
+from nt_core.backends.cpu.duals import encode_activation
 from nt_core.lowering import Form, LoweredNode, Windows, lower
+from nt_core.lowering import windows as windows_
 from nt_core.lowering.primitives import (
     Dropout,
     Dual,
@@ -37,7 +26,6 @@ from nt_core.lowering.primitives import (
     Normalize,
     Pool,
     Product,
-    Rescale,
     Scale,
     Sum,
     Tied,
@@ -46,8 +34,8 @@ from nt_core.lowering.primitives import (
 from nt_core.program import Program
 from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, same_batches
 
-# Positions after a pool, squared: all pairs of them are kept for 16 pairs of samples at a time, in each thread.
-_MAX_POOLED_PAIRS = 2**21
+# Positions whose pairs are kept, squared: all pairs of them for 16 pairs of samples at a time, in each thread.
+_MAX_KEPT_PAIRS = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +48,8 @@ class Encoded:
         and whether they hold the same ones to dropout.
       numbers: those of each sample and position that come with steps, `(n, positions)`.
       symmetric: the second batch is the first.
-      owns: whether the covariance of each sample with itself is needed, for sources that are materialised.
+      covariances: the engine returns the covariance of each sample with itself.
+      owns: whether that is needed of sources that are materialised.
       forms: of all values of the program.
       all_pairs: for each output, whether it holds all pairs of positions.
     """
@@ -69,18 +58,24 @@ class Encoded:
     coefficients: list[Any]
     numbers: list[Array]
     symmetric: bool
+    covariances: bool
     owns: bool
     forms: tuple[Form, ...]
     all_pairs: tuple[bool, ...]
 
 
-class Refused(Exception):
-    """The engine does not take this program, for the reason given."""
+def encode(
+    program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int] = (1, 2)
+) -> Encoded:
+    """Encodes a program. Raises `Refused`.
 
-
-def encode(program: Program, sources: tuple[Source, ...], request: Request) -> Encoded:
-    """Encodes a program. Raises `Refused`."""
-    return _Encoder(program, sources, request).encode()
+    Args:
+      program: what is done.
+      sources: what it starts from.
+      request: what is asked for. Covariances between all samples of one batch are another call, of that batch alone.
+      batches: which batches of the program the first and the second one of the sources are.
+    """
+    return _Encoder(program, sources, request, batches).encode()
 
 
 class _Window(NamedTuple):
@@ -101,9 +96,18 @@ class _Window(NamedTuple):
         """The same circular windows, one at each position."""
         return self._replace(stride=1, high=(self.taps - 1) * self.dilation - self.low)
 
+    def without_padding(self) -> "_Window":
+        return self._replace(low=0, high=0)
+
+    def padded(self, size: int) -> list[int]:
+        """The positions of an axis with its padding, which is -1."""
+        return [p if 0 <= p < size else -1 for p in range(-self.low, size + self.high)]
+
 
 class _Encoder:
-    def __init__(self, program: Program, sources: tuple[Source, ...], request: Request) -> None:
+    def __init__(
+        self, program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int]
+    ) -> None:
         schema = native.schema()
         self._encoding, self._ops, self._n_axes = schema["encoding"], schema["ops"], schema["max_axes"]
         self._sources = sources
@@ -112,11 +116,13 @@ class _Encoder:
         self._forms = self._lowered.forms
         self._check()
         self._symmetric = all(is_symmetric(source) for source in sources)
+        self._batches = batches[:1] if self._symmetric else batches
+        self._covariances = request.covariances and sources[0].spec.diagonal_batch
         self._wrapping: list[set[tuple[int, bool]]] = []
         self._cut = self._find_cuts()
         # What is written so far.
         self._number: list[int] = []  # in the code, of every value of the program
-        self._separated: dict[int, int] = {}  # the same, of values behind a cut
+        self._copied: dict[tuple[int, tuple[int, ...]], int] = {}  # the same, of copies of values with their axes
         self._values: list[list[int]] = []
         self._spaces: list[tuple[int, ...]] = []
         self._coefficients: list[Any] = [identical_batches(sources), same_batches(sources)]
@@ -136,7 +142,7 @@ class _Encoder:
             spec.n1,
             spec.n2,
             self._symmetric,
-            self._request.covariances,
+            self._covariances,
             len(self._coefficients),
             len(self._sources),
             len(self._values),
@@ -149,6 +155,7 @@ class _Encoder:
             coefficients=self._coefficients,
             numbers=self._numbers,
             symmetric=self._symmetric,
+            covariances=self._covariances,
             owns=owns,
             forms=self._forms,
             all_pairs=all_pairs,
@@ -160,15 +167,13 @@ class _Encoder:
         for source in self._sources:
             if len(source.spec.space) > self._n_axes:
                 raise Refused(f"inputs have {len(source.spec.space)} spatial axes, it takes up to {self._n_axes}")
-        if any(form.axes is None for form in self._forms):
-            raise Refused("branches order their spatial axes differently")
 
     def _find_cuts(self) -> set[int]:
         """Returns the nodes before which the program is cut.
 
-        Circular convolutions mix offset planes that all others keep apart. Where both meet on one axis, a pool with
-        windows of one position stands between them: what is after a pool is kept plane by plane. `_wrapping` has, for
-        each value, the axes of windows since the last pool, and whether they are circular.
+        Circular convolutions mix offset planes that all others keep apart. Where both meet on one axis, a copy stands
+        between them: copies are kept plane by plane. `_wrapping` has, for each value, the axes of windows since the
+        last copy or pool, and whether they are circular.
         """
         self._wrapping = [set() for _ in self._sources]
         cut = set()
@@ -182,14 +187,14 @@ class _Encoder:
             if self._forms[number].apart and any((a, not circular) in together for a, circular in together):
                 cut.add(number)
                 before = set()
-            is_pool = isinstance(node.primitive, Pool | Flatten | Gather | Untie) or self._subsampled(number, node)
-            self._wrapping.append(set() if is_pool else before | own)
+            is_kept = isinstance(node.primitive, Pool | Flatten | Gather | Untie) or self._skipped_axes(number, node)
+            self._wrapping.append(set() if is_kept else before | own)
         return cut
 
-    def _subsampled(self, number: int, node: LoweredNode) -> list[int]:
+    def _skipped_axes(self, number: int, node: LoweredNode) -> list[int]:
         """Axes of a circular convolution whose strides do not divide the circle.
 
-        Offset planes are closed without its strides, so these are taken by a pool with windows of one position.
+        Offset planes are closed without its strides, so these are taken by a copy of every so many positions.
         """
         if not isinstance(node.primitive, Tied) or not self._forms[number].apart:
             return []
@@ -199,13 +204,11 @@ class _Encoder:
 
     def _needs_own_covariances(self) -> bool:
         """Pools mix positions: for variances after them the covariances of each sample with itself are needed."""
-        needed = [self._request.covariances]
-        for number, node in self._lowered.numbered_nodes():
-            if isinstance(node.primitive, Pool) or self._subsampled(number, node):
-                needed.append(self._forms[number].deficit)
-            if number in self._cut:
-                needed.extend(self._forms[i].deficit for i in node.inputs)
-        return any(needed)
+        pools = [number for number, node in self._lowered.numbered_nodes() if self._mixes_positions(node)]
+        return self._covariances or any(self._forms[number].deficit for number in pools)
+
+    def _mixes_positions(self, node: LoweredNode) -> bool:
+        return isinstance(node.primitive, Pool) and not self._lowered.input_form(node).same_position
 
     # Values of the code
 
@@ -213,11 +216,9 @@ class _Encoder:
         spec, form = source.spec, self._forms[number]
         if 0 in spec.space or spec.n_channels == 0:
             raise Refused(f"inputs of shape {spec.shape1} are empty")
-        if self._request.covariances and not spec.diagonal_batch:
-            raise Refused("covariances between all samples of one batch are asked for")
         space = self._canonical(number)
         if not isinstance(source, Inputs):
-            if (form.deficit or owns) and source.cov1 is None:
+            if (form.deficit or owns or self._request.covariances) and source.cov1 is None:
                 raise Refused("variances are needed, and the kernel it starts from holds none")
             parameters = [form.has_ntk, owns, _stores_equal_positions(form)]
             return self._add("Materialised", form.deficit, space, [], parameters)
@@ -231,84 +232,96 @@ class _Encoder:
         return source not in self._lowered.outputs and all(isinstance(node.primitive, Flatten) for node in readers)
 
     def _node(self, number: int, node: LoweredNode) -> int:
-        primitive, deficit, space = node.primitive, self._forms[number].deficit, self._canonical(number)
-        inputs = [self._separate(i) if number in self._cut else self._number[i] for i in node.inputs]
+        primitive, form, space = node.primitive, self._forms[number], self._canonical(number)
+        inputs = [self._read(number, node, i) for i in node.inputs]
         is_whole = isinstance(primitive, Flatten | Untie) or (isinstance(primitive, Pool) and not primitive.keeps_axes)
         if is_whole and math.prod(self._spaces[inputs[0]]) == 1:
             return inputs[0]  # changes the shape, and no number
         match primitive:
             case Tied():
-                return self._tied(number, node, primitive, inputs)
+                b_var = 0.0 if primitive.b_var is None else primitive.b_var
+                coefficients = [primitive.w_var, b_var, primitive.own_w, primitive.own_b]
+                return self._tied(number, node, primitive.windows, inputs[0], primitive.follows, coefficients)
             case Dual():
                 activation, coefficients = encode_activation(primitive.activation)
-                return self._add("Dual", deficit, space, inputs, [activation], coefficients)
+                return self._add("Dual", form.deficit, space, inputs, [activation], coefficients)
             case Pool():
-                if self._lowered.input_form(node).same_position:
-                    raise Refused("a pool over same-position covariances")
+                if not self._mixes_positions(node):
+                    return self._pool_of_equal_positions(number, node, primitive, inputs[0])
                 windows = self._windows(node, primitive.windows)
-                return self._add_pool(deficit, space, inputs[0], windows, primitive.mean, primitive.normalize_edges)
+                parameters = [primitive.mean, primitive.normalize_edges, *_flat(windows)]
+                return self._add_kept("Pool", form, space, inputs[0], parameters)
             case Gather():
-                if self._forms[number].apart:
-                    self._check_pairs("a transposed convolution", space)
-                positions = [[0]] * self._n_axes
+                positions: list[Sequence[int]] = [(0,)] * self._n_axes
                 for axis, along in enumerate(primitive.positions):
-                    positions[self._canonical_axis(number, axis)] = list(along)
-                return self._add("Gather", deficit, space, inputs, [p for along in positions for p in along])
+                    positions[self._canonical_axis(number, axis)] = along
+                return self._copies(form, inputs[0], positions)
             case Untie():
-                if self._forms[number].apart:
-                    self._check_pairs("a layer with weights of each position's own", space)
-                return self._add("Untie", deficit, space, inputs)
+                return self._add_kept("Untie", form, space, inputs[0])
             case Flatten():
-                return self._add("Flatten", deficit, space, inputs)
+                return self._add("Flatten", form.deficit, space, inputs)
             case Scale():
-                self._add_numbers(number, primitive)
-                return self._add("Scale", deficit, space, inputs)
+                self._add_numbers(node, primitive.sample_numbers)
+                return self._add("Scale", form.deficit, space, inputs)
             case Normalize():
                 weighted = primitive.first is not None
                 if weighted:
-                    self._add_numbers(number, primitive)
+                    self._add_numbers(node, primitive.sample_numbers)
                 axes = {self._canonical_axis(number, a) for a in primitive.space_axes}
                 flags = [a in axes for a in range(self._n_axes)]
-                return self._add("Normalize", deficit, space, inputs, [weighted, *flags], [primitive.eps])
+                return self._add("Normalize", form.deficit, space, inputs, [weighted, *flags], [primitive.eps])
             case Dropout():
-                return self._add("Dropout", deficit, space, inputs, [], [primitive.rate])
+                return self._add("Dropout", form.deficit, space, inputs, [], [primitive.rate])
             case Sum():
-                return self._add("Sum", deficit, space, inputs, [], primitive.weights)
+                return self._add("Sum", form.deficit, space, inputs, [], primitive.weights)
             case Product():
-                return self._add("Product", deficit, space, inputs)
+                return self._add("Product", form.deficit, space, inputs)
             case _:
                 raise Refused(f"it does not know the primitive {type(primitive).__name__}")
 
-    def _tied(self, number: int, node: LoweredNode, primitive: Tied, inputs: list[int]) -> int:
-        deficit, space, sizes = self._forms[number].deficit, self._canonical(number), self._canonical(node.inputs[0])
-        windows = self._windows(node, primitive.windows)
-        if any((count - 1) * w.stride >= size for w, size, count in zip(windows, sizes, space, strict=True)):
-            raise Refused(f"the padding of a convolution is larger than the image of {sizes}")
-        strides, convolved = [_Window()] * self._n_axes, list(space)
-        subsampled = self._subsampled(number, node)
-        for a in subsampled:
-            strides[a], convolved[a] = _Window(stride=windows[a].stride), sizes[a]
-            windows[a] = windows[a].without_stride()
-        b_var = 0.0 if primitive.b_var is None else primitive.b_var
-        coefficients = [primitive.w_var, b_var, primitive.own_w, primitive.own_b]
-        parameters = [primitive.follows, *_flat(windows)]
-        value = self._add("Tied", deficit, tuple(convolved), inputs, parameters, coefficients)
-        return self._add_pool(deficit, space, value, strides) if subsampled else value
+    def _read(self, number: int, node: LoweredNode, value: int) -> int:
+        """A value as a node reads it: copied behind a cut, or where its axes are in another order than the first's."""
+        form, axes = self._forms[value], self._lowered.input_form(node).axes
+        is_cut = number in self._cut and bool(self._wrapping[value])
+        if form.axes == axes and not is_cut:
+            return self._number[value]
+        if (value, axes) not in self._copied:
+            order, n_leading = list(range(self._n_axes)), self._n_axes - len(axes)
+            for to, at in zip(axes, form.axes, strict=True):
+                order[n_leading + to] = n_leading + at
+            places = [range(self._canonical(value)[a]) for a in order]
+            self._copied[value, axes] = self._copies(form, self._number[value], places, order)
+        return self._copied[value, axes]
 
-    def _separate(self, number: int) -> int:
-        """The value behind a cut."""
-        if not self._wrapping[number]:
-            return self._number[number]
-        if number not in self._separated:
-            deficit, space = self._forms[number].deficit, self._canonical(number)
-            windows = [_Window()] * self._n_axes
-            self._separated[number] = self._add_pool(deficit, space, self._number[number], windows)
-        return self._separated[number]
+    def _tied(
+        self, number: int, node: LoweredNode, along: Windows, value: int, follows: bool, coefficients: list[Any]
+    ) -> int:
+        form, windows = self._forms[number], self._windows(node, along)
+        space, sizes = self._canonical(number), self._canonical(node.inputs[0])
+        beyond = [a for a, w in enumerate(windows) if (space[a] - 1) * w.stride >= sizes[a]]
+        if beyond:  # the engine knows no offsets larger than the image
+            places = [w.padded(sizes[a]) if a in beyond else range(sizes[a]) for a, w in enumerate(windows)]
+            value = self._copies(self._lowered.input_form(node), value, places)
+            windows = [w.without_padding() if a in beyond else w for a, w in enumerate(windows)]
+        skipped = self._skipped_axes(number, node)
+        if not skipped:
+            return self._add("Tied", form.deficit, space, [value], [follows, *_flat(windows)], coefficients)
+        closed = [w.without_stride() if a in skipped else w for a, w in enumerate(windows)]
+        convolved = tuple(sizes[a] if a in skipped else n for a, n in enumerate(space))
+        value = self._add("Tied", form.deficit, convolved, [value], [follows, *_flat(closed)], coefficients)
+        strides = [w.stride if a in skipped else 1 for a, w in enumerate(windows)]
+        return self._copies(form, value, [range(0, n, s) for n, s in zip(convolved, strides, strict=True)])
+
+    def _pool_of_equal_positions(self, number: int, node: LoweredNode, pool: Pool, value: int) -> int:
+        """Positions are independent: their covariances are summed, and divided by the size of the window twice."""
+        n_taps = float(windows_.size(pool.windows))
+        sums = self._tied(number, node, pool.windows, value, False, [n_taps, 0.0, 0.0, 0.0])
+        self._add_numbers(node, lambda _: 1 / pool.divisors(float)[None])
+        return self._add("Scale", self._forms[number].deficit, self._canonical(number), [sums])
 
     def _canonical_axis(self, number: int, axis: int) -> int:
         """The axis of the engine that a spatial axis of a value is."""
         form = self._forms[number]
-        assert form.axes is not None
         return self._n_axes - len(form.space) + form.axes[axis]
 
     def _windows(self, node: LoweredNode, along: Windows) -> list[_Window]:
@@ -326,33 +339,39 @@ class _Encoder:
             sizes[self._canonical_axis(number, axis)] = size
         return tuple(sizes)
 
-    def _add_numbers(self, number: int, primitive: Rescale) -> None:
-        """Appends the numbers of the samples of each batch, with positions in the order of the engine."""
-        order = np.argsort([self._canonical_axis(number, a) for a in range(len(self._forms[number].space))])
-        for which in (1,) if self._symmetric else (1, 2):
-            numbers = primitive.sample_numbers(which)
+    def _add_numbers(self, node: LoweredNode, of_batch: Callable[[int], Array | None]) -> None:
+        """Appends numbers of the samples of each batch, or of all, with positions in the order of the engine."""
+        spec, before = self._sources[0].spec, node.inputs[0]
+        order = np.argsort([self._canonical_axis(before, a) for a in range(len(self._forms[before].space))])
+        for which, n in zip(self._batches, (spec.n1, spec.n2), strict=False):
+            numbers = of_batch(which)
             assert numbers is not None
-            in_order = jnp.transpose(numbers, (0, *(1 + int(a) for a in order)))
-            self._numbers.append(in_order.reshape(numbers.shape[0], -1))
+            in_order = jnp.transpose(numbers, (0, *(1 + int(a) for a in order))).reshape(len(numbers), -1)
+            self._numbers.append(jnp.broadcast_to(in_order, (n, in_order.shape[1])))
 
-    def _add_pool(
-        self,
-        deficit: bool,
-        space: tuple[int, ...],
-        value: int,
-        windows: list[_Window],
-        mean: bool = True,
-        normalize_edges: bool = False,
+    def _copies(
+        self, form: Form, value: int, positions: Sequence[Sequence[int]], order: Sequence[int] | None = None
     ) -> int:
-        self._check_pairs("a pool", space)
-        return self._add("Pool", deficit, space, [value], [mean, normalize_edges, *_flat(windows)])
+        """Appends copies of the positions of a value in the code, -1 for zero.
 
-    def _check_pairs(self, what: str, space: tuple[int, ...]) -> None:
-        """Raises `Refused` where all pairs of positions are too many to be kept."""
-        if math.prod(space) ** 2 > _MAX_POOLED_PAIRS:
+        Args:
+          form: says what is needed of them.
+          value: number in the code.
+          positions: which one is copied to each place, along each axis of the copies.
+          order: which axis of the value stands there; None for the same.
+        """
+        space = tuple(map(len, positions))
+        order = range(self._n_axes) if order is None else order
+        return self._add_kept("Gather", form, space, value, [*order, *itertools.chain(*positions)])
+
+    def _add_kept(self, op: str, form: Form, space: tuple[int, ...], value: int, parameters: Iterable[Any] = ()) -> int:
+        """Appends a value that is kept for all pairs of positions of which it is needed."""
+        n_positions = math.prod(space)
+        if form.apart and n_positions**2 > _MAX_KEPT_PAIRS:
             raise Refused(
-                f"{what} leaves {math.prod(space)} positions, whose pairs are too many for its scratch memory"
+                f"the pairs of {n_positions} positions, after a pool or a copy, are too many for its scratch memory"
             )
+        return self._add(op, form.deficit, space, [value], parameters)
 
     def _add(
         self,
@@ -360,8 +379,8 @@ class _Encoder:
         deficit: bool,
         space: tuple[int, ...],
         inputs: list[int],
-        parameters: list[Any] | tuple[()] = (),
-        coefficients: Any = (),
+        parameters: Iterable[Any] = (),
+        coefficients: Iterable[Any] = (),
     ) -> int:
         """Appends a value, and returns its number in the code."""
         start = len(self._coefficients)
@@ -370,49 +389,6 @@ class _Encoder:
         self._values.append([self._ops[op], deficit, start, *space, *count, *inputs, *map(int, parameters)])
         self._spaces.append(space)
         return len(self._values) - 1
-
-
-def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
-    """The number of an activation and its coefficients, as the classes of csrc/duals_*.h expect them."""
-    match activation:
-        case ABRelu(a, b):
-            name, coefficients = "AbRelu", [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
-        case Erf(a, b, c):
-            name, coefficients = "Erf", [a * a * (2 / math.pi), 2 * b * b, c * c]
-        case Gelu():
-            name, coefficients = "Gelu", []
-        case Sin(a, b, c):
-            name = "Sin"
-            coefficients = [a * a / 2, b * b, jnp.cos(2 * c), 2 * jnp.cos(c) ** 2, jnp.sin(c) ** 2]
-        case Rbf(gamma):
-            name, coefficients = "Rbf", [2 * gamma]
-        case Exp(a, b):
-            name, coefficients = "Exp", [a * a, b * b]
-        case ExpNormalized(gamma, shift):
-            name, coefficients = "ExpNormalized", [gamma, jnp.exp(gamma * (1 + shift))]
-        case Step(a, b, c):
-            name = "Step"
-            coefficients = [(a - b) * (a - b) / 2, (a * a + b * b) / 4, c * c / 2, (a + b) / 2, c]
-        case Gaussian(a, b):
-            name, coefficients = "Gaussian", [a * a, -2 * b]
-        case Gabor():
-            name, coefficients = "Gabor", []
-        case Series():
-            name, coefficients = "Polynomial", _table(activation.expansion())
-        case RectifiedMonomial(degree):
-            name, coefficients = "RectifiedMonomial", _table(power(degree))
-        case _:
-            raise Refused(f"the dual of {type(activation).__name__} is not native")
-    return native.schema()["activations"][name], coefficients
-
-
-def _table(expansion: Expansion) -> list[Any]:
-    """The coefficients of all `p_l`, row after row. What is not there is zero."""
-    degree = max((l + 2 * i for l, i in expansion), default=0)
-    largest = native.schema()["max_degree"]
-    if degree > largest:
-        raise Refused(f"the dual of a polynomial of degree {degree}, it takes those of up to {largest}")
-    return [expansion.get((l, i), 0.0) for l in range(largest + 1) for i in range(largest // 2 + 1)]
 
 
 def _flat(windows: list[_Window]) -> list[int]:

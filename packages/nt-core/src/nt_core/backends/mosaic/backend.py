@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nt_core.backends.base import Device, Request
-from nt_core.backends.mosaic.plan import Hardware, Refused, Stage, lower_for_planes, make_plan
+from nt_core.backends.base import Device, Refused, Request
+from nt_core.backends.mosaic.plan import Hardware, Stage, lower_for_planes, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.kernel import Kernel

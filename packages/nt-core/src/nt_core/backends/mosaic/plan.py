@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from nt_core.activations import ABRelu, Erf, Gelu
+from nt_core.backends.base import Refused
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
 from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
 from nt_core.program import Program
@@ -25,10 +26,6 @@ _MAX_POOL_READS = 512
 
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30
-
-
-class Refused(Exception):
-    """The program is not taken, for the reason given."""
 
 
 class Torus(NamedTuple):
