@@ -1,8 +1,8 @@
 // The engine. Compiled once per instruction set, with NT_LEVEL the name of the namespace it goes to.
 #include "angular.h"
-#include "readouts.h"
 #include "samples.h"
 #include "sources.h"
+#include "stage_end.h"
 #include "windows.h"
 
 namespace nt {
@@ -41,7 +41,7 @@ void execute_plane(Work<T>& work) {
               }
             }
           });
-          if (is_last) read_out(work, r, z, y);
+          if (is_last) end_row(work, r, z, y);
         }
       }
     };
@@ -67,8 +67,8 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
                    Scratch<T>& scratch) {
   using V = Vec<T>;
   Work<T> work(c, plan, stage, tile, scratch);
-  const Value* readout = stage.readout >= 0 ? &c.program.values[stage.readout] : nullptr;
-  const int t = readout ? plan.tensor_of[stage.readout] : -1;
+  const Value* end = stage.end >= 0 ? &c.program.values[stage.end] : nullptr;
+  const int t = end ? plan.tensor_of[stage.end] : -1;
   const bool has_ntk = stage.instances[stage.root].has_ntk;
   const int64_t n_out = t >= 0 ? plan.tensors[t].size : 0;
   if (t >= 0) {
@@ -90,15 +90,15 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
   for (size_t k = 0; k < stage.offsets.size(); ++k) {
     const Index3& offset = stage.offsets[k];
     work.offset = offset;
-    if (readout && readout->op == Op::kPool) {
+    if (end && end->op == Op::kPool) {
       for (int a = 0; a < kAxes; ++a) {
         if (k > 0 && offset[a] == stage.offsets[k - 1][a]) continue;
-        work.links[a] = pool_links(stage, *readout, a, offset[a]);
+        work.links[a] = pool_links(stage, *end, a, offset[a]);
       }
     }
-    if (readout && is_copy(readout->op)) {
+    if (end && is_copy(end->op)) {
       const Rectangle plane(stage.instances[stage.root].space, offset, stage.wrapped);
-      for (int a = 0; a < kAxes; ++a) work.copies[a] = copies(readout->positions[a], plane, a);
+      for (int a = 0; a < kAxes; ++a) work.copies[a] = copies(end->positions[a], plane, a);
     }
     execute_plane<kWide>(work);
     if (!single) continue;
@@ -115,12 +115,12 @@ void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, co
   if (t >= 0) scale_tensor(work, t, has_ntk);
 }
 
-// Makes what is after a readout deficits, where it is carried as such.
+// Makes what is after the end of a stage deficits, where it is carried as such.
 template <bool kWide, class T>
-void finish_deficits(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int readout, Scratch<T>& scratch) {
-  const Value& value = c.program.values[readout];
+void finish_deficits(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int end, Scratch<T>& scratch) {
+  const Value& value = c.program.values[end];
   if (!value.needs) return;
-  const int number = plan.tensor_of[readout];
+  const int number = plan.tensor_of[end];
   Vec<T>* data = scratch.tensor(c, plan, number);
   if (value.op == Op::kPool) finish_deficit<kWide>(c, plan, tile, number, data);
   if (is_copy(value.op)) finish_copies<kWide>(c, plan, tile, number, data);
@@ -171,23 +171,23 @@ class Engine {
   }
 
  private:
-  // Stages of samples paired with themselves, up to a readout.
+  // Stages of samples paired with themselves.
   struct Own {
     const Context<T>& c;
     const Tile<T>& tile;
     Scratch<T>& scratch;
 
-    const Vec<T>* run(int readout) const {
+    const Vec<T>* run(int end) const {
       const Plan& plan = c.prepared.own;
-      const auto stage = std::find_if(plan.stages.begin(), plan.stages.end(),
-                                      [&](const Stage& stage) { return stage.readout == readout; });
+      const auto stage =
+          std::find_if(plan.stages.begin(), plan.stages.end(), [&](const Stage& stage) { return stage.end == end; });
       execute_stage<true>(c, plan, *stage, tile, scratch);
-      const Tensor& tensor = plan.tensors[plan.tensor_of[readout]];
-      const Vec<T>* data = scratch.tensor(c, plan, plan.tensor_of[readout]);
+      const Tensor& tensor = plan.tensors[plan.tensor_of[end]];
+      const Vec<T>* data = scratch.tensor(c, plan, plan.tensor_of[end]);
       return tensor.offsets.empty() ? nullptr : data + tensor.find({0, 0, 0});
     }
 
-    void finish(int readout) const { finish_deficits<true>(c, c.prepared.own, tile, readout, scratch); }
+    void finish(int end) const { finish_deficits<true>(c, c.prepared.own, tile, end, scratch); }
   };
 
   // Fills the records of a batch, and the covariances of each sample with itself if they are wanted.
@@ -240,7 +240,7 @@ class Engine {
     const Plan& plan = c_.prepared.pairs;
     for (const Stage& stage : plan.stages) {
       execute_stage<kWide>(c_, plan, stage, tile, scratch);
-      if (stage.readout >= 0) finish_deficits<kWide>(c_, plan, tile, stage.readout, scratch);
+      if (stage.end >= 0) finish_deficits<kWide>(c_, plan, tile, stage.end, scratch);
     }
   }
 

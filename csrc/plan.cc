@@ -87,19 +87,19 @@ std::vector<int> offsets_along(const std::vector<int>& positions, int wanted) {
   return along;
 }
 
-// Offsets of a readout's input that contribute to the offsets wanted of its output.
-Offsets offsets_before(const Value& readout, const Index3& space, const std::vector<Index3>& wanted) {
+// Offsets before the end of a stage that contribute to the offsets wanted after it.
+Offsets offsets_before(const Value& end, const Index3& space, const std::vector<Index3>& wanted) {
   Offsets offsets;
-  if (readout.op == Op::kFlatten || readout.op == Op::kUntie) {
+  if (end.op == Op::kFlatten || end.op == Op::kUntie) {
     if (!wanted.empty()) offsets.add({0, 0, 0});
     return offsets;
   }
   for (const Index3& d : wanted) {
     std::array<std::vector<int>, kAxes> along;
     for (int a = 0; a < kAxes; ++a) {
-      const int from = readout.order[a];
-      along[from] = readout.op == Op::kGather ? offsets_along(readout.positions[from], d[a])
-                                              : offsets_along(readout.window[a], space[a], d[a]);
+      const int from = end.order[a];
+      along[from] = end.op == Op::kGather ? offsets_along(end.positions[from], d[a])
+                                          : offsets_along(end.window[a], space[a], d[a]);
     }
     for (int z : along[0]) {
       for (int y : along[1]) {
@@ -188,16 +188,16 @@ Plan make_plan(const Program& program, Purpose purpose) {
   Plan plan;
   plan.ntk = program.ntk() && purpose == Purpose::kPairs;
   plan.tensor_of.assign(program.values.size(), -1);
-  const auto add_stage = [&](int readout, int output, int root, bool deficit) {
+  const auto add_stage = [&](int end, int output, int root, bool deficit) {
     Stage stage = build_stage(program, plan, root, deficit);
-    stage.readout = readout;
+    stage.end = end;
     stage.output = output;
     plan.stages.push_back(std::move(stage));
   };
   std::vector<Offsets> wanted;  // of every tensor
   for (int i = program.n_sources; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
-    if (!is_readout(value.op)) continue;
+    if (!mixes_pairs(value.op)) continue;
     Tensor tensor;
     tensor.value = i;
     tensor.deficit = value.needs;
@@ -221,8 +221,8 @@ Plan make_plan(const Program& program, Purpose purpose) {
     if (stage->output >= 0) {
       offsets = offsets_of_output(program.outputs[stage->output], space);
     } else {
-      const int tensor = plan.tensor_of[stage->readout];
-      offsets = offsets_before(program.values[stage->readout], space, wanted[tensor].list());
+      const int tensor = plan.tensor_of[stage->end];
+      offsets = offsets_before(program.values[stage->end], space, wanted[tensor].list());
     }
     stage->offsets = offsets.list();
     if (stage->offsets.size() > 1 || (stage->offsets.size() == 1 && stage->offsets[0] != Index3{0, 0, 0})) {
@@ -295,7 +295,7 @@ Record make_record(const Program& program, const Plan& pairs, bool one_position)
 
 bool has_one_position(const Program& program) {
   return std::none_of(program.values.begin(), program.values.end(), [](const Value& value) {
-    return n_positions(value.space) > 1 || has_windows(value) || is_readout(value.op);
+    return n_positions(value.space) > 1 || has_windows(value) || mixes_pairs(value.op);
   });
 }
 

@@ -1,8 +1,8 @@
 // How a program is carried out: stages, passes over planes, buffers, and statistics of single samples.
 //
-// Between two readouts (pools, Flatten, the output) every offset plane - all pairs of positions (p, p + d) of two
-// images - runs through the layers on its own. A stage is the part of the program that leads to one readout. It is
-// carried out once for every offset d that the readout needs, pass after pass, each pass row by row.
+// Every offset plane - all pairs of positions (p, p + d) of two images - runs through the layers on its own, up to what
+// mixes pairs (pools, Flatten, copies) or to the output. A stage is the part of the program that leads to one such
+// end. It is carried out once for every offset d that its end needs, pass after pass, each pass row by row.
 #pragma once
 
 #include <algorithm>
@@ -109,7 +109,7 @@ struct Pass {
   int geometry = -1;         // an instance of the geometry that all of them share
 };
 
-// Covariances after a readout: the planes of the offsets that later stages want, one after another.
+// Covariances after the end of a stage: the planes of the offsets that later stages want, one after another.
 struct Tensor {
   int value = -1;
   bool deficit = false;
@@ -136,9 +136,9 @@ struct Tensor {
 };
 
 struct Stage {
-  int readout = -1;                 // value number of a pool or Flatten; or -1 and
+  int end = -1;                     // value number of what mixes pairs; or -1 and
   int output = -1;                  // number of an output
-  int root = -1;                    // instance that is read out
+  int root = -1;                    // instance that the end reads
   std::vector<Instance> instances;  // in an order of evaluation
   std::vector<Pass> passes;
   std::vector<Index3> offsets;

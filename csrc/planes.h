@@ -38,7 +38,7 @@ struct Scratch {
     std::fill(zeros.data(), zeros.data() + c.widest, V{});
   }
 
-  // What is after a readout; after the last one come the buffers.
+  // What is after the end of a stage; after the last one come the buffers.
   V* tensor(const Context<T>& c, const Plan& plan, int number) const {
     V* at = planes.data();
     for (int t = 0; t < number; ++t) at += plan.tensors[t].size * c.rows;
@@ -96,7 +96,7 @@ struct Work {
   V* buffers;
   V* ring;
   Index3 offset{0, 0, 0};
-  // Where the readout adds to.
+  // Where the end of the stage adds to.
   V* sum_d = nullptr;
   V* sum_t = nullptr;
   std::array<std::vector<Link>, kAxes> links{};

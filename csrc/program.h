@@ -89,7 +89,8 @@ inline bool has_numbers(const Value& value) {
 }
 
 inline bool is_copy(Op op) { return op == Op::kGather || op == Op::kUntie; }
-inline bool is_readout(Op op) { return op == Op::kPool || op == Op::kFlatten || is_copy(op); }
+// Whether pairs of positions after it come from pairs that lie differently far apart: it ends a stage.
+inline bool mixes_pairs(Op op) { return op == Op::kPool || op == Op::kFlatten || is_copy(op); }
 
 inline bool has_windows(const Value& value) {
   return std::any_of(value.window.begin(), value.window.end(), [](const Window& w) { return !w.trivial(); });

@@ -94,9 +94,9 @@ void normalizing_scale(const Value& value, const T* half_in, T eps, T* scale_out
   }
 }
 
-// Fills the record of a group of samples. `own.run(readout)` carries each of them, paired with itself, through the
-// stage that ends in a readout, and returns what is after it; `own.finish(readout)` makes that a deficit, once the
-// record says which variances are there.
+// Fills the record of a group of samples. `own.run(end)` carries each of them, paired with itself, through the stage
+// that has this end, and returns what is after it; `own.finish(end)` makes that a deficit, once the record says which
+// variances are there.
 template <class T, class Own>
 class RecordWriter {
   using V = Vec<T>;

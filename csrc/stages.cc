@@ -1,4 +1,4 @@
-// Stages: the instances that lead to a readout, in passes over rows, and the buffers that their planes go to.
+// Stages: the instances that lead to their end, in passes over rows, and the buffers that their planes go to.
 #include "stages.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace nt {
 namespace {
 
-// Builds the instances of one stage, the readout's input last.
+// Builds the instances of one stage, the input of its end last.
 class StageBuilder {
  public:
   StageBuilder(const Program& program, const Plan& plan, Stage& stage)
@@ -50,7 +50,7 @@ class StageBuilder {
       made.has_ntk = plan_.ntk && value.has_ntk;
       return add(key, std::move(made));
     }
-    if (is_readout(value.op)) {
+    if (mixes_pairs(value.op)) {
       made.kind = Kind::kLoad;
       made.has_ntk = plan_.tensors[plan_.tensor_of[number]].has_ntk;
       return add(key, std::move(made));

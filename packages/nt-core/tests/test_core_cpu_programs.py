@@ -25,11 +25,11 @@ settings = hypothesis.settings(deadline=None, suppress_health_check=list(hypothe
 
 
 @st.composite
-def windows(draw, n_axes):
-    """Window, strides and padding of a convolution or a pool."""
+def windows(draw, n_axes, beyond):
+    """Window, strides and padding of a convolution or a pool; so many windows may lie beyond each end."""
     sizes = st.lists(st.integers(1, 3), min_size=n_axes, max_size=n_axes).map(tuple)
     window, strides = draw(sizes), draw(st.lists(st.integers(1, 2), min_size=n_axes, max_size=n_axes).map(tuple))
-    pads = tuple(draw(st.tuples(st.integers(0, n + 1), st.integers(0, n + 1))) for n in window)
+    pads = tuple(draw(st.tuples(st.integers(0, n - 1 + beyond), st.integers(0, n - 1 + beyond))) for n in window)
     return window, strides, draw(st.sampled_from(["SAME", "VALID", pads, "CIRCULAR"]))
 
 
@@ -39,7 +39,7 @@ def linear(draw, n_axes):
     kwargs = {"parameterization": draw(st.sampled_from(["ntk", "standard"]))}
     if draw(st.integers(0, 3)) == 0 or not n_axes:
         return steps.Dense(1.3, b_var, 8, **kwargs)
-    window, strides, padding = draw(windows(n_axes))
+    window, strides, padding = draw(windows(n_axes, beyond=2))
     dilation = tuple(draw(st.integers(1, 2)) for _ in range(n_axes))
     return steps.Conv(1.6, b_var, 8, window, strides, padding, dilation, **kwargs)
 
@@ -60,7 +60,7 @@ def blocks(draw, builder, value, duals):
     if kind == "product":
         return builder.add(steps.Multiply(), activated, builder.add(steps.Dense(0.9, 0.2, 8), activated))
     if kind == "pool" and n_axes:
-        window, strides, padding = draw(windows(n_axes))
+        window, strides, padding = draw(windows(n_axes, beyond=0))  # of nothing there is no average
         mean, edges = draw(st.booleans()), draw(st.booleans())
         return builder.add(steps.Pool(window, strides, padding, mean, edges), activated)
     if kind == "copies" and n_axes:

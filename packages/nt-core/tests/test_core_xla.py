@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import nt_core.evaluation.block as block
 import numpy as np
 import pytest
-from conformance import RELU, Conformance, chain, conv, inputs, pool, run, spec_of
-from nt_core import Builder, Inputs, propagate, steps
+from conformance import RELU, Conformance, chain, conv, inputs, masks, pool, run, spec_of
+from nt_core import Builder, Inputs, definition, propagate, steps
+from nt_core.lowering import Repeated, fold_repeats, lower
+from nt_core.lowering.primitives import Pool
 
 
 class TestXla(Conformance):
@@ -23,6 +25,26 @@ def test_planes(name, x64, monkeypatch):
     monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
     TestXla().check_chain(name)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_masked_layers_repeat(same, x64):
+    """Layers with numbers of each sample are one loop too: masks, and normalisations that count what is not masked."""
+    (x1, x2), (mask1, mask2) = inputs((3, 2), 3, 2, "float64"), masks((3, 2), 3, 2)
+    if same:
+        x2, mask2 = x1, None
+    block = [
+        conv(),
+        steps.Scale(mask1, mask2),
+        steps.Normalize(0.1, (0,), 2 * mask1, None if same else 2 * mask2),
+        RELU,
+    ]
+    program = chain(spec_of(x1, x2), [*block * 4, steps.GlobalPool(True)])
+    source = Inputs(jnp.asarray(x1), None if same else jnp.asarray(x2), program.sources[0])
+    folded = fold_repeats(lower(program, (source,), ntk=True, covariances=True))
+    assert [type(node.primitive) for node in folded.nodes] == [Repeated, Pool]
+    kernel = run(program, x1, None if same else x2, implementation="xla")
+    TestXla().agree(kernel, definition.propagate(program, (x1, x2)), 1e-7 if same else 1e-12)
 
 
 def test_kernels_of_small_inputs_are_told_apart():

@@ -35,20 +35,24 @@ class Batch:
       inputs: for sources that are inputs, `(*space, channels, n)`.
       variance: of the sources that are deficits, `(*space, n)`.
       numbers: that come with rescalings, `(*space, n)`.
+      repeated: of repeated blocks, the numbers in their body, `(count, *space, n)`.
     """
 
     index: Array
     inputs: dict[int, Array]
     variance: dict[int, Array]
     numbers: dict[int, Array]
+    repeated: dict[int, dict[int, Array]]
 
 
-jax.tree_util.register_dataclass(Batch, data_fields=["index", "inputs", "variance", "numbers"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Batch, data_fields=["index", "inputs", "variance", "numbers", "repeated"], meta_fields=[]
+)
 
 
 def batch(lowered: Lowered, sources: tuple[Source, ...], which: int) -> Batch:
     """Returns batch 1 or 2 of the sources. Where there is no second batch, it is the first."""
-    inputs, variance, numbers = {}, {}, {}
+    inputs, variance, dtype = {}, {}, dtype_of(sources[0])
     for i, source in enumerate(sources):
         if isinstance(source, Inputs):
             x = source.first() if which == 1 else source.second()
@@ -57,13 +61,21 @@ def batch(lowered: Lowered, sources: tuple[Source, ...], which: int) -> Batch:
                 variance[i] = jnp.mean(inputs[i] ** 2, -2)
         elif lowered.forms[i].deficit:
             variance[i] = _variance(source, which)
-    for number, node in lowered.numbered_nodes():
-        if isinstance(node.primitive, Rescale):
-            of_samples = node.primitive.sample_numbers(which)
-            if of_samples is not None:
-                numbers[number] = jnp.moveaxis(of_samples.astype(dtype_of(sources[0])), 0, -1)
+    repeated = {
+        number: _numbers(node.primitive.body, which, dtype, batch_axis=1)
+        for number, node in lowered.numbered_nodes()
+        if isinstance(node.primitive, Repeated)
+    }
+    numbers = _numbers(lowered, which, dtype, batch_axis=0)
     spec = sources[0].spec
-    return Batch(jnp.arange(spec.n1 if which == 1 else spec.n2), inputs, variance, numbers)
+    return Batch(jnp.arange(spec.n1 if which == 1 else spec.n2), inputs, variance, numbers, repeated)
+
+
+def _numbers(lowered: Lowered, which: int, dtype: jnp.dtype, batch_axis: int) -> dict[int, Array]:
+    """The numbers of each sample of a batch that come with rescalings, the batch axis last."""
+    rescalings = ((i, node.primitive) for i, node in lowered.numbered_nodes() if isinstance(node.primitive, Rescale))
+    numbers = {i: rescaling.sample_numbers(which) for i, rescaling in rescalings}
+    return {i: jnp.moveaxis(x.astype(dtype), batch_axis, -1) for i, x in numbers.items() if x is not None}
 
 
 def own_block(
@@ -84,11 +96,13 @@ def own_block(
             before = statistics.variance.get(node.inputs[0])
             statistics.scale[number] = node.primitive.scale(before, samples.numbers.get(number))
         if lowered.forms[number].deficit:
-            _add_variance(block, lowered, number, node, statistics)
+            _add_variance(block, lowered, number, node, samples, statistics)
     return block, statistics
 
 
-def _add_variance(block: Block, lowered: Lowered, number: int, node: LoweredNode, statistics: Statistics) -> None:
+def _add_variance(
+    block: Block, lowered: Lowered, number: int, node: LoweredNode, samples: Batch, statistics: Statistics
+) -> None:
     primitive, variances = node.primitive, [statistics.variance[i] for i in node.inputs]
     if isinstance(primitive, Pool) and not lowered.input_form(node).same_position:
         along = primitive.windows
@@ -97,7 +111,8 @@ def _add_variance(block: Block, lowered: Lowered, number: int, node: LoweredNode
         statistics.self_deficit[number] = own
         statistics.variance[number] = variance if primitive.keeps_axes else variance.reshape(variance.shape[-1:])
     elif isinstance(primitive, Repeated):
-        statistics.variance[number], statistics.repeated[number] = _repeated_statistics(primitive, variances[0])
+        variance, of_body = _repeated_statistics(primitive, variances[0], samples.repeated[number])
+        statistics.variance[number], statistics.repeated[number] = variance, of_body
     else:
         statistics.variance[number] = _variance_after(node, variances, statistics.scale.get(number))
 
@@ -124,19 +139,20 @@ def _variance_after(node: LoweredNode, variances: list[Array], scale: Array | No
     raise NotImplementedError(f"No variance after the primitive {type(primitive).__name__}.")
 
 
-def _repeated_statistics(primitive: Repeated, source: Array) -> tuple[Array, Statistics]:
+def _repeated_statistics(primitive: Repeated, source: Array, numbers: dict[int, Array]) -> tuple[Array, Statistics]:
     """Variances after repeated layers, and the statistics of every iteration."""
 
-    def apply(source: Array, body: Lowered) -> tuple[Array, Statistics]:
+    def apply(source: Array, iteration: tuple[Lowered, dict[int, Array]]) -> tuple[Array, Statistics]:
+        body, numbers = iteration
         statistics = Statistics({0: source})
         for number, node in body.numbered_nodes():
             variances = [statistics.variance[i] for i in node.inputs]
             if isinstance(node.primitive, Rescale):
-                statistics.scale[number] = node.primitive.scale(variances[0], None)
+                statistics.scale[number] = node.primitive.scale(variances[0], numbers.get(number))
             statistics.variance[number] = _variance_after(node, variances, statistics.scale.get(number))
         return statistics.variance[body.outputs[0]], statistics
 
-    return lax.scan(apply, source, primitive.body)
+    return lax.scan(apply, source, (primitive.body, numbers))
 
 
 def paired(sources: tuple[Source, ...]) -> dict[int, Pairs]:

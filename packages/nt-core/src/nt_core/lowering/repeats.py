@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nt_core.lowering.lowered import Form, Lowered, LoweredNode
-from nt_core.lowering.primitives import Dual, Normalize, Primitive, Product, Sum, Tied
+from nt_core.lowering.primitives import Dual, Primitive, Product, Rescale, Sum, Tied
 from nt_core.pytrees import pytree_dataclass, static
 
 _MAX_PERIOD = 24
@@ -19,8 +19,8 @@ class Repeated(Primitive):
     """A block of layers applied `count` times.
 
     Attributes:
-      body: one application, with one source and one output of equal forms. Its coefficients have a leading axis of size
-        `count`.
+      body: one application, with one source and one output of equal forms. Its coefficients, and the numbers of each
+        sample in it, have a leading axis of size `count`.
     """
 
     body: Lowered
@@ -87,17 +87,17 @@ def _is_block(lowered: Lowered, read_by: list[set[int]], start: int, period: int
     return (
         same_space
         and keeps_axes
-        and all(map(_may_repeat, nodes))
+        and all(_may_repeat(node.primitive, lowered.forms[i]) for i, node in zip(inside, nodes, strict=True))
         and private
         and (_plain(lowered.forms[inside[-1]]) == form)
     )
 
 
-def _may_repeat(node: LoweredNode) -> bool:
-    """Whether a node may be part of a block: it keeps pairs apart, and has no numbers of single samples."""
-    primitive = node.primitive
-    if isinstance(primitive, Normalize):
-        return primitive.sample_numbers(1) is None
+def _may_repeat(primitive: Primitive, form: Form) -> bool:
+    """Whether a primitive may be part of a block: it keeps pairs apart, and all that is known of its samples follows
+    from variances and from its own numbers."""
+    if isinstance(primitive, Rescale):
+        return form.deficit
     return isinstance(primitive, Tied | Dual | Sum | Product)
 
 

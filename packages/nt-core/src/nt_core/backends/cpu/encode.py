@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from jax import Array
 from nt_core.backends.base import Refused, Request
 from nt_core.backends.cpu import native
 from nt_core.backends.cpu.duals import encode_activation
-from nt_core.lowering import Form, LoweredNode, Windows, lower
+from nt_core.lowering import Form, LoweredNode, Window, Windows, lower
 from nt_core.lowering import windows as windows_
 from nt_core.lowering.primitives import (
     Dropout,
@@ -76,32 +76,6 @@ def encode(
       batches: which batches of the program the first and the second one of the sources are.
     """
     return _Encoder(program, sources, request, batches).encode()
-
-
-class _Window(NamedTuple):
-    """Windows along one axis, as the engine reads them."""
-
-    taps: int = 1
-    stride: int = 1
-    dilation: int = 1
-    low: int = 0
-    high: int = 0
-    circular: bool = False
-
-    @property
-    def is_trivial(self) -> bool:
-        return self.taps == 1 and self.stride == 1 and self.low == 0 and self.high == 0
-
-    def without_stride(self) -> "_Window":
-        """The same circular windows, one at each position."""
-        return self._replace(stride=1, high=(self.taps - 1) * self.dilation - self.low)
-
-    def without_padding(self) -> "_Window":
-        return self._replace(low=0, high=0)
-
-    def padded(self, size: int) -> list[int]:
-        """The positions of an axis with its padding, which is -1."""
-        return [p if 0 <= p < size else -1 for p in range(-self.low, size + self.high)]
 
 
 class _Encoder:
@@ -181,7 +155,7 @@ class _Encoder:
             own = set()
             if isinstance(node.primitive, Tied):
                 windows, sizes = self._windows(node, node.primitive.windows), self._canonical(node.inputs[0])
-                own = {(a, w.circular) for a, w in enumerate(windows) if sizes[a] > 1 and not w.is_trivial}
+                own = {(a, w.circular) for a, w in enumerate(windows) if sizes[a] > 1 and not w.is_trivial()}
             before = set().union(*(self._wrapping[i] for i in node.inputs))
             together = before | own
             if self._forms[number].apart and any((a, not circular) in together for a, circular in together):
@@ -300,13 +274,13 @@ class _Encoder:
         space, sizes = self._canonical(number), self._canonical(node.inputs[0])
         beyond = [a for a, w in enumerate(windows) if (space[a] - 1) * w.stride >= sizes[a]]
         if beyond:  # the engine knows no offsets larger than the image
-            places = [w.padded(sizes[a]) if a in beyond else range(sizes[a]) for a, w in enumerate(windows)]
+            places = [_padded_positions(w) if a in beyond else range(sizes[a]) for a, w in enumerate(windows)]
             value = self._copies(self._lowered.input_form(node), value, places)
-            windows = [w.without_padding() if a in beyond else w for a, w in enumerate(windows)]
+            windows = [dataclasses.replace(w, low=0, high=0) if a in beyond else w for a, w in enumerate(windows)]
         skipped = self._skipped_axes(number, node)
         if not skipped:
             return self._add("Tied", form.deficit, space, [value], [follows, *_flat(windows)], coefficients)
-        closed = [w.without_stride() if a in skipped else w for a, w in enumerate(windows)]
+        closed = [_without_stride(w) if a in skipped else w for a, w in enumerate(windows)]
         convolved = tuple(sizes[a] if a in skipped else n for a, n in enumerate(space))
         value = self._add("Tied", form.deficit, convolved, [value], [follows, *_flat(closed)], coefficients)
         strides = [w.stride if a in skipped else 1 for a, w in enumerate(windows)]
@@ -324,12 +298,11 @@ class _Encoder:
         form = self._forms[number]
         return self._n_axes - len(form.space) + form.axes[axis]
 
-    def _windows(self, node: LoweredNode, along: Windows) -> list[_Window]:
+    def _windows(self, node: LoweredNode, along: Windows) -> list[Window]:
         """Windows along the axes of the engine."""
-        windows = [_Window()] * self._n_axes
-        for axis, w in enumerate(along):
-            at = self._canonical_axis(node.inputs[0], axis)
-            windows[at] = _Window(w.taps, w.stride, w.dilation, w.low, w.high, w.circular)
+        windows = [Window(1, 1, taps=1, stride=1, dilation=1, low=0, high=0, circular=False)] * self._n_axes
+        for axis, window in enumerate(along):
+            windows[self._canonical_axis(node.inputs[0], axis)] = window
         return windows
 
     def _canonical(self, number: int) -> tuple[int, ...]:
@@ -391,8 +364,19 @@ class _Encoder:
         return len(self._values) - 1
 
 
-def _flat(windows: list[_Window]) -> list[int]:
-    return [int(number) for window in windows for number in window]
+def _flat(windows: list[Window]) -> list[int]:
+    """Windows along the axes of the engine, as it reads them."""
+    return [int(n) for w in windows for n in (w.taps, w.stride, w.dilation, w.low, w.high, w.circular)]
+
+
+def _padded_positions(window: Window) -> list[int]:
+    """The positions of an axis with its padding, which is -1."""
+    return [p if 0 <= p < window.size else -1 for p in range(-window.low, window.size + window.high)]
+
+
+def _without_stride(window: Window) -> Window:
+    """The same circular windows, one at each position."""
+    return dataclasses.replace(window, stride=1, high=(window.taps - 1) * window.dilation - window.low)
 
 
 def _stores_equal_positions(form: Form) -> bool:

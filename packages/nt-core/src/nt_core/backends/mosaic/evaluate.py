@@ -89,14 +89,14 @@ class Evaluation:
         self._chain(self._stage.instances, None)
 
     def root(self) -> list[Pairs]:
-        """Returns what is read out, with ghosts as 0, for a stage that ends in a sum."""
+        """Returns what is summed, with ghosts as 0, for a stage that ends in a sum."""
         instances, phase = self._stage.instances, (0, 0)
 
-        def read_out(piece: "_Piece") -> Pairs:
+        def summed(piece: "_Piece") -> Pairs:
             x = piece.form(instances, len(instances) - 1, phase, None, self._stage.deficit)
             return piece.without_ghosts(x, phase)
 
-        return self._pieces(read_out)
+        return self._pieces(summed)
 
     def pooled(self, add: Callable[[Int, list[Pairs]], None]) -> None:
         """Calls `add(offset, plane)` with what this plane adds to those after the pool."""
@@ -230,7 +230,7 @@ class _Piece:
         self._sums = sums
 
     def without_ghosts(self, x: Pairs, phase: tuple[Int, Int]) -> Pairs:
-        """What is read out, with ghosts as 0."""
+        """What the end of the stage reads, with ghosts as 0."""
         instances = self._stage.instances
         both = self._both(instances, len(instances) - 1, phase, None)
         zero = jnp.zeros_like(x.value)

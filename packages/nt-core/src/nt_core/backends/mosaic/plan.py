@@ -1,6 +1,6 @@
 """How a program is carried out on planes: stages, the torus of each, what is stored, and what samples must provide.
 
-A stage is the part of a program that leads to one readout (a pool or Flatten). It is carried out plane by plane: a
+A stage is the part of a program that leads to one pool or Flatten, its end. It is carried out plane by plane: a
 plane holds the pairs of positions `(p, p + d)` of two images, for one offset `d`. docs/gpu.md explains the layout.
 """
 
@@ -188,22 +188,22 @@ _NO_TORUS = Torus((1, 1), False, 1, (1, 1), 1, 1, 1)
 
 @dataclasses.dataclass
 class Stage:
-    """What leads to one readout.
+    """What leads to one pool or Flatten, its end.
 
     Attributes:
-      readout: the number of the pool or Flatten.
+      end: the number of the pool or Flatten.
       primitive: that pool or Flatten.
-      instances: in an order of evaluation, the readout's input last.
-      deficit: the readout is of deficits.
+      instances: in an order of evaluation, the input of the end last.
+      deficit: the end is of deficits.
       windows: of a pool; None where everything is summed up.
       stride: of the pool: as many offsets along each side fall on one offset after it.
       offsets: how many offsets of the torus are needed, times `stride` along each side.
       tables: of the instances, then of each body.
-      sources: numbers of the readouts that it starts from, with their scales.
+      sources: numbers of the earlier ends that it starts from, with their scales.
       leaves: the primitives whose numbers are the coefficients, in order; those of a body with the count of iterations.
     """
 
-    readout: int
+    end: int
     primitive: Pool | Flatten
     deficit: bool
     windows: tuple[Window, Window] | None
@@ -253,7 +253,7 @@ def make_plan(lowered: Lowered, sources: tuple[Source, ...], hardware: Hardware)
         if isinstance(node.primitive, Pool | Flatten) and lowered.input_form(node).space:
             stages.append(_StageBuilder(lowered, channels, hardware, stages, number, node.primitive).build())
     if not stages:
-        raise Refused("no layer reads images out (a pool or Flatten), and without images XLA does as well")
+        raise Refused("there is neither a pool nor Flatten, and without images XLA does as well")
     return stages
 
 
@@ -297,7 +297,7 @@ class _StageBuilder:
         self._lowered = lowered
         self._channels = channels
         self._hardware = hardware
-        self._readout_has_ntk = {stage.readout: stage.has_ntk for stage in earlier}
+        self._end_has_ntk = {stage.end: stage.has_ntk for stage in earlier}
         self._made: dict[tuple[int, Two], int] = {}
         node = lowered.node(number)
         assert node is not None
@@ -322,7 +322,7 @@ class _StageBuilder:
 
     def build(self) -> Stage:
         stage = self._stage
-        node = self._lowered.node(stage.readout)
+        node = self._lowered.node(stage.end)
         assert node is not None
         (root,) = node.inputs
         self._instance(root, stage.stride)
@@ -341,7 +341,7 @@ class _StageBuilder:
         stage, form, node = self._stage, self._lowered.forms[number], self._lowered.node(number)
         primitive = None if node is None or isinstance(node.primitive, Pool | Flatten) else node.primitive
         inputs: list[int] = []
-        has_ntk = self._readout_has_ntk.get(number, False)
+        has_ntk = self._end_has_ntk.get(number, False)
         windows = None
         if node is not None and primitive is not None:
             _check_primitive(primitive)

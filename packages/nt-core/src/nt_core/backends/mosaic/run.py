@@ -71,7 +71,7 @@ class Propagation:
         lowered = lower_for_planes(self._program, self._sources, ntk=False)
         data = batch(lowered, self._sources, which)
         stages = make_plan(lowered, self._sources, self._hardware)
-        own_stages = {s.readout: s for s in stages if s.deficit and isinstance(s.primitive, Pool)}
+        own_stages = {s.end: s for s in stages if s.deficit and isinstance(s.primitive, Pool)}
 
         def compute(samples: Batch) -> Statistics:
             def pool_sums(block: Block, number: int) -> Pairs:
@@ -94,7 +94,7 @@ class Propagation:
         read: dict[int, Pairs] = {}
         for stage in self._stages:
             out = self._run(stage, self._lowered, block1, block2, read)
-            read[stage.readout] = read_out(stage, out, block1[1], block2[1], equal)
+            read[stage.end] = ended(stage, out, block1[1], block2[1], equal)
         return self._tail(read, block1[1], block2[1])
 
     def _run(
@@ -120,7 +120,7 @@ class Propagation:
         return _varying(run_stage(*(_varying(x, arguments) for x in arguments)), arguments)
 
     def _tail(self, read: dict[int, Pairs], first: Statistics, second: Statistics) -> Pairs:
-        """What follows the last readouts: few numbers, for `xla`."""
+        """What follows the last stages: few numbers, for `xla`."""
         lowered, kept = _after(self._lowered, set(read))
 
         def renumbered(statistics: Statistics) -> Statistics:
@@ -129,13 +129,13 @@ class Propagation:
 
             return Statistics(pick(statistics.variance), pick(statistics.scale), repeated=pick(statistics.repeated))
 
-        load = _Readouts([read[number] for number in kept[: lowered.n_sources]])
+        load = _Ends([read[number] for number in kept[: lowered.n_sources]])
         statistics1, statistics2 = crossed(renumbered(first), renumbered(second))
         return Block(lowered, statistics1, statistics2, load, self._request.ntk).covariance(lowered.outputs[0])
 
 
-class _Readouts:
-    """The readouts of the stages, as sources of what follows."""
+class _Ends:
+    """The ends of the stages, as sources of what follows."""
 
     def __init__(self, pairs: list[Pairs]) -> None:
         self._pairs = pairs
@@ -144,7 +144,7 @@ class _Readouts:
         return self._pairs[number]
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
-        raise NotImplementedError("What follows the last readout holds no pool over an image.")
+        raise NotImplementedError("What follows the last stage holds no pool over an image.")
 
     def same(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
         raise NotImplementedError("Programs with dropout are refused.")
@@ -157,7 +157,7 @@ def _numbers_between(stage: Stage) -> int:
     return stage.torus.slots * max(before, 2 * after)
 
 
-def read_out(stage: Stage, out: Array, first: Statistics, second: Statistics, equal: Array) -> Pairs:
+def ended(stage: Stage, out: Array, first: Statistics, second: Statistics, equal: Array) -> Pairs:
     """Turns what a stage has summed into covariances, or deficits, `(*pairs, n1, n2)`.
 
     Args:
@@ -205,7 +205,7 @@ def _pooled_deficit(
     held = lax.expand_dims(windows.positions_inside(along), (-2, -1))
     return pool.deficit(
         average,
-        own=Sides(pairs, *(s.self_deficit[stage.readout] for s in statistics)),
+        own=Sides(pairs, *(s.self_deficit[stage.end] for s in statistics)),
         sums=Sides(pairs, *(windows.sums(along, s.variance[stage.root.number]) for s in statistics)),
         inside=Sides(pairs, held, held),
         is_identical=identical,

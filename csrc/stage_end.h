@@ -58,7 +58,7 @@ NT_INLINE V row_sum(const V* row, int n, int step = 1) {
 // Adds a row to the windows that it is in.
 template <class T>
 void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
-  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.readout]];
+  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.end]];
   const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
   const auto& along = work.links[2];
   const size_t n = along.size();
@@ -108,8 +108,8 @@ inline std::vector<Copy> copies(const std::vector<int>& positions, const Rectang
 // Copies the positions of a row to their places.
 template <class T>
 void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
-  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.readout]];
-  const Index3& order = work.c.program.values[work.stage.readout].order;
+  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.end]];
+  const Index3& order = work.c.program.values[work.stage.end].order;
   const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
   for (const Copy& cz : work.copies[0]) {
     if (cz.position != z) continue;
@@ -195,18 +195,18 @@ void write_out(const Work<T>& work, const Place& at, const Vec<T>* d, const Vec<
   }
 }
 
-// One row of the root of a stage.
+// One row of the root of a stage goes to its end.
 template <class T>
-void read_out(const Work<T>& work, const Rectangle& r, int z, int y) {
+void end_row(const Work<T>& work, const Rectangle& r, int z, int y) {
   const Instance& root = work.stage.instances[work.stage.root];
   const Plane<T>& plane = work.plane(root);
   const Vec<T>* d = plane.row_d(z, y);
   const Vec<T>* t = plane.row_t(z, y);
   if (work.stage.output >= 0) {
     each_part(root, r, z, y, [&](const Place& at) { write_out(work, at, d + at.x, t ? t + at.x : nullptr); });
-  } else if (is_copy(work.c.program.values[work.stage.readout].op)) {
+  } else if (is_copy(work.c.program.values[work.stage.end].op)) {
     copy_row(work, r, z, y, d, t);
-  } else if (work.c.program.values[work.stage.readout].op == Op::kFlatten) {
+  } else if (work.c.program.values[work.stage.end].op == Op::kFlatten) {
     *work.sum_d += row_sum(d, r.size[2]);
     if (t) *work.sum_t += row_sum(t, r.size[2]);
   } else {
