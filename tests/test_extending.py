@@ -95,7 +95,9 @@ def test_a_step(page):
     np.testing.assert_allclose(kernel.nngp, np.transpose(expected, (0, 1, 2, 4, 3, 5)), rtol=1e-4, atol=1e-5)
     # Before a nonlinearity the variances after the pool count, too.
     layers = stax.Dense(8), page["DilatedPool"]((2, 2), (2, 1)), stax.Relu(), stax.GlobalAvgPool()
-    nngp = stax.serial(*layers)[2](x, None, "nngp")
+    kernel_fn = stax.serial(*layers)[2]
+    assert "program 1, on cpu" in nt_core.explain(kernel_fn, x.shape)
+    nngp = kernel_fn(x, None, "nngp")
     k = covariance(y, y)
     q = np.einsum("nnpp->np", k)
     scale = np.sqrt(q[:, None, :, None] * q[:, None])
