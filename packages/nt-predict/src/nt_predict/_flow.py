@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from nt_core.tracing import evaluate_now, is_traced
 
-from nt_predict._gram import Gram
+from nt_predict._factored import Factored
 from nt_predict._layout import symmetric
 from nt_predict._spectral import einsum
 
@@ -29,7 +29,7 @@ def flow_times(t: Any, learning_rate: Any, output_size: int, dtype: Any) -> tupl
     return times.ravel(), t.shape
 
 
-def test_change(gram: Gram, times: jax.Array | None, test_train: jax.Array, residuals: jax.Array) -> jax.Array:
+def test_change(gram: Factored, times: jax.Array | None, test_train: jax.Array, residuals: jax.Array) -> jax.Array:
     """Returns the change of test outputs, (times, test, columns), where training began at `residuals` = y - f_0.
 
     With the kernel of the flow this is gradient descent, at infinite time Bayesian inference with any kernel.
@@ -37,14 +37,16 @@ def test_change(gram: Gram, times: jax.Array | None, test_train: jax.Array, resi
     return einsum("qn,tnc->tqc", test_train, gram.gain(times, residuals))
 
 
-def bayesian_covariance(nngp: Gram, times: jax.Array | None, test_train: jax.Array, test_test: jax.Array) -> jax.Array:
+def bayesian_covariance(
+    nngp: Factored, times: jax.Array | None, test_train: jax.Array, test_test: jax.Array
+) -> jax.Array:
     """Returns the covariance of test outputs, (times, test, test), where NNGP and flow have the same kernel."""
     doubled = None if times is None else 2 * times
     return symmetric(test_test[None] - einsum("qn,tnr->tqr", test_train, nngp.gain(doubled, test_train.T)))
 
 
 def ensemble_covariance(
-    ntk: Gram,
+    ntk: Factored,
     times: jax.Array | None,
     ntk_test_train: jax.Array,
     nngp_train_train: jax.Array,
@@ -61,12 +63,12 @@ def ensemble_covariance(
     return symmetric(nngp_test_test[None] + spread - cross - cross.swapaxes(-1, -2))
 
 
-def train_change(gram: Gram, times: jax.Array, residuals: jax.Array) -> jax.Array:
+def train_change(gram: Factored, times: jax.Array, residuals: jax.Array) -> jax.Array:
     """Returns the change of training outputs, (times, n, columns), where training began at `residuals` = y - f_0."""
     return -gram.fall(times, residuals)
 
 
-def train_covariance(gram: Gram, times: jax.Array | None, initial: jax.Array) -> jax.Array:
+def train_covariance(gram: Factored, times: jax.Array | None, initial: jax.Array) -> jax.Array:
     """Returns the covariance of training outputs, (times, n, n), that start with covariance `initial`."""
     if times is None:
         return jnp.zeros_like(initial)[None]

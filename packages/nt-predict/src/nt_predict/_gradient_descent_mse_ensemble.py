@@ -7,6 +7,7 @@ import jax
 from nt_core.get import Get, as_named
 from nt_core.tracing import evaluate_now
 
+from nt_predict._factored import Factored
 from nt_predict._flow import (
     bayesian_covariance,
     ensemble_covariance,
@@ -16,7 +17,6 @@ from nt_predict._flow import (
     train_covariance,
 )
 from nt_predict._gaussian import Gaussian, parse_get
-from nt_predict._gram import Gram
 from nt_predict._keywords import test_test_keywords, test_train_keywords
 from nt_predict._layout import Axes, OutputLayout, matrix_to_kernel
 
@@ -95,13 +95,13 @@ def gradient_descent_mse_ensemble(
     """
     layout = OutputLayout.of(y_train, trace_axes)
     train_keywords = kernel_fn_train_train_kwargs
-    known: dict[str, Gram] = {}
+    known: dict[str, Factored] = {}
 
-    def train_grams(kinds: Sequence[str]) -> dict[str, Gram]:
+    def train_grams(kinds: Sequence[str]) -> dict[str, Factored]:
         missing = [kind for kind in kinds if kind not in known]
         with evaluate_now():
             grams = {
-                kind: Gram(layout.train_train(value, f"k_train_train.{kind}"), diag_reg, diag_reg_absolute_scale)
+                kind: Factored(layout.train_train(value, f"k_train_train.{kind}"), diag_reg, diag_reg_absolute_scale)
                 for kind, value in _kernels(kernel_fn, x_train, None, missing, train_keywords).items()
             }
         known.update({kind: gram for kind, gram in grams.items() if not gram.is_traced})
@@ -151,7 +151,7 @@ def gradient_descent_mse_ensemble(
 class _TrainPoints(NamedTuple):
     """The training points at some times; `positions` are the sizes of the axes that a kernel has for them."""
 
-    grams: dict[str, Gram]
+    grams: dict[str, Factored]
     times: jax.Array | None
     y: jax.Array
     positions: tuple[int, ...]
@@ -168,7 +168,7 @@ class _TrainPoints(NamedTuple):
 class _TestPoints(NamedTuple):
     """Test points at some times, with the kernels that their distribution depends on."""
 
-    grams: dict[str, Gram]
+    grams: dict[str, Factored]
     times: jax.Array | None
     y: jax.Array
     positions: tuple[int, ...]

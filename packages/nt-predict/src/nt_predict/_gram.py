@@ -1,175 +1,183 @@
-"""A train-train kernel matrix, factored at most once, and what happens if it is singular or indefinite."""
+"""Which matrix: the kernel of the training points, and what is added to its diagonal."""
 
+import functools
 import math
-import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.scipy.linalg import cho_solve
-from nt_core.tracing import evaluate_now, is_traced
+from nt_core import batch
+from nt_core.grid import evenly
+from nt_core.layouts import make_2d
+from nt_core.tracing import evaluate_now
 
-from nt_predict._spectral import (
-    DECAY,
-    FALL,
-    GAIN,
-    SpectralFunction,
-    Spectrum,
-    apply_matrix,
-    apply_spectrum,
-    decompose_known,
-)
+from nt_predict._factored import Factored
+from nt_predict._layout import OutputLayout, as_array
+from nt_predict._memory import fits_in_memory
+from nt_predict._tiles import Tiles
 
-# A pivot of the Cholesky factor this far below its diagonal entry holds nothing but rounding errors; for a training
-# point that occurs twice it is 0 to 2.5 ulp (sizes 4 to 1500, both precisions).
-_NULL_PIVOT_ULPS = 4.0
+# Kernels between test points and training points are computed, used and forgotten in blocks of this size.
+_BLOCK_BYTES = 2**28
+
+_NO_TEST_TEST = "The kernel is an array: the covariance of test points needs `k_test_test`."
 
 
 class Gram:
-    """The kernel of the training points as a symmetric matrix, positive semi-definite but for rounding.
+    r"""The matrix of a Gaussian process: the kernel of the training points, plus a multiple of the identity.
 
-    Matrices whose values are known are factored on first use, and only once, also if that is inside `jax.jit`. Traced
-    matrices are factored where they are used, so that nothing outlives the trace that it belongs to.
-
-    Attributes:
-      kernel: (n, n), as given.
-      matrix: with regularisation added; what the methods mean by A.
-      is_traced: whether the values of the matrix are unknown.
+    It says which matrix; how to solve with it is up to :func:`fit`. Nothing is computed before that.
 
     Args:
-      kernel: (n, n), symmetric.
-      diag_reg: multiple of the identity to add.
-      diag_reg_absolute_scale: whether that multiple is meant as it is, or in units of the mean of the diagonal.
+      kernel: ``kernel_fn(x1, x2, get)``, of an infinite network or any function that returns an array, ``x2=None``
+        standing for ``x1``; bind further keywords by ``functools.partial``. Or the train-train kernel itself, an array
+        of shape ``(n, n)``, or with a pair of axes for every axis of the labels that is not a trace axis.
+      x_train: training inputs, samples along the first axis (of every array, if it is a tree of them); None for a
+        kernel that is an array.
+      get: which kernel to ask ``kernel_fn`` for, ``'nngp'`` or ``'ntk'``.
+      diag_reg: multiple of the identity to add, in units of the mean of the kernel's diagonal: the variance of the
+        noise of the labels.
+      diag_reg_absolute_scale: whether ``diag_reg`` is to be taken as it is, not in units of the mean of the diagonal.
+
+    Raises:
+      TypeError: inputs without a kernel function, or a kernel function without inputs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_predict import Gram, fit
+      >>> def kernel_fn(x1, x2, get):
+      ...     return x1 @ (x1 if x2 is None else x2).T
+      >>> x_train, y_train = jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[1.0], [3.0]])
+      >>> print(fit(Gram(kernel_fn, x_train), y_train).mean(jnp.array([[1.0, 2.0]])))
+      [[5.]]
+      >>> print(fit(Gram(x_train @ x_train.T), y_train).mean(jnp.array([[1.0, 2.0]]) @ x_train.T))
+      [[5.]]
     """
 
-    def __init__(self, kernel: jax.Array, diag_reg: Any, diag_reg_absolute_scale: bool):
-        self.kernel = kernel
-        self._spectrum: Spectrum | None = None
-        self._cholesky: jax.Array | None = None
-        self._singular: Spectrum | None = None  # in the place of `_cholesky`, without what is zero up to rounding
-        with evaluate_now():
-            scale = 1 if diag_reg_absolute_scale else jnp.trace(kernel) / len(kernel)
-            shift = jnp.asarray(diag_reg * scale, kernel.dtype)
-            self.matrix = kernel + shift * jnp.eye(len(kernel), dtype=kernel.dtype)
-            self.is_traced = is_traced(self.matrix)
-            if not self.is_traced and not jnp.isfinite(self.matrix).all():
-                raise ValueError("The train-train kernel, or `diag_reg`, is infinite or not a number somewhere.")
-
-    def decay(self, times: jax.Array, rhs: jax.Array) -> jax.Array:
-        """Returns `exp(-A t) @ rhs`, shape (times, n, columns)."""
-        return self._apply(DECAY, times, rhs)
-
-    def fall(self, times: jax.Array, rhs: jax.Array) -> jax.Array:
-        """Returns `(exp(-A t) - 1) @ rhs`, shape (times, n, columns)."""
-        return self._apply(FALL, times, rhs)
-
-    def gain(self, times: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """Returns `A^-1 (1 - exp(-A t)) @ rhs`, shape (times, n, columns); times None is infinity.
-
-        There the solution is by Cholesky, or by the pseudo-inverse if A is singular.
-        """
-        return self._solve(rhs)[None] if times is None else self._apply(GAIN, times, rhs)
-
-    def _apply(self, function: SpectralFunction, times: jax.Array, rhs: jax.Array) -> jax.Array:
-        if self.is_traced:
-            return apply_matrix(function, self.matrix, times, rhs)
-        if self._spectrum is None:
-            with evaluate_now():
-                self._spectrum = decompose_known(self.matrix)
-                self._warn_if_indefinite(self._spectrum.values)
-        return apply_spectrum(function, self._spectrum, times, rhs)
-
-    def _solve(self, rhs: jax.Array) -> jax.Array:
-        if self.is_traced:
-            return _solve_traced(self.matrix, rhs)
-        if self._cholesky is None and self._singular is None:
-            with evaluate_now():
-                factor = _cholesky(self.matrix)
-                if _is_positive_definite(factor, self.matrix):
-                    self._cholesky = factor
-                else:
-                    self._singular = self._spectrum_of_singular()
-        if self._singular is not None:
-            return apply_spectrum(GAIN, self._singular, jnp.full(1, jnp.inf, rhs.dtype), rhs)[0]
-        assert self._cholesky is not None
-        return cho_solve((self._cholesky, True), rhs)
-
-    def _spectrum_of_singular(self) -> Spectrum:
-        """Returns the spectrum, with a warning. Raises `LinAlgError` if an eigenvalue is negative beyond rounding."""
-        spectrum = decompose_known(self.matrix)
-        values, dtype = spectrum.values, self.matrix.dtype
-        smallest, largest = float(values[0]), float(values[-1])
-        described = f"its smallest eigenvalue is {smallest:.3g}, the largest {largest:.3g}."
-        if smallest < -_rounding_of_kernels(dtype) * abs(largest):
-            message = f"The train-train kernel of dimension {len(values)} is not positive semi-definite in {dtype}: "
-            advice = ""
-            if missing := self._missing(smallest, largest):
-                in_double = "" if dtype == jnp.float64 else ", or compute the kernel in float64"
-                advice = f" Increase `diag_reg`, by about {missing} of the mean of the diagonal{in_double}."
-            raise np.linalg.LinAlgError(message + described + advice)
-        # Eigenvalues as small as the most negative one are rounding errors as well.
-        noise = jnp.maximum(spectrum.noise, jnp.abs(values[0]) / spectrum.scale)
-        rank = int(jnp.sum(values > noise * spectrum.scale))
-        missing = self._missing(smallest, largest)
-        advice = f" `diag_reg={missing}` would make it regular." if missing else ""
-        warnings.warn(
-            f"The train-train kernel of dimension {len(values)} has rank {rank} in {dtype}: {described} Predictions at "
-            f"infinite time are by its pseudo-inverse, which is the limit of gradient descent.{advice}",
-            stacklevel=2,
-        )
-        return spectrum._replace(noise=noise)
-
-    def _missing(self, smallest: float, largest: float) -> str | None:
-        """What `diag_reg` would have to be larger by, in units of the mean of the diagonal; None if that is no unit."""
-        mean = float(jnp.trace(self.matrix)) / len(self.matrix)
-        if mean <= 0:
-            return None
-        missing = max(-smallest, 0) + 10 * float(jnp.finfo(self.matrix.dtype).eps) * largest
-        return f"{10.0 ** math.ceil(math.log10(missing / mean)):.0e}"
-
-    def _warn_if_indefinite(self, eigenvalues: jax.Array) -> None:
-        smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-        if smallest < -_rounding_of_kernels(eigenvalues.dtype) * abs(largest):
-            warnings.warn(
-                f"The train-train kernel has the eigenvalue {smallest:.3g} (the largest is {largest:.3g}), so that it "
-                "is no covariance. Directions of negative eigenvalues are treated as if they were not learned.",
-                stacklevel=2,
+    def __init__(
+        self,
+        kernel: Callable[..., Any] | Any,
+        x_train: Any = None,
+        get: str = "nngp",
+        diag_reg: Any = 0.0,
+        diag_reg_absolute_scale: bool = False,
+    ):
+        if callable(kernel) != (x_train is not None):
+            raise TypeError(
+                "Give `Gram` a kernel function and training inputs, `Gram(kernel_fn, x_train, 'ntk')`, or the "
+                f"train-train kernel as one array, `Gram(kernel_fn(x_train, None, 'ntk'))`; got "
+                f"{type(kernel).__name__} and {type(x_train).__name__}."
             )
+        self.kernel = kernel
+        self.x_train = x_train
+        self.get = get
+        self.diag_reg = diag_reg
+        self.diag_reg_absolute_scale = diag_reg_absolute_scale
+
+    def factored(self, layout: OutputLayout) -> Factored:
+        """Returns the matrix for labels of this layout, to be factored once."""
+        with evaluate_now():
+            kernel = self.kernel(self.x_train, None, self.get) if callable(self.kernel) else self.kernel
+            matrix = layout.train_train(kernel, "k_train_train")
+        return Factored(matrix, self.diag_reg, self.diag_reg_absolute_scale)
+
+    def tiles(self, layout: OutputLayout, hold: bool | None, progress: bool) -> Tiles:
+        """Returns the kernel without regularisation, for labels of this layout, as a linear map.
+
+        Args:
+          layout: of the labels.
+          hold: whether to keep what `kernel_fn` returns between passes; None: if it fits in memory.
+          progress: whether to show bars.
+        """
+        if not callable(self.kernel):
+            matrix = layout.given_matrix(self.kernel, "k_train_train")
+            return Tiles(len(matrix), 1, functools.partial(_part, matrix), False, progress)
+        kernel_fn, get = batch(self.kernel, progress=False), self.get
+
+        def block(rows: np.ndarray, columns: np.ndarray | None) -> jax.Array:
+            others = None if columns is None else samples(self.x_train, columns)
+            return make_2d(as_array(kernel_fn(samples(self.x_train, rows), others, get), "k_train_train"))
+
+        layout.check_points(n_samples(self.x_train), kernel_fn(samples(self.x_train, slice(1)), None, get))
+        positions = math.prod(layout.train_positions[1:])
+        hold = fits_in_memory(layout.n_points * positions, copies=0.5) if hold is None else hold
+        return Tiles(layout.n_points, positions, block, hold, progress)
+
+    def joined(self, layout: OutputLayout, test: Any, k_test_test: Any) -> tuple["Gram", OutputLayout]:
+        """Returns the kernel of training points followed by test points, without regularisation, and its layout."""
+        n = layout.n_points + self.test_points(test, k_test_test).n
+        layout = layout.with_points(n)
+        if callable(self.kernel):
+            x = jax.tree.map(lambda *parts: jnp.concatenate(parts), self.x_train, test)
+            return Gram(self.kernel, x, self.get), layout
+        if k_test_test is None:
+            raise ValueError(_NO_TEST_TEST)
+        order = [1, 0, *(i + (1 if i % 2 == 0 else -1) for i in range(2, test.ndim))]
+        rows = [[self.kernel, test.transpose(order)], [test, k_test_test]]
+        return Gram(np.concatenate([np.concatenate(row, axis=1) for row in rows])), layout
+
+    def test_points(self, test: Any, k_test_test: Any = None) -> "TestPoints":
+        """Returns the kernels of test points.
+
+        Args:
+          test: test inputs, or the test-train kernel if that of the training points is an array.
+          k_test_test: the test-test kernel if that of the training points is an array.
+        """
+        if not callable(self.kernel):
+
+            def given(rows: slice, columns: slice) -> Any:
+                if k_test_test is None:
+                    raise ValueError(_NO_TEST_TEST)
+                return k_test_test[rows, columns]
+
+            return TestPoints(len(test), lambda rows: test[rows], given)
+        if k_test_test is not None:
+            raise ValueError("`k_test_test` is computed by the kernel function: give the test inputs alone.")
+        kernel_fn, x_train, get = self.kernel, self.x_train, self.get
+
+        def prior(rows: slice, columns: slice) -> Any:
+            return kernel_fn(samples(test, rows), None if rows == columns else samples(test, columns), get)
+
+        return TestPoints(n_samples(test), lambda rows: kernel_fn(samples(test, rows), x_train, get), prior)
 
 
-def _rounding_of_kernels(dtype: Any) -> float:
-    """How large rounding errors of kernels may be, relative to the largest eigenvalue: half of the digits."""
-    return float(jnp.finfo(dtype).eps) ** 0.5
+class TestPoints(NamedTuple):
+    """Test points, by their kernels.
+
+    Attributes:
+      n: how many there are.
+      cross: the kernel of some of them and all training points.
+      prior: the kernel of some of them and some of them.
+    """
+
+    n: int
+    cross: Callable[[slice], Any]
+    prior: Callable[[slice, slice], Any]
+
+    def blocks(self, n_train: int) -> list[slice]:
+        """Returns blocks of test points whose kernels with so many training points are of moderate size."""
+        size = evenly(self.n, max(1, _BLOCK_BYTES // (8 * n_train))) if self.n else 1
+        return [slice(start, min(start + size, self.n)) for start in range(0, self.n, size)] or [slice(0, 0)]
 
 
-def _cholesky(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+def samples(x: Any, rows: Any) -> Any:
+    """Returns some samples of inputs."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], x)
 
 
-def _is_positive_definite(factor: jax.Array, matrix: jax.Array) -> jax.Array:
-    pivots = jnp.diagonal(factor) ** 2
-    # Not a number, which is what a failed factorisation holds, compares False.
-    return (pivots > _NULL_PIVOT_ULPS * jnp.finfo(matrix.dtype).eps * jnp.diagonal(matrix)).all()
+def n_samples(x: Any) -> int:
+    """Returns how many samples inputs have; raises `ValueError` if arrays of them differ in that."""
+    sizes = {len(leaf) for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1:
+        raise ValueError(f"All arrays of the inputs must have the same number of samples, got {sorted(sizes)}.")
+    return sizes.pop()
 
 
-def _solve_traced(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solves by Cholesky or, where that fails and nobody can be told, by the pseudo-inverse."""
-    constant = lax.stop_gradient(matrix)
-    factor = _cholesky(constant)
-    positive_definite = _is_positive_definite(factor, constant)
-    infinity = jnp.full(1, jnp.inf, matrix.dtype)
-
-    def solve(_, columns):
-        return lax.cond(
-            positive_definite,
-            lambda columns: cho_solve((factor, True), columns),
-            lambda columns: apply_matrix(GAIN, constant, infinity, columns)[0],
-            columns,
-        )
-
-    def multiply(columns):
-        return jnp.matmul(matrix, columns, precision=lax.Precision.HIGHEST)
-
-    return lax.custom_linear_solve(multiply, rhs, solve, symmetric=True)
+def _part(matrix: Any, rows: np.ndarray, columns: np.ndarray | None) -> jax.Array:
+    """Returns some rows and columns of a matrix, which may be larger than memory."""
+    columns = rows if columns is None else columns
+    view = matrix[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    if view.shape != (len(rows), len(columns)):  # not all of it, in order
+        view = view[np.ix_(rows - rows.min(), columns - columns.min())]
+    return jnp.asarray(view)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from nt_core.layouts import make_2d, zip_axes
-from nt_core.tracing import evaluate_now
+from nt_core.tracing import evaluate_now, is_traced
 
 Axes = int | Sequence[int]
 
@@ -57,6 +57,15 @@ class OutputLayout:
         """Sizes of the axes of the training outputs that the kernel has."""
         return tuple(self.shape[axis] for axis in self.kernel_axes)
 
+    @property
+    def n_points(self) -> int:
+        """Number of training points: the first of the axes that the kernel has."""
+        return math.prod(self.train_positions[:1])
+
+    def with_points(self, n: int) -> "OutputLayout":
+        """Returns the layout of other labels, of so many points."""
+        return dataclasses.replace(self, shape=self.output_shape((n, *self.train_positions[1:])))
+
     def output_shape(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of outputs whose kernel has axes of these sizes."""
         shape = list(self.shape)
@@ -74,6 +83,14 @@ class OutputLayout:
         outputs = outputs.transpose(self.kernel_axes + self.trace_axes)
         return outputs.reshape(math.prod(positions), -1)
 
+    def labels_to_matrix(self, y_train: Any, dtype: Any) -> jax.Array:
+        """Returns training labels as a matrix; raises `ValueError` if they are known not to be finite."""
+        with evaluate_now():
+            y = self.outputs_to_matrix(y_train, self.train_positions, dtype, "y_train")
+            if not is_traced(y) and not jnp.isfinite(y).all():
+                raise ValueError("`y_train` is infinite or not a number somewhere.")
+        return y
+
     def matrix_to_outputs(self, matrix: jax.Array, positions: Sequence[int], leading: tuple[int, ...]) -> jax.Array:
         """Returns matrices of shape (*, position, trace position) as outputs with the axes `leading` in front."""
         order = self.kernel_axes + self.trace_axes
@@ -86,10 +103,21 @@ class OutputLayout:
         """Returns a train-train kernel as a symmetric matrix, at least in single precision."""
         with evaluate_now():  # the matrix is kept
             kernel = as_array(kernel, name)
-            expected = _zip(self.train_positions, self.train_positions)
-            if kernel.shape != expected:
-                raise ValueError(self._misfit(name, kernel, f"the train-train kernel must have shape {expected}"))
+            self._check_train_train(kernel, name)
             return symmetric(make_2d(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))))
+
+    def given_matrix(self, kernel: Any, name: str) -> Any:
+        """Returns a train-train kernel as a matrix, as it is: it may be an array that is larger than memory."""
+        self._check_train_train(kernel, name)
+        return kernel if kernel.ndim == 2 else make_2d(kernel)
+
+    def check_points(self, n: int, kernel_of_one: Any) -> None:
+        """Raises `ValueError` unless these are the number of training points, and the kernel of one of them."""
+        kernel_of_one = as_array(kernel_of_one, "kernel_fn(x_train[:1], None)")
+        one = self.with_points(1)
+        one._check_train_train(kernel_of_one, "kernel_fn(x_train[:1], None)")
+        if n != self.n_points:
+            raise ValueError(f"`x_train` has {n} samples, but `y_train` of shape {self.shape} {self.n_points}.")
 
     def test_train(self, kernel: Any, dtype: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Returns a test-train kernel as a matrix, and the sizes of its test axes."""
@@ -101,13 +129,26 @@ class OutputLayout:
             raise ValueError(self._misfit(name, kernel, f"the test-train kernel must have shape {expected}"))
         return make_2d(kernel), positions
 
-    def test_test(self, kernel: Any, positions: tuple[int, ...], dtype: Any, name: str) -> jax.Array:
-        """Returns a test-test kernel as a matrix."""
+    def test_test(
+        self,
+        kernel: Any,
+        positions: tuple[int, ...],
+        dtype: Any,
+        name: str,
+        columns: tuple[int, ...] | None = None,
+    ) -> jax.Array:
+        """Returns a kernel of test points as a matrix, of all with each other or of some with others, in `columns`."""
         kernel = as_array(kernel, name).astype(dtype)
-        if kernel.shape != _zip(positions, positions):
-            expected = f"the test-test kernel must have shape {_zip(positions, positions)} to fit the test-train kernel"
+        shape = _zip(positions, positions if columns is None else columns)
+        if kernel.shape != shape:
+            expected = f"the test-test kernel must have shape {shape} to fit the test-train kernel"
             raise ValueError(self._misfit(name, kernel, expected))
         return make_2d(kernel)
+
+    def _check_train_train(self, kernel: Any, name: str) -> None:
+        expected = _zip(self.train_positions, self.train_positions)
+        if kernel.shape != expected:
+            raise ValueError(self._misfit(name, kernel, f"the train-train kernel must have shape {expected}"))
 
     def _misfit(self, name: str, kernel: jax.Array, expected: str) -> str:
         return (
