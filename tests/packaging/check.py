@@ -19,8 +19,6 @@ import venv
 import zipfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DIST = ROOT / "dist"
@@ -83,16 +81,18 @@ class Environment:
         return {normalised(name): requires for name, requires in found.items()}
 
     def closure(self, *names):
-        """The names and all that they require, with the extras that are asked for."""
-        installed, todo, seen = self.installed(), [Requirement(name) for name in names], set()
+        """The names and all that they require, of extras those that are asked for as in `name[extra]`."""
+        installed, todo, seen = self.installed(), [(name, ()) for name in names], set()
         while todo:
-            requirement = todo.pop()
-            name, extras = normalised(requirement.name), ("", *sorted(requirement.extras))
-            if name in installed and (name, extras) not in seen:
-                seen.add((name, extras))
-                for needed in map(Requirement, installed[name]):
-                    if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                        todo.append(needed)
+            name, extras = node = todo.pop()
+            if name not in installed or node in seen:
+                continue
+            seen.add(node)
+            for requirement in installed[name]:
+                extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
+                if extra is None or extra[1] in extras:
+                    required, more = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement).groups()
+                    todo.append((normalised(required), tuple(more.split(",")) if more else ()))
         return {name for name, _ in seen}
 
     def brought(self):

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 from nt_core.tracing import is_traced
 
 from nt_predict._layout import OutputLayout, symmetric
+from nt_predict._percentage import PERCENTAGE
 from nt_predict._spectral import decompose, einsum, phi
 
 Loss = Callable[[jax.Array, jax.Array], Any]
+
+DEFAULT_SOLVER = diffrax.Tsit5()
 
 # Iterations to the minimum of a loss; from any start some ten are enough, if there is one.
 _MAX_NEWTON_STEPS = 100
@@ -56,11 +59,13 @@ class Flow(NamedTuple):
         return self.outputs + distance * self.velocities
 
 
-@partial(jax.jit, static_argnames=("loss", "layout", "max_steps"))
+@partial(jax.jit, static_argnames=("loss", "layout", "solver", "max_steps", "show"))
 def integrate(
     loss: Loss,
     layout: OutputLayout,
+    solver: diffrax.AbstractSolver,
     max_steps: int,
+    show: bool,
     flow: Flow,
     times: jax.Array,
     tolerance: jax.Array,
@@ -69,7 +74,9 @@ def integrate(
 
     Args:
       loss, layout: the loss of outputs in this layout and labels.
+      solver: what takes the steps.
       max_steps: between two times.
+      show: whether to say how far it is, in `PERCENTAGE`.
       flow: what is to be integrated.
       times: (times,), finite, at least 0, in any order.
       tolerance: (), the largest error of an output in one step.
@@ -97,7 +104,7 @@ def integrate(
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(scaled),
-            diffrax.Tsit5(),
+            solver,
             jnp.zeros((), times.dtype),
             jnp.ones((), times.dtype),
             None,
@@ -106,12 +113,14 @@ def integrate(
             saveat=diffrax.SaveAt(t1=True),
             max_steps=max_steps,
             throw=False,
+            progress_meter=_Meter(start / last, end / last) if show else diffrax.NoProgressMeter(),
         )
         state = jax.tree.map(lambda part: part[0], solution.ys)
         return state, (state, solution.result == diffrax.RESULTS.successful)
 
     order = jnp.argsort(times)
     ends = times[order]
+    last = jnp.where(ends[-1] > 0, ends[-1], 1)
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     at_rest = jnp.zeros_like(flow.outputs[:n])
     state = (at_rest,) if flow.growth is None else (at_rest, at_rest)
@@ -123,6 +132,30 @@ def integrate(
         return outputs, None, successful.all()
     remaining = jnp.exp(flow.growth * times)[:, None, None] * flow.velocities[None]
     return outputs, remaining - einsum("ij,tjk->tik", flow.kernel, states[1]), successful.all()
+
+
+class _Meter(diffrax.AbstractProgressMeter):
+    """Says how much of all times is over, on the host, whenever that is one per cent more.
+
+    Attributes:
+      start, stop: the shares of all times at which an interval begins and ends.
+    """
+
+    start: Any
+    stop: Any
+
+    def init(self) -> Any:
+        """Returns the per cent that were shown."""
+        return jnp.floor(100 * self.start).astype(int)
+
+    def step(self, state: Any, progress: Any) -> Any:
+        """Shows those that there are."""
+        reached = jnp.floor(100 * (self.start + (self.stop - self.start) * progress)).astype(int)
+        jax.lax.cond(reached > state, lambda: jax.debug.callback(PERCENTAGE.reach, reached), lambda: None)
+        return jnp.maximum(reached, state)
+
+    def close(self, state: Any) -> None:
+        """Does nothing: other intervals may follow."""
 
 
 def _gradient(loss: Loss, layout: OutputLayout, outputs: jax.Array, labels: jax.Array) -> jax.Array:

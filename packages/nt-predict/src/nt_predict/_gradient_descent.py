@@ -1,6 +1,8 @@
 """The outputs of a network in the course of gradient descent on any loss."""
 
+import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from nt_core.tracing import is_traced
 
-from nt_predict._dual_flow import Flow, Loss, integrate, limit, require
 from nt_predict._flow import flow_times
 from nt_predict._layout import Axes, OutputLayout
+from nt_predict._percentage import PERCENTAGE, is_watched
+
+Loss = Callable[[jax.Array, jax.Array], Any]
 
 _NO_LIMIT = (
     "The outputs have no limit that can be found: at `t=None` the loss must be convex, twice differentiable, and have "
@@ -48,6 +52,8 @@ def gradient_descent(
     rtol: float | None = None,
     atol: float | None = None,
     max_steps: int = 2**17,
+    solver: Any = None,
+    progress: bool = True,
 ) -> Callable[..., Any]:
     r"""Outputs of an infinitely wide, or a linearised, network under gradient descent on any loss.
 
@@ -76,7 +82,11 @@ def gradient_descent(
       trace_axes: axes of ``y_train`` along which outputs are independent and have the same kernel.
       rtol, atol: the error of a step is at most ``atol`` plus ``rtol`` times the largest of labels and initial outputs,
         at every output. None is 1e-8 in double, 1e-5 in single precision.
-      max_steps: the most steps between two times. They are at most as long as the fastest direction is stable.
+      max_steps: the most steps between two times. Those of an explicit solver are at most as long as the fastest
+        direction is stable.
+      solver: one of diffrax; None is ``diffrax.Tsit5()``.
+      progress: whether to show a bar, if tqdm is installed, standard error is a terminal, and it takes longer than a
+        second; not under `jax.jit`.
 
     Returns:
       ``predict_fn(t=None, fx_train_or_state_0=0., fx_test_0=None, k_test_train=None)``. ``t`` is a finite number or an
@@ -88,6 +98,7 @@ def gradient_descent(
       :class:`ODEState` too, and may be given to ``predict_fn`` to go on: ``t`` counts from the state that is given.
 
     Raises:
+      ImportError: diffrax is not installed.
       TypeError: the loss is not a real scalar.
       ValueError: shapes do not fit; nothing to predict, or no kernel to do it with; negative or infinite times;
         velocities without momentum.
@@ -103,6 +114,7 @@ def gradient_descent(
       >>> print(fx_train.shape, jax.nn.softmax(fx_test[1]).round(2))
       (2, 2, 2) [[0.79 0.21]]
     """
+    dual_flow = _dual_flow()
     layout = OutputLayout.of(y_train, trace_axes)
     kernel = layout.train_train(k_train_train, "k_train_train")
     dtype, y = kernel.dtype, jnp.asarray(y_train)
@@ -147,7 +159,7 @@ def gradient_descent(
                 return train, None
             return train, layout.matrix_to_outputs(matrix[..., n:, :], positions[1], leading)
 
-        flow = Flow(jnp.concatenate(kernels), rows(state.fx_train, state.fx_test, "fx"), None, None, y)
+        flow = dual_flow.Flow(jnp.concatenate(kernels), rows(state.fx_train, state.fx_test, "fx"), None, None, y)
         times, leading = flow_times(t, learning_rate, 1, dtype)
         if momentum is not None:
             root = jnp.sqrt(jnp.asarray(learning_rate, dtype))
@@ -157,15 +169,28 @@ def gradient_descent(
             )
 
         if times is None:
-            fx, found = limit(loss, layout, flow)
-            fx = require(found, fx, _NO_LIMIT)
+            fx, found = dual_flow.limit(loss, layout, flow)
+            fx = dual_flow.require(found, fx, _NO_LIMIT)
             qx = None if momentum is None else jnp.zeros_like(fx)
         else:
             if not is_traced(times) and not jnp.isfinite(times).all():
                 raise ValueError("`t` must be finite; the limit of infinite time is `t=None`.")
             largest = jnp.maximum(jnp.abs(flow.outputs).max(), jnp.abs(y).max().astype(dtype))
-            fx, qx, successful = integrate(loss, layout, max_steps, flow, times, atol + rtol * largest)
-            fx = require(
+            show = progress and is_watched(times, *jax.tree.leaves(flow))
+            with PERCENTAGE.shown("gradient descent") if show else contextlib.nullcontext():
+                fx, qx, successful = jax.block_until_ready(
+                    dual_flow.integrate(
+                        loss,
+                        layout,
+                        dual_flow.DEFAULT_SOLVER if solver is None else solver,
+                        max_steps,
+                        show,
+                        flow,
+                        times,
+                        atol + rtol * largest,
+                    )
+                )
+            fx = dual_flow.require(
                 successful,
                 fx,
                 f"{max_steps} steps are not enough to reach `t`: increase `max_steps` or the tolerances, or, for the "
@@ -180,6 +205,16 @@ def gradient_descent(
         return train if state.fx_test is None else (train, test)
 
     return predict_fn
+
+
+def _dual_flow() -> Any:
+    """Returns the module that needs diffrax."""
+    try:
+        return importlib.import_module("nt_predict._dual_flow")
+    except ImportError as error:
+        raise ImportError(
+            f"`gradient_descent` needs {error.name}, which is not installed: pip install 'nt-predict[diffrax]'"
+        ) from error
 
 
 def _check_loss(loss: Loss, y: jax.Array, dtype: Any) -> None:

@@ -175,9 +175,10 @@ def n_samples(x: Any) -> int:
 
 
 def _part(matrix: Any, rows: np.ndarray, columns: np.ndarray | None) -> jax.Array:
-    """Returns some rows and columns of a matrix, which may be larger than memory."""
+    """Returns some rows and columns of a matrix, which may be larger than memory; ascending ones in slices."""
     columns = rows if columns is None else columns
-    view = matrix[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    if view.shape != (len(rows), len(columns)):  # not all of it, in order
-        view = view[np.ix_(rows - rows.min(), columns - columns.min())]
-    return jnp.asarray(view)
+    key: Any = tuple(slice(at[0], at[-1] + 1) for at in (rows, columns))
+    if any(at[-1] - at[0] + 1 != len(at) for at in (rows, columns)):
+        is_array = isinstance(matrix, np.ndarray | jax.Array)
+        key = np.ix_(rows, columns) if is_array else (rows, columns)  # a store chooses from each axis by itself
+    return jnp.asarray(matrix[key])
