@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from empirical_networks import TOLERANCE, assert_close, mlp, mlp_kernels, mlp_params, quickly_compiled, reduce
 from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn
+from nt_empirical._auto import cheapest
+from nt_empirical._cost import Cost, cost_of
 
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(4, 5, 6)), RNG.normal(size=(3, 5, 6))
 LAYOUTS = [((), ()), ((2,), ()), ((1, 2), ()), ((2,), (1,)), ((1,), (2,)), ((), (1, 2)), ((0,), (2,)), ((2,), (0, 1))]
-IMPLEMENTATIONS = list(NtkImplementation)[1:]
+IMPLEMENTATIONS = list(NtkImplementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,3 +118,51 @@ def test_structured_derivatives_take_less(name):
         for implementation in (NtkImplementation.STRUCTURED_DERIVATIVES, NtkImplementation.JACOBIAN_CONTRACTION)
     )
     assert structured < jacobians / 4
+
+
+# AUTO
+
+
+def program(f, *shapes):
+    return jax.make_jaxpr(f)(*map(jnp.ones, shapes)).jaxpr
+
+
+def test_cost_of_programs():
+    """Two operations for each term of a product, 16 for each entry of anything else; memory as equations need it."""
+    product = program(lambda a, b: a @ b, (8, 32), (32, 4))
+    assert cost_of(product) == Cost(2 * 8 * 32 * 4, 4 * (8 * 32 + 32 * 4 + 8 * 4))
+    assert cost_of(program(lambda a: jnp.sin(jnp.sin(jnp.sin(a))), (100,))) == Cost(3 * 16 * 100, 3 * 400)
+    assert cost_of(program(lambda a: (jnp.sin(a), jnp.sin(a), jnp.sin(a)), (100,))).peak_bytes == 4 * 400
+
+    def convolution(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME")
+
+    assert cost_of(program(convolution, (2, 3, 5, 5), (4, 3, 3, 3))).operations == 2 * 27 * (2 * 4 * 5 * 5)
+
+    def loop(a):
+        return jax.lax.scan(lambda h, _: (h @ a, None), a, None, length=7)[0]
+
+    assert cost_of(program(loop, (10, 10))).operations == 7 * 2 * 1000
+
+
+def test_auto_takes_the_cheapest_that_fits(monkeypatch):
+    def large(w):
+        return jnp.sum(jnp.sin(jnp.expand_dims(w, 0) * jnp.expand_dims(w, 1)))
+
+    def small(w):
+        return jnp.sum(jax.lax.map(lambda v: jnp.sum(jnp.cos(jnp.sin(v * w))), w))
+
+    w = jnp.linspace(0.0, 1.0, 100)
+    assert cheapest([large, small], w) == large(w)
+    assert cheapest([small, large], w) == large(w)
+    monkeypatch.setattr("nt_empirical._auto.MEMORY", 20_000)
+    assert cheapest([large, small], w) == small(w)
+    monkeypatch.setattr("nt_empirical._auto.MEMORY", 1)
+    assert cheapest([large, small], w) == small(w)
+
+
+@pytest.mark.parametrize("name", ["dense", "embedding"])
+def test_auto_is_one_of_the_others(name):
+    f, params, shape = STRUCTURED[name]
+    counts = {i: operations(i, f, params, jnp.ones(shape)) for i in NtkImplementation}
+    assert counts[NtkImplementation.AUTO] == counts[NtkImplementation.STRUCTURED_DERIVATIVES]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nt_empirical._auto import cheapest
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
 from nt_empirical._jacobian import check_parameters, ntk_by_jacobians
@@ -19,7 +20,9 @@ class NtkImplementation(enum.IntEnum):
     """Ways to compute an empirical NTK (Novak et al., 2022, arXiv:2206.08720).
 
     Attributes:
-      AUTO: the best that there is, which is `JACOBIAN_CONTRACTION` for now.
+      AUTO: of the other three the one with the fewest operations, among those that need at most 4 GiB of memory, both
+        by an estimate from what is traced; if all need more, the one with the least memory. All three are traced at
+        each call: use it under ``jax.jit``, which does so once.
       JACOBIAN_CONTRACTION: the Jacobians of both batches, and their product.
       NTK_VECTOR_PRODUCTS: the kernel column by column, without Jacobians: each column takes a gradient of one number
         for `x2`, and the derivatives of all outputs for `x1` along it. Of use where Jacobians do not fit into memory,
@@ -114,7 +117,14 @@ def ntk(
     if not weights:
         outputs1, outputs2 = (outputs_of(f, params, batch, batch_axes) for batch in (batch1, batch2))
         return _no_kernel(outputs1, outputs2, layout)
-    kernels = _IMPLEMENTATIONS[implementation](f, params, batch1, batch2, layout, batch_axes)
+
+    def by(implement: Callable[..., Any]) -> Callable[[Any], Any]:
+        return lambda params: implement(f, params, batch1, batch2, layout, batch_axes)
+
+    if implementation == NtkImplementation.AUTO:
+        kernels = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], params)
+    else:
+        kernels = by(_IMPLEMENTATIONS[implementation])(params)
     return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*weights)), kernels)
 
 
@@ -173,7 +183,6 @@ def pairs_of_axes(
 
 
 _IMPLEMENTATIONS = {
-    NtkImplementation.AUTO: ntk_by_jacobians,
     NtkImplementation.JACOBIAN_CONTRACTION: ntk_by_jacobians,
     NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_by_columns,
     NtkImplementation.STRUCTURED_DERIVATIVES: ntk_by_structure,

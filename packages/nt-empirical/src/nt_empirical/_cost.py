@@ -1,0 +1,81 @@
+"""What a program costs, estimated from its jaxpr."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from nt_empirical._uses import shape_of
+
+# An entry that is computed or copied takes as long as so many operations of a matrix product: it passes through memory.
+OPERATIONS_PER_ENTRY = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of a program.
+
+    Attributes:
+      operations: additions and multiplications, with `OPERATIONS_PER_ENTRY` for an entry of what is no product.
+      peak_bytes: the most that is in memory at once, if equations run in order, each on its own.
+    """
+
+    operations: int
+    peak_bytes: int
+
+
+def cost_of(jaxpr: Jaxpr) -> Cost:
+    """Returns the cost of a jaxpr."""
+    last_use = {var: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation.invars)}
+    live, peak, operations = sum(map(_bytes, {*jaxpr.invars, *jaxpr.constvars})), 0, 0
+    kept = {*jaxpr.invars, *jaxpr.constvars, *_variables(jaxpr.outvars)}
+    for i, equation in enumerate(jaxpr.eqns):
+        cost = _cost_of_equation(equation)
+        operations += cost.operations
+        live += sum(map(_bytes, equation.outvars))
+        peak = max(peak, live + cost.peak_bytes)
+        gone = {var for var in _variables(equation.invars) if last_use[var] == i and var not in kept}
+        unused = [var for var in equation.outvars if var not in last_use and var not in kept]
+        live -= sum(map(_bytes, (*gone, *unused)))
+    return Cost(operations, max(peak, live))
+
+
+def _cost_of_equation(equation: JaxprEqn) -> Cost:
+    """Returns the operations of an equation, and the bytes that it takes apart from its inputs and outputs."""
+    entries = sum(math.prod(shape_of(var)) for var in equation.outvars)
+    params = equation.params
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
+        # A product without a sum, or of few terms, is no faster than other equations.
+        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), 0)
+    if equation.primitive.name == "conv_general_dilated":
+        filters, features = shape_of(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
+        terms = math.prod(filters) // max(filters[features], 1)
+        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), 0)
+    inner = [cost_of(jaxpr) for jaxpr in _jaxprs(params.values())]
+    if not inner:
+        return Cost(entries * OPERATIONS_PER_ENTRY, 0)
+    times = params["length"] if equation.primitive.name == "scan" else 1
+    return Cost(times * max(cost.operations for cost in inner), max(cost.peak_bytes for cost in inner))
+
+
+def _jaxprs(values: Iterable[Any]) -> Iterable[Jaxpr]:
+    """Returns the jaxprs among the parameters of an equation."""
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)
+
+
+def _variables(atoms: Iterable[Any]) -> set[Any]:
+    return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _bytes(variable: Any) -> int:
+    return math.prod(shape_of(variable)) * getattr(variable.aval.dtype, "itemsize", 0)
