@@ -380,12 +380,12 @@ def Elementwise(
 @layer
 @supports_masking(remask_kernel=True)
 def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any], Any] | None = None):
-    """A nonlinearity of the user's, with its covariance computed by Gauss-Hermite quadrature.
+    """A nonlinearity of the user's, with its covariance computed from its Hermite coefficients.
 
     Args:
       fn: `f`, from a number to a number.
-      deg: number of nodes in each of the two directions of the integral. The rule is exact for polynomials up to degree
-        `2 deg - 1`, accurate for smooth functions, and poor for functions with kinks or jumps.
+      deg: half the number of terms. Polynomials up to degree `2 deg - 1` are exact, and smooth functions accurate with
+        few terms. With kinks the variance and the tangent kernel of equal inputs are accurate, with jumps neither.
       df: the derivative of `f`. Found by automatic differentiation, with a warning, if missing.
 
     Other functions, lambdas written anew among them, compile again: see `Elementwise`.
