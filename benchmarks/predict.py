@@ -20,9 +20,9 @@ import neural_tangents as nt
 import nt_predict._tiles
 import numpy as np
 from neural_tangents import stax
-from nt_core.grid import Grid
+from nt_core.grid import Grid, evenly
 
-FEATURES, OUTPUTS, TILE = 64, 10, 2048
+FEATURES, OUTPUTS = 64, 10
 
 
 def network():
@@ -81,8 +81,11 @@ def large(args) -> None:
     x, y, x_test = data(args.n)
     kernel_fn, seconds = network(), {}
     in_single = jax.jit(lambda a, b: kernel_fn(a, b, "ntk"))
-    grid = Grid(args.n, args.n, min(TILE, args.n), min(TILE, args.n), symmetric=True)
-    jax.block_until_ready(in_single(x[:TILE], x[:TILE]))
+    size = evenly(args.n, nt_predict._tiles._TILE)
+    grid = Grid(args.n, args.n, size, size, symmetric=True)
+    for cell in ((0, 0), (0, grid.shape[1] - 1), (grid.shape[0] - 1, grid.shape[1] - 1)):  # compiles
+        i, j = grid.samples(cell)
+        jax.block_until_ready(in_single(x[i], x[j]))
     with timed(seconds, "kernel"):
         for i, j in (grid.samples(cell) for cell in grid.cells()):
             jax.block_until_ready(in_single(x[i], x[j]))

@@ -1,5 +1,9 @@
 """Gradient flow on any loss, against closed forms and independent integrations."""
 
+import sys
+import types
+
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,3 +226,39 @@ def test_too_few_steps():
         predict_fn(100.0)
     with pytest.raises(RuntimeError, match="10 steps are not enough"):
         jax.block_until_ready(jax.jit(predict_fn)(100.0))
+
+
+def test_a_bar_shows_how_far_it_is(monkeypatch):
+    """On a terminal, when a second is over: up to 100 per cent, once, in whatever order times are."""
+    shown = []
+
+    class Bar:
+        def __init__(self, initial, total, **kwargs):
+            shown.append(("of", total))
+
+        def update(self, *_):
+            shown.append("one")
+
+        def close(self):
+            shown.append("closed")
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(sys.modules["nt_core.progress"], "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    outputs = gradient_descent(mse, KERNEL, Y)(TIMES)
+    assert shown[0] == ("of", 101) and shown[-1] == "closed" and 95 < shown.count("one") <= 101
+    shown.clear()
+    np.testing.assert_array_equal(gradient_descent(mse, KERNEL, Y, progress=False)(TIMES), outputs)
+    assert not shown
+
+
+def test_another_solver():
+    outputs = gradient_descent(mse, KERNEL, Y, solver=diffrax.Dopri8())(TIMES)
+    np.testing.assert_allclose(outputs, gradient_descent_mse(KERNEL, Y)(TIMES), atol=1e-6)
+
+
+def test_without_diffrax_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nt_predict._dual_flow", None)
+    with pytest.raises(ImportError, match=r"pip install 'nt-predict\[diffrax\]'"):
+        gradient_descent(mse, KERNEL, Y)
