@@ -19,7 +19,7 @@ NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum 
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 
-.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
+.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep bench-empirical gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
 
 help:
 	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench       benchmarks of this library"
 	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
 	@echo "make bench-sweep every layer and kind of composition against neural-tangents 0.6.5: is anything slower?"
+	@echo "make bench-empirical empirical NTKs, by every implementation, against neural-tangents 0.6.5"
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make gpu-assembly, make tpu-compile"
 	@echo "                 the Pallas kernels compiled for an H100 or a TPU v5e, which need not be there"
@@ -99,6 +100,9 @@ bench-peer: $(READY)
 
 bench-sweep: $(READY)
 	$(BIN)/python benchmarks/sweep.py $(BENCH_ARGS)
+
+bench-empirical: $(READY)
+	$(BIN)/python benchmarks/empirical.py $(BENCH_ARGS)
 
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)

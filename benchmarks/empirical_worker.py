@@ -1,0 +1,59 @@
+"""The empirical NTK of one network by one implementation of one library, in this process: prints figures as JSON.
+
+Started by empirical.py: `neural_tangents` is this library or the archived one, by the environment.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import jax
+import numpy as np
+from empirical_networks import NETWORKS
+from neural_tangents import empirical_ntk_fn
+
+CALLS = 5
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main():
+    """Compiles, calls, and prints."""
+    network, implementation = sys.argv[1], int(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is not a reply
+    make, n = NETWORKS[network]
+    f, params, shape = make()
+    x1, x2 = (np.random.default_rng(seed).normal(size=(n, *shape)).astype("float32") for seed in (1, 2))
+    ntk_fn = jax.jit(empirical_ntk_fn(f, vmap_axes=0, implementation=implementation))
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.float32(0)))
+    before = peak_bytes()
+    start = time.perf_counter()
+    kernel = jax.block_until_ready(ntk_fn(x1, x2, params))
+    first = time.perf_counter() - start
+    seconds = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        jax.block_until_ready(ntk_fn(x1, x2, params))
+        seconds.append(time.perf_counter() - start)
+    print(
+        json.dumps(
+            {
+                "jax": jax.__version__,
+                "first_s": first,
+                "call_s": min(seconds),
+                "peak_bytes": peak_bytes() - before,
+                "kernel": np.asarray(kernel).astype(float).tolist(),
+            }
+        ),
+        file=replies,
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
