@@ -7,10 +7,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import nt_core.evaluation.block as block
 import numpy as np
 import pytest
-from conformance import MEAN, RELU, chain, conv, inputs, run, spec_of
-from nt_core import Request, steps
+from conformance import ABS, CHAINS, MEAN, RELU, SUM, chain, conv, inputs, masked, masks, pool, run, spec_of
+from nt_core import Request, definition, steps
 from nt_core.evaluation import tiles
 
 BACKENDS = ["xla", "cpu"]
@@ -59,6 +60,74 @@ def test_every_mode_agrees_with_finite_differences(implementation, n_layers, x64
     second = jax.tree.map(lambda a, b: (a - b) / (2 * step), after[3], before[3])
     for actual, expected in zip(hessian_vector, second, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+POOLED = {
+    "strides": ((8, 4), [conv(), RELU, pool(), conv(strides=(2, 2)), RELU, steps.GlobalPool(MEAN)]),
+    "overlapping": ((6, 4), [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), ABS, steps.Flatten()]),
+    "edges": ((4, 4), [conv(), RELU, pool((3, 2), (1, 2), "SAME", MEAN, True), conv(), RELU, steps.GlobalPool(SUM)]),
+    "circular": CHAINS["circular pool"],
+    "gather": CHAINS["gather, pool"],
+    "untie": CHAINS["untie, pool"],
+}
+
+
+def check_gradients(kernel, expected, x1, x2):
+    """Compares the gradients of a sum over kernels with differences of what is expected, along one direction."""
+    random = np.random.default_rng(1)
+    direction = [random.normal(size=x.shape) for x in (x1, x2)]
+    weights = random.normal(size=(2, len(x1), len(x2)))
+
+    def total(kernel, x1, x2):
+        covariances = kernel(x1, x2)
+        return jnp.sum(weights[0] * covariances.nngp) + jnp.sum(weights[1] * covariances.ntk)
+
+    gradients = jax.jit(jax.grad(lambda *x: total(kernel, *x), argnums=(0, 1)))(x1, x2)
+    step = 1e-5
+    after, before = (total(expected, x1 + h * direction[0], x2 + h * direction[1]) for h in (step, -step))
+    actual = sum(np.vdot(g, d) for g, d in zip(gradients, direction, strict=True))
+    np.testing.assert_allclose(actual, (after - before) / (2 * step), rtol=1e-6)
+
+
+@pytest.fixture
+def pools_on_planes(monkeypatch):
+    """Also small images are pooled on offset planes."""
+    jax.clear_caches()
+    monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_gradients_through_pools(name, x64, pools_on_planes):
+    space, layers = POOLED[name]
+    x1, x2 = inputs(space, 3, 2, "float64")
+    program = chain(spec_of(x1, x2), layers)
+    check_gradients(
+        lambda x1, x2: run(program, x1, x2, NTK, "xla"), lambda *x: definition.propagate(program, x), x1, x2
+    )
+
+
+def test_gradients_with_masks(x64, pools_on_planes):
+    (x1, x2), both = inputs((3, 4), 3, 2, "float64"), masks((3, 4), 3, 2)
+    program = masked(spec_of(x1, x2), *both)
+    check_gradients(
+        lambda x1, x2: run(program, x1, x2, NTK, "xla"), lambda *x: definition.propagate(program, x), x1, x2
+    )
+
+
+def test_gradients_of_a_batch_with_itself(x64, pools_on_planes):
+    """Against the same derivative from two batches that are equal, but not known to be: without coincident pairs."""
+    x1, _ = inputs((6, 4), 3, 1, "float64")
+    program = chain(spec_of(x1, x1), POOLED["overlapping"][1])
+    weights = 1 - np.eye(3)
+
+    def total(x1, x2):
+        return jnp.sum(weights * run(program, x1, x2, NTK, "xla").ntk)
+
+    own = jax.grad(lambda x: total(x, None))(jnp.asarray(x1))
+    first, second = jax.grad(total, argnums=(0, 1))(jnp.asarray(x1), jnp.asarray(x1))
+    np.testing.assert_allclose(own, first + second, rtol=0, atol=1e-10 * np.abs(own).max())
 
 
 def temporary_bytes(space, n1, n2):

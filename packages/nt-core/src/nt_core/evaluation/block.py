@@ -1,6 +1,5 @@
 """Evaluates a lowered program on a block of pairs of samples."""
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +8,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.evaluation.fusion import constant, rematerialized, unfused
-from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Sides, window_sums
+from nt_core.evaluation import planes
+from nt_core.evaluation.fusion import rematerialized, unfused
+from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Sides, continued, window_sums
 from nt_core.evaluation.statistics import Statistics
 from nt_core.lowering import Form, Lowered, LoweredNode, Pairs, Primitive, Repeated, Windows
 from nt_core.lowering import windows as windows_
@@ -27,12 +27,9 @@ from nt_core.lowering.primitives import (
     Untie,
     as_covariance,
 )
-from nt_core.lowering.windows import along_axis
 
 # Images with fewer positions are pooled from all their pairs at once: the loop over planes would cost more.
 _MIN_POSITIONS_FOR_PLANES = 32
-# Taps of pools in one turn of their loop: all of those that do not overlap.
-_TAPS_AT_ONCE = 4
 
 
 def pools_planes(lowered: Lowered, number: int) -> bool:
@@ -67,6 +64,14 @@ class Loader(Protocol):
 
     def __call__(self, number: int, geometry: Geometry) -> Pairs:
         """Returns a source for the pairs of positions of `geometry`, as a deficit if that is its form."""
+        ...
+
+    def is_stored(self, number: int) -> bool:
+        """Whether a source is held for all pairs of positions, not formed from what is known of each."""
+        ...
+
+    def continued(self, n_space: int) -> "Loader":
+        """Returns a loader for the planes of images whose second batch is continued periodically."""
         ...
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
@@ -106,7 +111,7 @@ class Block:
         self._ntk = ntk
         self._pool_sums = pool_sums or Block.pool_sums
         self._averages: dict[int, Pairs] = {}  # of pools, before their deficits are completed
-        self._mixed: dict[int, Pairs] = {}  # of what mixes pairs
+        self._stored_pairs: dict[int, Pairs] = {}  # of what is stored (see `_is_stored`)
 
     @property
     def statistics(self) -> Statistics:
@@ -118,41 +123,47 @@ class Block:
         geometry = _stored(self._lowered.forms[value])
         return self._as_covariance(value, self.evaluate(value, geometry), geometry)
 
-    def evaluate(self, value: int, geometry: Geometry) -> Pairs:
-        """Returns a value for the pairs of positions of `geometry`, in its form."""
+    def evaluate(self, value: int, geometry: Geometry, given: "dict[tuple, Pairs] | None" = None) -> Pairs:
+        """Returns a value for the pairs of positions of `geometry`, in its form.
+
+        Args:
+          given: what is stored, for the plane that `geometry` is, by the keys of `_stacks`.
+        """
         wanted = self._pull(value, geometry)
         target = _key(value, geometry)
-        results: dict[tuple, Pairs] = {}
-        for key in sorted(wanted):
+        results = dict(given or {})
+        for key in sorted(wanted.keys() - results.keys()):
             number, geometry = key[0], wanted[key]
             node = self._lowered.node(number)
-            if node is None:
-                results[key] = self._load(number, geometry)
-            elif mixes_pairs(node.primitive):
+            if self._is_stored(number):
                 stored = _stored(self._lowered.forms[number])
-                results[key] = self.mixed(number).map(partial(select, stored=stored, wanted=geometry))
+                results[key] = self.stored(number).map(partial(select, stored=stored, wanted=geometry))
+            elif node is None:
+                results[key] = self._load(number, geometry)
             else:
                 before = self._before(node, geometry)
                 inputs = [results[_key(i, before)] for i in node.inputs]
                 results[key] = self._apply(number, node, inputs, before, geometry)
         return results[target]
 
-    def mixed(self, number: int) -> Pairs:
-        """Returns the stored pairs of what mixes pairs, evaluated once."""
-        if number not in self._mixed:
-            node = self._lowered.node(number)
-            assert node is not None
-            match node.primitive:
-                case Flatten():
-                    mix = self._flatten
-                case Gather():
-                    mix = self._gather
-                case Untie():
-                    mix = self._untie
-                case _:
-                    mix = self._pool
-            self._mixed[number] = mix(number, node)
-        return self._mixed[number]
+    def stored(self, number: int) -> Pairs:
+        """Returns all pairs of a value that is stored, evaluated once."""
+        if number not in self._stored_pairs:
+            self._stored_pairs[number] = self._all_stored(number)
+        return self._stored_pairs[number]
+
+    def _all_stored(self, number: int) -> Pairs:
+        node = self._lowered.node(number)
+        if node is None:
+            return self._load(number, _stored(self._lowered.forms[number]))
+        match node.primitive:
+            case Flatten():
+                return self._flatten(number, node)
+            case Gather():
+                return self._gather(number, node)
+            case Untie():
+                return self._untie(number, node)
+        return self._pool(number, node)
 
     def pool_average(self, number: int) -> Pairs:
         """Returns what a pool makes of its input's pairs `(*pairs, *batch)`; deficits are those that were averaged."""
@@ -170,14 +181,41 @@ class Block:
         assert node is not None
         (source,), along = node.inputs, self._pool_of(number).windows
 
-        def inputs(geometry: Geometry) -> Pairs:
-            return self._in_form(source, number, self.evaluate(source, geometry), geometry)
+        def inputs(block: Block, geometry: Geometry, given: dict[tuple, Pairs]) -> Pairs:
+            return block._in_form(source, number, block.evaluate(source, geometry, given), geometry)
 
-        if pools_planes(self._lowered, number):
-            return _pool_planes(along, inputs)
-        return _pool_all_pairs(along, inputs(AllPairs(len(along))))
+        if not pools_planes(self._lowered, number):
+            return _pool_all_pairs(along, inputs(self, AllPairs(len(along)), {}))
+
+        def plane(offset: tuple[Any, ...]) -> OffsetPlane:
+            return OffsetPlane(tuple(w.size for w in along), offset, (1,) * len(along))
+
+        stacks, block = self._stacks(source, plane(planes.all_offsets(along))), self._continued(len(along))
+        return planes.pool(along, lambda offset, given: inputs(block, plane(offset), given), stacks)
+
+    def _continued(self, n_space: int) -> "Block":
+        """Returns a block that evaluates planes."""
+        second = self._second.map(partial(continued, n_space=n_space), partial(continued, n_space=n_space, axis=1))
+        return Block(self._lowered, self._first, second, self._load.continued(n_space), self._ntk)
 
     # Walking the graph
+
+    def _is_stored(self, number: int) -> bool:
+        """Whether a value is there for all the positions that are stored of it, before any of them is read."""
+        node = self._lowered.node(number)
+        return self._load.is_stored(number) if node is None else mixes_pairs(node.primitive)
+
+    def _stacks(self, value: int, every: OffsetPlane) -> dict[tuple, Pairs]:
+        """Returns what is stored and read for a value, in stacks of planes.
+
+        Args:
+          every: the planes on which the value is read; their offsets are NumPy arrays.
+        """
+        return {
+            key: self.stored(key[0]).map(partial(planes.stacked, offsets=geometry.offset))
+            for key, geometry in self._pull(value, every).items()
+            if isinstance(geometry, OffsetPlane) and self._is_stored(key[0])
+        }
 
     def _pull(self, value: int, geometry: Geometry) -> dict[tuple, Geometry]:
         """Finds what has to be evaluated, back to sources and to what mixes pairs, and for which pairs of positions.
@@ -277,16 +315,15 @@ class Block:
     ) -> Pairs:
         (source,), along = node.inputs, primitive.windows
         as_deficit = self._is_deficit(number)
-        variances = (self._first.variance[source], self._second.variance[source]) if as_deficit else None
-        sums = Pairs(
-            before.convolve(x.value, along, variances),
-            None if x.ntk is None else before.convolve(x.ntk, along, None),
-        )
+        variances = None
+        if as_deficit:
+            variances = self._first.variance[source], before.original(self._second.variance[source])
+        sums = before.convolve(x, along, variances)
         sums = sums.map(partial(permute, geometry=before, order=primitive.order))
 
         def variance_average() -> Array:
-            of_samples = (permute(window_sums(v, along), SamePosition(), primitive.order) for v in variances or ())
-            return Sides(after, *of_samples).mean / primitive.n_taps
+            first, second = (permute(v, SamePosition(), primitive.order) for v in window_sums(variances, along) or ())
+            return Sides(after, first, after.continued(second)).mean / primitive.n_taps
 
         after_it = self._variances(number, after) if as_deficit else None
         return primitive.pairs(sums, as_deficit, as_deficit, self._ntk, variance_average, after_it)
@@ -370,6 +407,12 @@ class _Constant:
     def __call__(self, number: int, geometry: Geometry) -> Pairs:
         return self._x
 
+    def is_stored(self, number: int) -> bool:
+        return False
+
+    def continued(self, n_space: int) -> "Loader":
+        raise NotImplementedError("Repeated blocks hold no pools.")
+
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
         raise NotImplementedError("Repeated blocks hold no pools.")
 
@@ -390,19 +433,9 @@ def _without_axes(x: Pairs, n: int) -> Pairs:
 
 def select(x: Array, stored: Geometry, wanted: Geometry) -> Array:
     """Picks the pairs of one geometry from those of another that holds them."""
-    if isinstance(stored, SamePosition) or isinstance(wanted, AllPairs):
-        return x
-    assert isinstance(stored, AllPairs)
-    rows, columns = [], []
-    for axis in range(stored.n_space):
-        size = x.shape[2 * axis]
-        position = jnp.arange(size)
-        partner = (position + wanted.offset[axis]) % size if isinstance(wanted, OffsetPlane) else position
-        shape = [1] * stored.n_space
-        shape[axis] = size
-        rows.append(position.reshape(shape))
-        columns.append(partner.reshape(shape))
-    return x[tuple(i for pair in zip(rows, columns, strict=True) for i in pair)]
+    if isinstance(stored, AllPairs) and isinstance(wanted, SamePosition):
+        return planes.same_position(x, stored.n_space)
+    return x
 
 
 def permute(x: Array, geometry: Geometry, order: tuple[int, ...]) -> Array:
@@ -421,100 +454,6 @@ def _pool_all_pairs(along: Windows, x: Pairs) -> Pairs:
         return a
 
     return unfused(lambda x: x.map(pooled), x)
-
-
-def _pool_planes(along: Windows, inputs: Callable[[Geometry], Pairs]) -> Pairs:
-    """Pools the offset planes one after another: only one of them is in memory, besides the pooled output."""
-    space = tuple(w.size for w in along)
-
-    def plane(index: Array) -> tuple[Pairs, tuple[Array, ...]]:
-        offset = jnp.unravel_index(index, space)
-        return inputs(OffsetPlane(space, tuple(offset), (1,) * len(offset))), tuple(offset)
-
-    indices = jnp.arange(math.prod(space))
-    if all(w.count == 1 for w in along):
-
-        def total(index: Array) -> Pairs:
-            x, _ = plane(index)
-            return x.map(partial(_sum_space, n_space=len(space)))
-
-        sums = lax.map(rematerialized(total), indices)
-        return sums.map(lambda a: _add_pair_axes(_sum_in_two(a), len(space)))
-
-    def accumulate(sums: Pairs, index: Array) -> tuple[Pairs, None]:
-        x, offset = plane(index)
-        added = (None if a is None else _add_plane(s, a, offset, along) for s, a in zip(sums, x, strict=True))
-        return Pairs(*added), None  # type: ignore[arg-type]
-
-    first, _ = plane(indices[0])  # only its shape is used
-    counts = tuple(w.count for w in along)
-    zeros = first.map(lambda a: constant(counts + counts + a.shape[len(counts) :], 0, a.dtype, a))
-    sums, _ = lax.scan(rematerialized(accumulate), zeros, indices)
-    return sums.map(partial(_planes_to_pairs, counts=counts))
-
-
-def _add_plane(sums: Any, plane: Array, offset: tuple[Array, ...], along: Windows) -> Array:
-    """Adds a plane to pooled planes `(*offsets, *positions, *batch)`.
-
-    The pair (p, p + d) lies under tap a of window P and tap b of window P' wherever p = s P + a and p + d = s P' + b:
-    for given d and a, that is for one b in every stride.
-    """
-    n = len(along)
-    for axis, window in enumerate(along):
-        plane = window.pad(plane, (axis,))
-    ranges = [range(r) for w in along for r in (w.taps, -(-w.taps // w.stride))]
-    taps = jnp.array(list(itertools.product(*ranges)), jnp.int32).reshape(-1, n, 2)
-
-    def add_tap(sums: Array, tap: Array) -> tuple[Array, None]:
-        piece, slots, mask = plane, [], jnp.ones((1,) * plane.ndim, bool)
-        for axis, (window, d) in enumerate(zip(along, offset, strict=True)):
-            a, k = tap[axis, 0], tap[axis, 1]
-            b = (a + d) % window.stride + k * window.stride
-            piece = window.traced_tap(piece, a, axis)
-            slots.append((d + a - b) // window.stride % window.count)
-            allowed = jnp.broadcast_to(b < window.taps, (window.count,))
-            if not window.circular:
-                p = window.positions(a)
-                partner = (p + d) % window.size
-                other = (partner + window.low - b) // window.stride
-                allowed &= (p >= 0) & (p < window.size) & (other >= 0) & (other < window.count)
-            mask &= along_axis(allowed, axis, plane.ndim)
-        at = (*slots, *(jnp.zeros_like(slots[0]) for _ in range(sums.ndim - n)))
-        old = lax.dynamic_slice(sums, at, (1,) * n + sums.shape[n:])
-        return lax.dynamic_update_slice(sums, old + jnp.where(mask, piece, 0)[(None,) * n], at), None
-
-    return lax.scan(add_tap, sums, taps, unroll=min(len(taps), _TAPS_AT_ONCE))[0]
-
-
-def _planes_to_pairs(planes: Array, counts: tuple[int, ...]) -> Array:
-    """Turns `(*offsets, *positions, *batch)` into zipped pairs `(H, H, W, W, *batch)`."""
-    n = len(counts)
-    offsets, positions = [], []
-    for axis, count in enumerate(counts):
-        rows = jnp.arange(count).reshape([count if i == 2 * axis else 1 for i in range(2 * n)])
-        columns = jnp.arange(count).reshape([count if i == 2 * axis + 1 else 1 for i in range(2 * n)])
-        offsets.append((columns - rows) % count)
-        positions.append(rows)
-    return planes[(*offsets, *positions)]
-
-
-def _sum_space(x: Array, n_space: int) -> Array:
-    """Sums over positions, axis by axis: fewer terms in a row means less rounding."""
-    for _ in range(n_space):
-        x = jnp.sum(x, 0)
-    return x
-
-
-def _sum_in_two(x: Array) -> Array:
-    """Sums over the leading axis in rows of about its square root, for less rounding."""
-    row = math.isqrt(x.shape[0])
-    while x.shape[0] % row:
-        row -= 1
-    return jnp.sum(jnp.sum(x.reshape((row, -1) + x.shape[1:]), 1), 0)
-
-
-def _add_pair_axes(x: Array, n_space: int) -> Array:
-    return x.reshape((1, 1) * n_space + x.shape)
 
 
 def _trailing(x: Array, ndim: int) -> Array:

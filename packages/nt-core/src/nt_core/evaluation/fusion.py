@@ -16,12 +16,18 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     the barrier hides from XLA until fusion is over; it also survives `vmap` (the predicate is not batched) and `grad`.
     """
     always = lax.optimization_barrier(jnp.array(True))
-    shapes = jax.eval_shape(fn, *args)
+    results = jax.eval_shape(fn, *args)
 
     def never(*args: Any) -> Any:
-        return jax.tree.map(lambda s: constant(s.shape, jnp.nan, s.dtype, args), shapes)
+        return jax.tree.map(lambda result: _anything(result, jax.tree.leaves(args)), results)
 
     return lax.cond(always, rematerialized(fn), never, *args)
+
+
+def _anything(like: jax.ShapeDtypeStruct, args: list[jax.Array]) -> jax.Array:
+    """Returns one of the arguments if it has the right type: that need not be compiled. Otherwise a constant."""
+    fitting = [x for x in args if (x.shape, x.dtype) == (like.shape, like.dtype)]
+    return fitting[0] if fitting else constant(like.shape, jnp.nan, like.dtype, args)
 
 
 def rematerialized(body: Callable[..., Any]) -> Callable[..., Any]:

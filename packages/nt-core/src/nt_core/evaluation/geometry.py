@@ -5,14 +5,19 @@ for every sample with itself. A *deficit* of a pair is `(var1 + var2) / 2 - cova
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.evaluation.fusion import unfused
+from nt_core.lowering import Pairs
 from nt_core.lowering.windows import Window, add, along_axis, inside, wrap_pad
+
+_T = TypeVar("_T")  # a tree of arrays
 
 
 class Geometry(Protocol):
@@ -23,14 +28,22 @@ class Geometry(Protocol):
         ...
 
     def second(self, x: Array) -> Array:
-        """The same for the second position."""
+        """The same for the second position, for what `continued` returns."""
         ...
 
-    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+    def continued(self, x: Array) -> Array:
+        """Prepares `(*space, *batch)` for `second`."""
+        ...
+
+    def original(self, x: Array) -> Array:
+        """Undoes `continued`."""
+        ...
+
+    def convolve(self, x: Pairs, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Pairs:
         """Sums over windows that move both positions of a pair alike.
 
         Args:
-          x: covariances, or deficits if `variances` is given.
+          x: covariances, or deficits if `variances` is given, with their tangent kernel.
           along: a window for each spatial axis.
           variances: of both batches, `(*space, *batch)`. A tap inside for one position of a pair and in the padding
             for the other has covariance 0, hence as its deficit half the variance of the former.
@@ -48,9 +61,9 @@ class SamePosition:
     def first(self, x: Array) -> Array:
         return x
 
-    second = first
+    second = continued = original = first
 
-    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+    def convolve(self, x: Pairs, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Pairs:
         return window_sums(x, along)
 
     def after(self, along: Sequence[Window]) -> "SamePosition":
@@ -69,12 +82,22 @@ class AllPairs:
     def second(self, x: Array) -> Array:
         return jnp.expand_dims(x, tuple(2 * a for a in range(self.n_space)))
 
-    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+    def continued(self, x: Array) -> Array:
+        return x
+
+    original = continued
+
+    def convolve(self, x: Pairs, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Pairs:
+        def move(x: Pairs, variances: tuple[Array, Array] | None, axis: int, window: Window) -> Pairs:
+            value = self._convolve(x.value, axis, window, variances)
+            return Pairs(value, None if x.ntk is None else self._convolve(x.ntk, axis, window, None))
+
         for axis, window in enumerate(along):
-            if not window.is_trivial():
-                x = unfused(lambda x, v, a=axis, w=window: self._convolve(x, a, w, v), x, variances)
+            if window.is_trivial():
+                continue
+            x = unfused(partial(move, axis=axis, window=window), x, variances)
             if variances is not None:
-                variances = tuple(unfused(lambda v, a=axis, w=window: w.sum(v, a), v) for v in variances)
+                variances = _window_sum(variances, axis, window)
         return x
 
     def _convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
@@ -100,34 +123,38 @@ class OffsetPlane:
 
     Attributes:
       space: sizes of the spatial axes.
-      offset: one (traced) number for each of them, in [0, size).
+      offset: one number for each of them, in [0, size): traced, or of many planes as a NumPy array.
       scale: how many times further apart the pairs are than in the plane that was asked for.
     """
 
     space: tuple[int, ...]
-    offset: tuple[Array, ...]
+    offset: tuple[Any, ...]
     scale: tuple[int, ...]
 
     def first(self, x: Array) -> Array:
         return x
 
     def second(self, x: Array) -> Array:
-        for axis, offset in enumerate(self.offset):
-            size = self.space[axis]
-            twice = unfused(lambda x, a=axis, n=size: wrap_pad(x, a, 0, n - 1), x)
-            x = lax.dynamic_slice_in_dim(twice, offset, size, axis)
-        return x
+        at = (*self.offset, *(jnp.zeros_like(self.offset[0]) for _ in range(x.ndim - len(self.space))))
+        return lax.dynamic_slice(x, at, (*self.space, *x.shape[len(self.space) :]))
 
-    def convolve(self, x: Array, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Array:
+    def continued(self, x: Array) -> Array:
+        return unfused(lambda x: continued(x, len(self.space)), x)
+
+    def original(self, x: Array) -> Array:
+        return lax.slice(x, (0,) * x.ndim, (*self.space, *x.shape[len(self.space) :]))
+
+    def convolve(self, x: Pairs, along: Sequence[Window], variances: tuple[Array, Array] | None) -> Pairs:
         plane = self
         for axis, window in enumerate(along):
-            x = unfused(lambda x, p=plane, a=axis, w=window: p._convolve(x, a, w), x)
+            if not window.is_trivial():
+                sum_inside = partial(_sum_inside, axis=axis, window=window)
+                x = unfused(lambda x, i, f=sum_inside: x.map(partial(f, inside=i)), x, plane._inside(axis, window, x))
             plane = plane._after(axis, window)
-        if variances is None:
+        if variances is None or all(_stays_inside(window) for window in along):
             return x
-        edges1 = self._edges(variances[0], along)
-        edges2 = plane.second(self._mirrored()._edges(variances[1], along))
-        return x + (edges1 + edges2) / 2
+        edges1, edges2 = self._edges(variances, along)
+        return x._replace(value=x.value + (edges1 + plane.second(plane.continued(edges2))) / 2)
 
     def after(self, along: Sequence[Window]) -> "OffsetPlane":
         plane = self
@@ -137,59 +164,98 @@ class OffsetPlane:
 
     def _after(self, axis: int, window: Window) -> "OffsetPlane":
         space, offset = list(self.space), list(self.offset)
-        space[axis], offset[axis] = window.count, offset[axis] // window.stride
+        space[axis], offset[axis] = window.count, _divided(offset[axis], window.stride)
         return OffsetPlane(tuple(space), tuple(offset), self.scale)
 
     def _mirrored(self) -> "OffsetPlane":
         """The same pairs, but ordered by the second position."""
-        offset = tuple(-d % size for d, size in zip(self.offset, self.space, strict=True))
+        offset = tuple(lax.rem(size - d, size) for d, size in zip(self.offset, self.space, strict=True))
         return OffsetPlane(self.space, offset, self.scale)
 
-    def _convolve(self, x: Array, axis: int, window: Window) -> Array:
-        """Sums over the taps that lie inside for both positions of a pair, along one axis."""
-        if window.is_trivial():
-            return x
-        return add(
-            window.under(x, k, axis)
-            if window.is_inside(k)
-            else self._partner_inside(axis, window, k, x) * window.under(x, k, axis)
-            for k in range(window.taps)
-        )
+    def _edges(self, variances: tuple[Array, Array], along: Sequence[Window]) -> tuple[Array, Array]:
+        """Sums of either variance over the taps inside for the one position and in the padding for the other."""
 
-    def _edges(self, variance: Array, along: Sequence[Window]) -> Array:
-        """Sum of the variance over the taps inside for the first position and in the padding for the second."""
-        plane, edges = self, jnp.zeros_like(variance)
+        def move(x: _Edges, partners: list[Array | None], axis: int, window: Window) -> _Edges:
+            edges = [
+                add([] if i is None else _outside(v, axis, window, i), _sum_inside(e, axis, window, i))
+                for e, v, i in zip(x.edges, x.variances, partners, strict=True)
+            ]
+            return _Edges(edges, [window.sum(v, axis) for v in x.variances])
+
+        x = _Edges([jnp.zeros_like(v) for v in variances], list(variances))
+        planes = [self, self._mirrored()]
         for axis, window in enumerate(along):
+            if not window.is_trivial():
+                partners = [p._inside(axis, window, v) for p, v in zip(planes, x.variances, strict=True)]
+                # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
+                x = unfused(partial(move, axis=axis, window=window), x, partners)
+            planes = [p._after(axis, window) for p in planes]
+        return x.edges[0], x.edges[1]
 
-            def move(edges: Array, variance: Array, p=plane, a=axis, w=window) -> tuple[Array, Array]:
-                only = [
-                    (1 - p._partner_inside(a, w, k, variance)) * w.under(variance, k, a)
-                    for k in range(w.taps)
-                    if not w.is_inside(k)
-                ]
-                return add(only, p._convolve(edges, a, w)), w.sum(variance, a)
+    def _inside(self, axis: int, window: Window, like: Any) -> Array | None:
+        """1 where a tap lies inside the image for the second position of a pair, 0 where it does not, `(taps, count)`.
 
-            # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
-            edges, variance = unfused(move, edges, variance)
-            plane = plane._after(axis, window)
-        return edges
-
-    def _partner_inside(self, axis: int, window: Window, tap: int, like: Array) -> Array:
-        """1 where a tap lies inside the image for the second position of a pair, 0 where it does not.
-
-        Products of floating point numbers are vectorised by XLA where selections of shifted arrays are not.
+        None if all do. Products of floating point numbers are vectorised by XLA where selections of shifted arrays are
+        not.
         """
-        partners = (jnp.arange(window.count) + self.offset[axis] // window.stride) % window.count
-        is_inside = inside(partners * window.stride + tap * window.dilation - window.low, window.size)
-        return along_axis(is_inside.astype(like.dtype), axis, like.ndim)
+        if _stays_inside(window):
+            return None
+        partners = lax.rem(jnp.arange(window.count) + _divided(self.offset[axis], window.stride), window.count)
+        positions = jnp.add.outer(window.dilation * jnp.arange(window.taps) - window.low, window.stride * partners)
+        return inside(positions, window.size).astype(jax.tree.leaves(like)[0].dtype)
 
 
-def window_sums(x: Array, along: Sequence[Window]) -> Array:
-    """Sums `(*space, *batch)` over windows along every axis."""
+class _Edges(NamedTuple):
+    """Of both batches: sums over taps in the padding for the other position, and over all taps."""
+
+    edges: list[Array]
+    variances: list[Array]
+
+
+def _sum_inside(x: Array, axis: int, window: Window, inside: Array | None) -> Array:
+    """Sums over the taps that lie inside for both positions of a pair, along one axis."""
+    taps = (window.under(x, k, axis) for k in range(window.taps))
+    if inside is None:
+        return add(taps)
+    return add(tap if window.is_inside(k) else along_axis(inside[k], axis, x.ndim) * tap for k, tap in enumerate(taps))
+
+
+def _outside(x: Array, axis: int, window: Window, inside: Array) -> Iterator[Array]:
+    """What lies under the other taps."""
+    for k in range(window.taps):
+        if not window.is_inside(k):
+            yield (1 - along_axis(inside[k], axis, x.ndim)) * window.under(x, k, axis)
+
+
+def _stays_inside(window: Window) -> bool:
+    return all(window.is_inside(k) for k in range(window.taps))
+
+
+def _divided(offset: Array, stride: int) -> Array:
+    return offset if stride == 1 else lax.div(offset, stride)
+
+
+def continued(x: Array, n_space: int, axis: int = 0) -> Array:
+    """Continues spatial axes periodically, such that an image that starts at any position lies in one piece.
+
+    Args:
+      axis: the first of them.
+    """
+    for a in range(axis, axis + n_space):
+        x = wrap_pad(x, a, 0, x.shape[a] - 1)
+    return x
+
+
+def window_sums(x: _T, along: Sequence[Window]) -> _T:
+    """Sums a tree of arrays `(*space, *batch)` over windows along every axis."""
     for axis, window in enumerate(along):
         if not window.is_trivial():
-            x = unfused(lambda x, a=axis, w=window: w.sum(x, a), x)
+            x = _window_sum(x, axis, window)
     return x
+
+
+def _window_sum(x: _T, axis: int, window: Window) -> _T:
+    return unfused(partial(jax.tree.map, lambda a: window.sum(a, axis)), x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.evaluation.block import Block, Loader, pool_same_position, select
-from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, window_sums
+from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, continued, window_sums
 from nt_core.evaluation.statistics import Statistics
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, same_sample, zipped_diagonal
@@ -214,6 +214,14 @@ class SourceLoader:
         if as_deficit:
             value = self._deficit_of(number, geometry, value)
         return Pairs(value, None if ntk is None else select(ntk, stored, geometry))
+
+    def is_stored(self, number: int) -> bool:
+        return number not in self.first.inputs
+
+    def continued(self, n_space: int) -> "SourceLoader":
+        inputs = {i: continued(x, n_space) for i, x in self.second.inputs.items()}
+        variance = {i: continued(v, n_space) for i, v in self.second.variance.items()}
+        return dataclasses.replace(self, second=dataclasses.replace(self.second, inputs=inputs, variance=variance))
 
     def _input_deficit(self, number: int, geometry: Geometry, x1: Array, x2: Array) -> Array:
         if not self._is_crossed():

@@ -1,6 +1,7 @@
 """What is known of each sample alone at every value of a program, before any pair of samples is looked at."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from jax import Array
@@ -21,6 +22,14 @@ class Statistics:
     scale: dict[int, Array] = dataclasses.field(default_factory=dict)
     self_deficit: dict[int, Array] = dataclasses.field(default_factory=dict)
     repeated: dict[int, "Statistics"] = dataclasses.field(default_factory=dict)
+
+    def map(self, fn: Callable[[Array], Array], repeated: Callable[[Array], Array]) -> "Statistics":
+        """Applies functions to the arrays that a plane is evaluated from; to those of repeated blocks the second."""
+        return Statistics(
+            {i: fn(a) for i, a in self.variance.items()},
+            {i: fn(a) for i, a in self.scale.items()},
+            repeated={i: s.map(repeated, repeated) for i, s in self.repeated.items()},
+        )
 
 
 jax.tree_util.register_dataclass(

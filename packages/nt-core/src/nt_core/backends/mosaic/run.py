@@ -76,7 +76,7 @@ class Propagation:
         def compute(samples: Batch) -> Statistics:
             def pool_sums(block: Block, number: int) -> Pairs:
                 stage, statistics = own_stages[number], block.statistics
-                read = {s.number: Pairs(block.mixed(s.number).value[..., None], None) for s in stage.sources}
+                read = {s.number: Pairs(block.stored(s.number).value[..., None], None) for s in stage.sources}
                 out = self._run(stage, lowered, (samples, statistics), (samples, statistics), read, own=True)[..., 0]
                 (value,) = summed_windows(stage, out)
                 return Pairs(value, None)
@@ -142,6 +142,12 @@ class _Ends:
 
     def __call__(self, number: int, geometry: Geometry) -> Pairs:
         return self._pairs[number]
+
+    def is_stored(self, number: int) -> bool:
+        return False
+
+    def continued(self, n_space: int) -> "_Readouts":
+        raise NotImplementedError("What follows the last readout holds no pool over an image.")
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
         raise NotImplementedError("What follows the last stage holds no pool over an image.")
