@@ -65,7 +65,7 @@ def one_minus_cos(y: jax.Array, x: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def determinant(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array:
     """Returns `var1 var2 - K^2`, at least 0, accurately also where the correlation is nearly 1."""
-    std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    std1, std2 = safe_sqrt(var1), safe_sqrt(var2)
     total, twice_scale = std1 + std2, 2 * std1 * std2
     # std1 - std2 has lost digits that var1 - var2 has; half its square is the deficit of parallel u and v.
     difference = (var1 - var2) / jnp.where(total > 0, total, 1)
@@ -127,7 +127,7 @@ def one_minus_correlation(var1: jax.Array, var2: jax.Array, deficit: jax.Array) 
     The first is the deficit of parallel `u` and `v`. With a variance of zero the correlation is taken for zero. In
     derivatives with respect to a variance, the share that grows with its root is dropped at zero.
     """
-    std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    std1, std2 = safe_sqrt(var1), safe_sqrt(var2)
     scale, total = std1 * std2, std1 + std2
     difference = (var1 - var2) / jnp.where(total > 0, total, 1)  # as in `determinant`
     parallel = 0.5 * difference * difference
@@ -148,6 +148,16 @@ def _one_minus_correlation_jvp(primals, tangents):
     dangular = ddeficit - (deficit + half_difference) * relative1 - (deficit - half_difference) * relative2
     tangent = 0.5 * (dvar1 + dvar2) - dscale, dscale, reciprocal(scale) * dangular
     return (parallel, scale, w), tangent
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Returns the square root, with a derivative of 0 at 0; 0 for negative numbers.
+
+    For functions with derivatives written by hand, too: JAX forgets these within loops when it differentiates forward
+    over reverse, and takes those of the functions, which then must be finite.
+    """
+    is_positive = x > 0
+    return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1)), 0)
 
 
 def reciprocal(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nt_core.activations.arcs import one_minus_correlation
+from nt_core.activations.arcs import one_minus_correlation, safe_sqrt
 from nt_core.activations.base import Activation, activation, static
 from nt_core.activations.elementwise import ScalarFunction, check_function
 
@@ -73,7 +73,7 @@ class ElementwiseNumerical(Activation):
 
     def _coefficients(self, var: Array) -> "_Coefficients":
         nodes, weights, products = _quadrature(self.deg, var.dtype)
-        at, std = _at(nodes, var), _safe_sqrt(var)
+        at, std = _at(nodes, var), safe_sqrt(var)
         values, slopes = self.fn(at), (_derivative(self.fn) if self.df is None else self.df)(at)
         a, of_slopes = (jnp.tensordot(products, x, 1, precision=lax.Precision.HIGHEST) for x in (values, slopes))
         orders = np.arange(len(products), dtype=var.dtype).reshape(-1, *[1] * var.ndim)
@@ -97,7 +97,7 @@ class ElementwiseNumerical(Activation):
             order = missing_slope / jnp.where(is_missing, missing, 1)
             rest.append(
                 _Rest(
-                    _safe_sqrt(jnp.where(is_missing, missing, 0)),
+                    safe_sqrt(jnp.where(is_missing, missing, 0)),
                     jnp.where(is_missing, jnp.maximum(order, len(products)), len(products)),
                 )
             )
@@ -176,7 +176,7 @@ def _sum_of_rest(parity: int, first: _Rest, second: _Rest, w: Array) -> tuple[Ar
 
 def _at(nodes: Array, var: Array) -> Array:
     """The nodes for normal variables with some variances, `(nodes, *shape)`."""
-    return nodes.reshape(-1, *[1] * var.ndim) * _safe_sqrt(var)[None]
+    return nodes.reshape(-1, *[1] * var.ndim) * safe_sqrt(var)[None]
 
 
 def _mean(weights: Array, values: Array) -> Array:
@@ -214,9 +214,3 @@ def _derivative(fn: ScalarFunction) -> ScalarFunction:
         return jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]
 
     return derivative
-
-
-def _safe_sqrt(x: Array) -> Array:
-    """Returns the square root, with the derivative at 0 defined as 0."""
-    is_positive = x > 0
-    return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1)), 0)

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from nt_core.activations.arcs import arccos_polynomials, horner, one_minus_correlation
+from nt_core.activations.arcs import arccos_polynomials, horner, one_minus_correlation, safe_sqrt
 from nt_core.activations.base import Activation, Scalar, activation, cast, static
 from nt_core.activations.hermite import power, series_deficit, series_factor, series_variance
 
@@ -97,7 +97,7 @@ def arc_cosine_kernel(degree: int, w: jax.Array) -> jax.Array:
     It vanishes with `w` like `w^(degree + 1/2)`; its relative accuracy does so for degrees of 0 and 1, and its accuracy
     in proportion to `w` for all.
     """
-    root = jnp.sqrt(w)
+    root = safe_sqrt(w)
     p, q = arccos_polynomials(w.dtype)
     before, kernel = root * horner(p, w), w * root * horner(q, w)
     if degree == 0:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nt_core.activations.arcs import arccos_polynomials, horner, reciprocal
+from nt_core.activations.arcs import arccos_polynomials, horner, reciprocal, safe_sqrt
 from nt_core.activations.base import Activation, Scalar, activation, cast
 
 
@@ -62,14 +62,14 @@ def arc_cosine_kernels(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> 
     c = 1 and c = -1, and keep their relative accuracy there; and `kappa_0(c) = 1 - kappa_0(-c)`, `kappa_1(c) = c +
     kappa_1(-c)`. Their derivatives are defined as 0 where they are infinite.
     """
-    std1, std2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    std1, std2 = safe_sqrt(var1), safe_sqrt(var2)
     scale = std1 * std2
     # The deficit of u and the nearer of v and -v, less what is due to unequal variances, is scale (1 - |c|).
     nearest = jnp.minimum(deficit, var1 + var2 - deficit)
     has_scale = scale > 0
     w = (nearest - 0.5 * (std1 - std2) ** 2) / jnp.where(has_scale, scale, 1)
     w = jnp.where(has_scale, jnp.clip(w, 0, 1), 1)
-    root = jnp.sqrt(w)
+    root = safe_sqrt(w)
     p, q = arccos_polynomials(w.dtype)
     return scale * (w * root * horner(q, w)), root * horner(p, w)
 
