@@ -19,7 +19,7 @@ NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum 
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 
-.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep bench-empirical gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
+.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep bench-empirical bench-gradient gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
 
 help:
 	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
@@ -30,6 +30,8 @@ help:
 	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
 	@echo "make bench-sweep every layer and kind of composition against neural-tangents 0.6.5: is anything slower?"
 	@echo "make bench-empirical empirical NTKs, by every implementation, against neural-tangents 0.6.5"
+	@echo "make bench-gradient"
+	@echo "                 gradients of kernels against neural-tangents 0.6.5: time, compilation and memory"
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make gpu-assembly, make tpu-compile"
 	@echo "                 the Pallas kernels compiled for an H100 or a TPU v5e, which need not be there"
@@ -103,6 +105,9 @@ bench-sweep: $(READY)
 
 bench-empirical: $(READY)
 	$(BIN)/python benchmarks/empirical.py $(BENCH_ARGS)
+
+bench-gradient: $(READY)
+	$(BIN)/python benchmarks/gradient.py $(BENCH_ARGS)
 
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)

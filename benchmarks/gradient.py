@@ -1,18 +1,53 @@
-"""The gradient of a block of the 21-layer pooling network with respect to its images: time and memory.
+"""Gradients of kernels with respect to images, here and on the archived library: time, compilation, memory.
 
-.venv/bin/python benchmarks/gradient.py          # 20 x 100 images of 32 x 32: several minutes
-.venv/bin/python benchmarks/gradient.py 4 16     # a smaller block
+    make bench-gradient                                      # all cases
+    make bench-gradient BENCH_ARGS="myrtle5 conv-pool"       # some of them
+
+One fresh process per library and case, one after the other, float32: the value and the gradient (in the first batch) of
+the sum of NNGP and NTK over a block of two batches, jitted. The block is smaller for the archived library where its
+memory is short; times are per entry of the block. `compile` is the gradient's tracing, lowering and compilation; `GB`
+is the peak of the process above what it held before.
 """
 
+import argparse
+import json
+import os
 import resource
+import statistics
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from networks import NETWORKS
 from neural_tangents import stax
+from peer import LIBRARIES, machine, make_peer_environment
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on inputs of one shape, and a block of n1 x n2 for each library."""
+
+    network: str
+    shape: tuple[int, ...]
+    ours: tuple[int, int]
+    peer: tuple[int, int]
+
+
+CASES = [
+    Case("cnn21-pool", (32, 32, 3), ours=(2, 8), peer=(1, 1)),
+    Case("cnn21-flatten", (32, 32, 3), ours=(16, 16), peer=(16, 16)),
+    Case("myrtle5", (32, 32, 3), ours=(4, 8), peer=(2, 2)),
+    Case("myrtle10", (32, 32, 3), ours=(4, 8), peer=(1, 2)),
+    Case("wide-resnet", (32, 32, 3), ours=(4, 8), peer=(1, 1)),
+    Case("conv-pool", (8, 8, 3), ours=(8, 8), peer=(8, 8)),
+    Case("fcn5", (784,), ours=(256, 256), peer=(256, 256)),
+]
 
 
 def peak_bytes():
@@ -20,22 +55,74 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main():
-    """Prints seconds and memory above that of the idle process."""
-    n1, n2 = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (20, 100)
+def measure(case, block):
+    """Returns what the library of this process takes, as a dictionary."""
     random = np.random.default_rng(0)
-    x1, x2 = (jnp.asarray(random.standard_normal((n, 32, 32, 3)), jnp.float32) for n in (n1, n2))
-    _, _, kernel_fn = NETWORKS["cnn21-pool"](stax)
+    x1, x2 = (jnp.asarray(random.standard_normal((n, *case.shape)), jnp.float32) for n in block)
+    kernel_fn = NETWORKS[case.network](stax)[2]
+
+    def total(x1, x2):
+        kernels = kernel_fn(x1, x2, ("nngp", "ntk"))
+        return jnp.sum(kernels.nngp) + jnp.sum(kernels.ntk)
+
     jax.block_until_ready(jax.jit(lambda x: x + 1)(x1))
-    idle, start = peak_bytes(), time.perf_counter()
-    gradient = jax.jit(jax.grad(lambda x1, x2: jnp.sum(kernel_fn(x1, x2, "ntk")), argnums=(0, 1)))
-    results = jax.block_until_ready(gradient(x1, x2))
-    seconds = time.perf_counter() - start
-    assert all(bool(jnp.isfinite(g).all()) for g in results)
-    print(
-        f"{n1} x {n2} images: {seconds:.0f} s, {1e3 * seconds / (n1 * n2):.0f} ms per entry, "
-        f"{(peak_bytes() - idle) / 1e9:.2f} GB above the {idle / 1e9:.2f} GB of the idle process"
-    )
+    idle, figures = peak_bytes(), {}
+    for name, fn in (("value", total), ("gradient", jax.grad(total))):
+        start = time.perf_counter()
+        compiled = jax.jit(fn).lower(x1, x2).compile()
+        figures[f"{name}_compile_s"] = time.perf_counter() - start
+        seconds = []
+        for _ in range(1 + REPEATS):
+            start = time.perf_counter()
+            result = jax.block_until_ready(compiled(x1, x2))
+            seconds.append(time.perf_counter() - start)
+        figures[f"{name}_ms"] = 1e3 * statistics.median(seconds[1:]) / (block[0] * block[1])
+    # Of the first pair of images alone: blocks may differ.
+    figures["norm"] = float(jnp.linalg.norm(jax.jit(jax.grad(total))(x1[:1], x2[:1])))
+    assert jnp.isfinite(result).all()
+    return figures | {"gb": (peak_bytes() - idle) / 1e9}
+
+
+def in_process(library, case):
+    """Measures in a fresh process with a library."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+    command = [LIBRARIES[library], "-W", "ignore", __file__, "--only", library, case.network]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    """Measures the cases that were asked for, all by default."""
+    names = [case.network for case in CASES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=names, metavar="CASE", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", choices=LIBRARIES, help="one library in this process; prints JSON")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(names):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    cases = [case for case in CASES if case.network in arguments.cases]
+    if arguments.only:
+        for case in cases:
+            print(json.dumps(measure(case, getattr(case, arguments.only))))
+        return
+
+    make_peer_environment()
+    print("| network | library | block | value, ms | gradient, ms | compile, s | GB |\n|---|---|---|---|---|---|---|")
+    disagree = []
+    for case in cases:
+        figures = {library: in_process(library, case) for library in LIBRARIES}
+        for library, f in figures.items():
+            n1, n2 = getattr(case, library)
+            cells = [case.network, library, f"{n1} x {n2}", f"{f['value_ms']:.3g}", f"{f['gradient_ms']:.3g}"]
+            print("| " + " | ".join([*cells, f"{f['gradient_compile_s']:.1f}", f"{f['gb']:.2f}"]) + " |", flush=True)
+        if not abs(figures["ours"]["norm"] / figures["peer"]["norm"] - 1) < 1e-2:
+            disagree.append(case.network)
+    where = machine()
+    print(f"\nOn {where['cores']} cores ({where['cpu']}, {where['architecture']}), float32, medians, times per entry.")
+    if disagree:
+        sys.exit(f"The two libraries disagree on {', '.join(disagree)}.")
 
 
 if __name__ == "__main__":

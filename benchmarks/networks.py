@@ -48,6 +48,20 @@ def myrtle10(stax):
     )  # fmt: skip
 
 
+def myrtle5(stax):
+    """Myrtle-5 (arXiv:2003.02237): four convolutions, three 2 x 2 average pools, and a global one."""
+    conv = stax.Conv(64, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.0)
+    block, pool = (conv, stax.Relu()), stax.AvgPool((2, 2), strides=(2, 2))
+    return stax.serial(*block, *block, pool, *block, pool, *block, pool, stax.GlobalAvgPool(), stax.Dense(10, 2**0.5))
+
+
+def conv_pool(stax):
+    """Two convolutions, and a pool between them."""
+    conv = stax.Conv(64, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.1)
+    pool = stax.AvgPool((2, 2), strides=(2, 2))
+    return stax.serial(conv, stax.Relu(), pool, conv, stax.Relu(), stax.Flatten(), stax.Dense(10))
+
+
 def fcn5(stax):
     """Five hidden layers with ReLU."""
     return stax.serial(*[layer for _ in range(5) for layer in (stax.Dense(512), stax.Relu())], stax.Dense(1))
@@ -64,6 +78,8 @@ NETWORKS = {
     "cnn21-flatten": lambda stax: cnn(stax, "Flatten"),
     "wide-resnet": wide_resnet,
     "myrtle10": myrtle10,
+    "myrtle5": myrtle5,
+    "conv-pool": conv_pool,
     "fcn5": fcn5,
     "imdb": text_cnn,
 }
