@@ -146,8 +146,8 @@ class _Ends:
     def is_stored(self, number: int) -> bool:
         return False
 
-    def continued(self, n_space: int) -> "_Readouts":
-        raise NotImplementedError("What follows the last readout holds no pool over an image.")
+    def continued(self, n_space: int) -> "_Ends":
+        raise NotImplementedError("What follows the last stage holds no pool over an image.")
 
     def identical(self, space: tuple[int, ...], geometry: Geometry, ndim: int) -> Array:
         raise NotImplementedError("What follows the last stage holds no pool over an image.")
