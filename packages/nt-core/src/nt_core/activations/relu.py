@@ -68,8 +68,9 @@ def arc_cosine_kernels(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> 
     nearest = jnp.minimum(deficit, var1 + var2 - deficit)
     has_scale = scale > 0
     w = (nearest - 0.5 * (std1 - std2) ** 2) / jnp.where(has_scale, scale, 1)
-    w = jnp.where(has_scale, jnp.clip(w, 0, 1), 1)
-    root = safe_sqrt(w)
+    # Not 0, for then the root has no derivative (see `safe_sqrt`); kappa_1 still underflows to 0.
+    w = jnp.where(has_scale, jnp.clip(w, float(jnp.finfo(w.dtype).tiny), 1), 1)
+    root = jnp.sqrt(w)
     p, q = arccos_polynomials(w.dtype)
     return scale * (w * root * horner(q, w)), root * horner(p, w)
 

@@ -149,7 +149,7 @@ class OffsetPlane:
         for axis, window in enumerate(along):
             if not window.is_trivial():
                 sum_inside = partial(_sum_inside, axis=axis, window=window)
-                x = unfused(lambda x, i, f=sum_inside: x.map(partial(f, inside=i)), x, plane._inside(axis, window, x))
+                x = unfused(lambda x, d, f=sum_inside: x.map(partial(f, offset=d)), x, plane.offset[axis])
             plane = plane._after(axis, window)
         if variances is None or all(_stays_inside(window) for window in along):
             return x
@@ -175,10 +175,10 @@ class OffsetPlane:
     def _edges(self, variances: tuple[Array, Array], along: Sequence[Window]) -> tuple[Array, Array]:
         """Sums of either variance over the taps inside for the one position and in the padding for the other."""
 
-        def move(x: _Edges, partners: list[Array | None], axis: int, window: Window) -> _Edges:
+        def move(x: _Edges, offsets: list[Array], axis: int, window: Window) -> _Edges:
             edges = [
-                add([] if i is None else _outside(v, axis, window, i), _sum_inside(e, axis, window, i))
-                for e, v, i in zip(x.edges, x.variances, partners, strict=True)
+                add(_outside(v, axis, window, d), _sum_inside(e, axis, window, d))
+                for e, v, d in zip(x.edges, x.variances, offsets, strict=True)
             ]
             return _Edges(edges, [window.sum(v, axis) for v in x.variances])
 
@@ -186,23 +186,10 @@ class OffsetPlane:
         planes = [self, self._mirrored()]
         for axis, window in enumerate(along):
             if not window.is_trivial():
-                partners = [p._inside(axis, window, v) for p, v in zip(planes, x.variances, strict=True)]
                 # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
-                x = unfused(partial(move, axis=axis, window=window), x, partners)
+                x = unfused(partial(move, axis=axis, window=window), x, [p.offset[axis] for p in planes])
             planes = [p._after(axis, window) for p in planes]
         return x.edges[0], x.edges[1]
-
-    def _inside(self, axis: int, window: Window, like: Any) -> Array | None:
-        """1 where a tap lies inside the image for the second position of a pair, 0 where it does not, `(taps, count)`.
-
-        None if all do. Products of floating point numbers are vectorised by XLA where selections of shifted arrays are
-        not.
-        """
-        if _stays_inside(window):
-            return None
-        partners = lax.rem(jnp.arange(window.count) + _divided(self.offset[axis], window.stride), window.count)
-        positions = jnp.add.outer(window.dilation * jnp.arange(window.taps) - window.low, window.stride * partners)
-        return inside(positions, window.size).astype(jax.tree.leaves(like)[0].dtype)
 
 
 class _Edges(NamedTuple):
@@ -212,19 +199,31 @@ class _Edges(NamedTuple):
     variances: list[Array]
 
 
-def _sum_inside(x: Array, axis: int, window: Window, inside: Array | None) -> Array:
+def _sum_inside(x: Array, axis: int, window: Window, offset: Array) -> Array:
     """Sums over the taps that lie inside for both positions of a pair, along one axis."""
-    taps = (window.under(x, k, axis) for k in range(window.taps))
-    if inside is None:
-        return add(taps)
-    return add(tap if window.is_inside(k) else along_axis(inside[k], axis, x.ndim) * tap for k, tap in enumerate(taps))
+    return add(
+        window.under(x, k, axis)
+        if window.is_inside(k)
+        else _partner_inside(axis, window, k, offset, x) * window.under(x, k, axis)
+        for k in range(window.taps)
+    )
 
 
-def _outside(x: Array, axis: int, window: Window, inside: Array) -> Iterator[Array]:
+def _outside(x: Array, axis: int, window: Window, offset: Array) -> Iterator[Array]:
     """What lies under the other taps."""
     for k in range(window.taps):
         if not window.is_inside(k):
-            yield (1 - along_axis(inside[k], axis, x.ndim)) * window.under(x, k, axis)
+            yield (1 - _partner_inside(axis, window, k, offset, x)) * window.under(x, k, axis)
+
+
+def _partner_inside(axis: int, window: Window, tap: int, offset: Array, like: Array) -> Array:
+    """1 where a tap lies inside the image for the second position of a pair, 0 where it does not.
+
+    Products of floating point numbers are vectorised by XLA where selections of shifted arrays are not.
+    """
+    partners = lax.rem(jnp.arange(window.count) + _divided(offset, window.stride), window.count)
+    is_inside = inside(partners * window.stride + tap * window.dilation - window.low, window.size)
+    return along_axis(is_inside.astype(like.dtype), axis, like.ndim)
 
 
 def _stays_inside(window: Window) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nt_core.evaluation.fusion import constant, rematerialized, unfused
+from nt_core.evaluation.fusion import constant, rematerialized
 from nt_core.lowering import Pairs, Windows
 from nt_core.lowering import windows as windows_
 from nt_core.lowering.windows import along_axis, inside
@@ -47,9 +47,9 @@ def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any) -> 
 
     counts = windows_.counts(along)
     like = jax.eval_shape(lambda xs: plane(*jax.tree.map(lambda a: a[0], xs)), xs)
-    zeros = like.map(lambda a: constant(counts + counts + a.shape[n:], 0, a.dtype, stacks))
+    zeros = like.map(lambda a: constant((math.prod(counts), *counts, *a.shape[n:]), 0, a.dtype, stacks))
     sums, _ = lax.scan(rematerialized(accumulate), zeros, xs)
-    return sums.map(partial(_planes_to_pairs, n_space=n))
+    return sums.map(lambda a: _planes_to_pairs(a.reshape(counts + a.shape[1:]), n))
 
 
 def all_offsets(along: Windows) -> tuple[np.ndarray, ...]:
@@ -110,14 +110,14 @@ def _planes_to_pairs(planes: Array, n_space: int) -> Array:
 
 
 def _add_plane(sums: Any, plane: Array, offset: Offset, along: Windows) -> Array:
-    """Adds a plane to pooled planes `(*offsets, *positions, *batch)`."""
+    """Adds a plane to pooled planes `(offsets, *positions, *batch)`."""
     n = len(along)
     for axis, window in enumerate(along):
         plane = window.pad(plane, (axis,))
     ranges = [range(r) for w in along for r in (w.taps, -(-w.taps // w.stride))]
     taps = jnp.array(list(itertools.product(*ranges))).reshape(-1, n, 2)
-    slots, exist = unfused(jax.vmap(partial(_tap, along=along), (0, None)), taps, offset)
-    numbers = lax.ScatterDimensionNumbers(tuple(range(sums.ndim - n)), tuple(range(n)), tuple(range(n)))
+    slots, exist = jax.vmap(partial(_tap, along=along), (0, None))(taps, offset)
+    numbers = lax.ScatterDimensionNumbers(tuple(range(plane.ndim)), (0,), (0,))
 
     def add_tap(sums: Array, x: tuple[Array, Array, Array]) -> tuple[Array, None]:
         tap, slot, exists = x
@@ -140,21 +140,22 @@ def _tap(tap: Array, offset: Offset, along: Windows) -> tuple[Array, Array]:
       tap: a along each axis, and in which stride b is, `(n_space, 2)`.
 
     Returns:
-      The offset from P to P', and whether there is such a pair, for every P.
+      The number of the offset from P to P', `(1,)`, and whether there is such a pair, for every P.
     """
-    slots, exists = [], jnp.ones(windows_.counts(along), bool)
+    slot, exists = jnp.zeros((1,), int), jnp.ones(windows_.counts(along), bool)
     for axis, (window, d) in enumerate(zip(along, offset, strict=True)):
         a, k = tap[axis, 0], tap[axis, 1]
         # Of numbers that are not negative, `lax.rem` and `lax.div` are the operations that Python has.
         b = lax.rem(a + d, window.stride) + k * window.stride
-        slots.append(lax.rem(lax.div(a + d, window.stride) - k + window.taps * window.count, window.count))
+        offset_along = lax.rem(lax.div(a + d, window.stride) - k + window.taps * window.count, window.count)
+        slot = slot * window.count + offset_along
         exists &= b < window.taps
         if not window.circular:
             p = window.positions(a)
             other = lax.rem(p + d + window.size, window.size) + window.low - b
             last = (window.count - 1) * window.stride
             exists &= along_axis(inside(p, window.size) & (other >= 0) & (other <= last), axis, len(along))
-    return jnp.stack(slots), exists
+    return slot, exists
 
 
 def _sum_space(x: Array, n_space: int) -> Array:
