@@ -12,6 +12,10 @@ from neural_tangents import stax
 
 NETWORKS = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "benchmarks" / "networks.py"))["NETWORKS"]
 
+# Of the largest entry. What a pool leaves of nearly equal images has lost digits (its deficits are differences of means),
+# which shows where one convolution is all that follows: 2e-5 of the tangent kernel for images that are 1e-5 apart.
+TOLERANCE = dict.fromkeys(NETWORKS, 1e-6) | {"conv-pool": 4e-5}
+
 
 def kernels(network, x1, x2, dtype):
     """The NNGP and the NTK, computed in a precision from inputs that single precision holds."""
@@ -25,8 +29,8 @@ def check(network, x1, x2):
     single, double = (kernels(network, x1, x2, dtype) for dtype in ("float32", "float64"))
     for name, expected in double.items():
         error = np.abs(single[name] - expected)
-        assert error.max() <= 1e-6 * np.abs(expected).max(), name
-        assert (error / np.abs(expected)).max() <= 1e-5, name
+        assert error.max() <= TOLERANCE[network] * np.abs(expected).max(), name
+        assert (error / np.abs(expected)).max() <= 10 * TOLERANCE[network], name
 
 
 @pytest.mark.parametrize("network", NETWORKS)
