@@ -13,7 +13,7 @@ from neural_tangents import stax
 NETWORKS = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "benchmarks" / "networks.py"))["NETWORKS"]
 
 # Of the largest entry. What a pool leaves of nearly equal images has lost digits (its deficits are differences of
-# means), which shows where one convolution is all that follows: 2e-5 of the tangent kernel for images that are 1e-5 apart.
+# means), which shows where one convolution is all that follows: 2e-5 of the tangent kernel for images 1e-5 apart.
 TOLERANCE = dict.fromkeys(NETWORKS, 1e-6) | {"conv-pool": 4e-5}
 
 
