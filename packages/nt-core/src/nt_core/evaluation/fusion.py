@@ -25,12 +25,11 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def _anything(like: jax.ShapeDtypeStruct, args: list[jax.Array]) -> jax.Array:
-    """Returns one of the arguments if it has the right type: that need not be compiled. Otherwise a constant."""
-    # Under `jax.shard_map` the result varies over all mesh axes over which some argument does.
-    varying = [frozenset(getattr(jax.typeof(x), "vma", ())) for x in args]
-    everywhere = frozenset().union(*varying)
-    right = (like.shape, like.dtype, everywhere)
-    fitting = [x for x, over in zip(args, varying, strict=True) if (x.shape, x.dtype, over) == right]
+    """Returns one of the arguments if it has the right type: that need not be compiled. Otherwise a constant.
+
+    Under `jax.shard_map`, all arguments of one type must vary over the same mesh axes, as the results of that type do.
+    """
+    fitting = [x for x in args if (x.shape, x.dtype) == (like.shape, like.dtype)]
     return fitting[0] if fitting else constant(like.shape, jnp.nan, like.dtype, args)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nt_core.evaluation.fusion import unfused
+from nt_core.evaluation.fusion import constant, unfused
 from nt_core.lowering import Pairs
 from nt_core.lowering.windows import Window, add, along_axis, inside, wrap_pad
 
@@ -153,7 +153,7 @@ class OffsetPlane:
             plane = plane._after(axis, window)
         if variances is None or all(_stays_inside(window) for window in along):
             return x
-        edges1, edges2 = self._edges(variances, along)
+        edges1, edges2 = self._edges(variances[0], along), self._mirrored()._edges(variances[1], along)
         return x._replace(value=x.value + (edges1 + plane.second(plane.continued(edges2))) / 2)
 
     def after(self, along: Sequence[Window]) -> "OffsetPlane":
@@ -172,31 +172,30 @@ class OffsetPlane:
         offset = tuple(lax.rem(size - d, size) for d, size in zip(self.offset, self.space, strict=True))
         return OffsetPlane(self.space, offset, self.scale)
 
-    def _edges(self, variances: tuple[Array, Array], along: Sequence[Window]) -> tuple[Array, Array]:
-        """Sums of either variance over the taps inside for the one position and in the padding for the other."""
+    def _edges(self, variance: Array, along: Sequence[Window]) -> Array:
+        """Sums of the variance over the taps inside for the first position and in the padding for the second."""
 
-        def move(x: _Edges, offsets: list[Array], axis: int, window: Window) -> _Edges:
-            edges = [
-                add(_outside(v, axis, window, d), _sum_inside(e, axis, window, d))
-                for e, v, d in zip(x.edges, x.variances, offsets, strict=True)
-            ]
-            return _Edges(edges, [window.sum(v, axis) for v in x.variances])
+        def move(x: _Edges, offset: Array, axis: int, window: Window) -> _Edges:
+            outside = _outside(x.variance, axis, window, offset)
+            return _Edges(
+                add(outside, _sum_inside(x.edges, axis, window, offset)),
+                window.sum(x.variance, axis),
+            )
 
-        x = _Edges([jnp.zeros_like(v) for v in variances], list(variances))
-        planes = [self, self._mirrored()]
+        plane, x = self, _Edges(constant(variance.shape, 0, variance.dtype, variance), variance)
         for axis, window in enumerate(along):
             if not window.is_trivial():
                 # Small arrays, but without the barrier XLA would compute them anew for every pair of samples.
-                x = unfused(partial(move, axis=axis, window=window), x, [p.offset[axis] for p in planes])
-            planes = [p._after(axis, window) for p in planes]
-        return x.edges[0], x.edges[1]
+                x = unfused(partial(move, axis=axis, window=window), x, plane.offset[axis])
+            plane = plane._after(axis, window)
+        return x.edges
 
 
 class _Edges(NamedTuple):
-    """Of both batches: sums over taps in the padding for the other position, and over all taps."""
+    """Of one batch: the sum over taps in the padding for the other position, and that over all taps."""
 
-    edges: list[Array]
-    variances: list[Array]
+    edges: Array
+    variance: Array
 
 
 def _sum_inside(x: Array, axis: int, window: Window, offset: Array) -> Array:
