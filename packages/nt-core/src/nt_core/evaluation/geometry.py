@@ -97,7 +97,8 @@ class AllPairs:
                 continue
             x = unfused(partial(move, axis=axis, window=window), x, variances)
             if variances is not None:
-                variances = _window_sum(variances, axis, window)
+                first, second = variances  # each by itself: under `jax.shard_map` they vary over different axes
+                variances = _window_sum(first, axis, window), _window_sum(second, axis, window)
         return x
 
     def _convolve(self, x: Array, axis: int, window: Window, variances: tuple[Array, Array] | None) -> Array:
