@@ -1,11 +1,11 @@
 """Kernels on disk: what the store costs, how two processes scale, and what a full CIFAR-10 would take.
 
-    .venv/bin/python benchmarks/store.py            # all, some ten minutes on two cores
+    .venv/bin/python benchmarks/store.py            # all
     .venv/bin/python benchmarks/store.py overhead   # or `scaling`, or `rehearsal`
 
-overhead   A network on images of 4 x 4 in tiles of 512 x 512, 1 MB in single precision, of some 0.2 s each: `compute`
-           against `nt.batch` with the same cells, which keeps them in memory.
-scaling    A convolutional network by one process, then by two, each on a core of its own; tiles of some 0.2 s.
+overhead   A network on images of 3 x 3 in tiles of 512 x 512, 1 MB in single precision: `compute` against
+           `nt.batch` with the same cells, which keeps them in memory.
+scaling    A convolutional network by one process, then by two, each on a core of its own.
 rehearsal  What `nt_core.store.plan` says of Myrtle-10 on 1000 images of 32 x 32 and on 60,000 from a small tile, and
            with --images N the time that the kernel of N images takes.
 """
@@ -47,7 +47,7 @@ def seconds(function):
 
 def overhead(folder, n=2048, tile=512):
     """Prints the time of a tile in a store and in memory, one after the other three times, without compilation."""
-    kernel_fn, x = pooled_cnn(), normal(n, 4, 4, 3)
+    kernel_fn, x = pooled_cnn(), normal(n, 3, 3, 3)
     batched = nt.batch(kernel_fn, tile, 1, store_on_device=False)
     batched(x[: 2 * tile], None, "ntk")  # compiles
     print(f"overhead: tiles of {tile} x {tile}")
@@ -61,9 +61,11 @@ def overhead(folder, n=2048, tile=512):
 
 
 def work(path, process, of):
-    """One process of `scaling`, once it is told to begin."""
+    """One process of `scaling`: says that it has compiled, and after a line of input how long its work has taken."""
     os.sched_setaffinity(0, {CORES[int(process)]})
     store = nt.KernelStore.create(path, pooled_cnn(), normal(128, 32, 32, 3), get="ntk", tile=8)
+    store.write_tiles(store.grid.cells()[:2])
+    print("ready", flush=True)
     input()
     print(seconds(lambda: store.compute(process=int(process), of=int(of), device_count=1)), flush=True)
 
@@ -73,21 +75,15 @@ def scaling(folder):
     times = {}
     for of in (1, 2):
         command = [sys.executable, "-W", "ignore", __file__, "work", str(folder / f"scaling-{of}")]
-        processes = [
-            subprocess.Popen([*command, str(i), str(of)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for i in range(of)
-        ]
-        time.sleep(30)  # all have started
-        times[of] = max(float(process.communicate("\n")[0]) for process in _told(processes))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen([*command, str(i), str(of)], **pipes) for i in range(of)]
+        for process in processes:
+            process.stdout.readline()
+        for process in processes:
+            print(file=process.stdin, flush=True)
+        times[of] = max(float(process.communicate()[0]) for process in processes)
         print(f"scaling: {of} process{'es' * (of > 1)}, each on one core: {times[of]:.1f} s")
     print(f"  two are {times[1] / times[2]:.2f} times as fast")
-
-
-def _told(processes):
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return processes
 
 
 def rehearsal(folder, images):

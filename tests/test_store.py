@@ -163,7 +163,8 @@ def test_damage_is_found_and_never_served(tmp_path, damage):
 
 
 def test_other_libraries_read_it(tmp_path):
-    zarr = pytest.importorskip("zarr")
+    import zarr
+
     store = computed(tmp_path / "store", FCN[2], X1, X2, tile=4)
     np.testing.assert_array_equal(zarr.open_group(str(tmp_path / "store"), mode="r")["ntk"][:], store.ntk[:])
 
@@ -273,7 +274,8 @@ def test_executor(tmp_path):
 @pytest.mark.slow
 def test_dask(tmp_path):
     """A cluster of processes, one of which is killed."""
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     store = nt.KernelStore.create(tmp_path / "store", FCN[2], X1, tile=1)
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client, client.get_executor() as executor:

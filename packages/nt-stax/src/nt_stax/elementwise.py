@@ -396,7 +396,7 @@ def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any],
     [[3.]]
     """
     if deg < 1:
-        raise ValueError(f"ElementwiseNumerical needs at least one node, deg >= 1, got deg={deg}.")
+        raise ValueError(f"ElementwiseNumerical needs two terms at least, deg >= 1, got deg={deg}.")
     if df is None:
         warnings.warn(
             "ElementwiseNumerical without `df`: the tangent kernel will differentiate `fn` automatically.",

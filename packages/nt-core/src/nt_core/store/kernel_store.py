@@ -131,13 +131,11 @@ class KernelStore:
           The store.
         """
         task = Task(kernel_fn, x1, x2, get, tile, kwargs)
-        path = Path(path).absolute()
-        stored = _read_description(path)
-        if stored is None:
-            _write_description(path, task.describe())
-            stored = _read_description(path)
-            assert stored is not None
-        given = task.describe()
+        path, given = Path(path).absolute(), task.describe()
+        if _read_description(path) is None:
+            _write_description(path, given)
+        stored = _read_description(path)  # ours, or that of a process that was faster
+        assert stored is not None
         differing = differences(stored["of"], given["of"])
         if stored["grid"] != given["grid"]:
             differing.append(f"tile: the store has {stored['grid']['rows']}, given was {tile}")
@@ -169,8 +167,9 @@ class KernelStore:
 
     def status(self) -> Status:
         """Says how far the computation is, by what is on disk."""
-        files = [m.path / m.grid.key(tile) for m in self.matrices.values() for tile in self._done()]
-        return Status(len(self._done()), len(self.grid.cells()), sum(file.stat().st_size for file in files))
+        done = self._done()
+        n_bytes = sum(matrix.n_bytes(tile) for matrix in self.matrices.values() for tile in done)
+        return Status(len(done), len(self.grid.cells()), n_bytes)
 
     def missing(self) -> list[Cell]:
         """Returns the tiles that are not on disk, in the order in which they are computed."""

@@ -87,6 +87,10 @@ class StoredMatrix:
         """Whether a tile is on disk."""
         return self._file(tile).exists()
 
+    def n_bytes(self, tile: Cell) -> int:
+        """What a tile takes on disk."""
+        return self._file(tile).stat().st_size
+
     def tiles(self) -> set[Cell]:
         """Returns the tiles that are on disk."""
         found = set()
