@@ -17,6 +17,8 @@ from nt_core.activations.elementwise import ScalarFunction, check_function
 _MAX_TERMS = 300
 # What remains of the mean square beyond the terms is noise below this, in units of the precision.
 _NOISE = 2**6
+# The relative error that coefficients may have where they are divided by a standard deviation.
+_VARIES = 1e-6
 
 
 @activation
@@ -73,35 +75,32 @@ class ElementwiseNumerical(Activation):
 
     def _coefficients(self, var: Array) -> "_Coefficients":
         nodes, weights, products = _quadrature(self.deg, var.dtype)
-        at, std = _at(nodes, var), safe_sqrt(var)
+        at = _at(nodes, var)
         values, slopes = self.fn(at), (_derivative(self.fn) if self.df is None else self.df)(at)
-        a, of_slopes = (jnp.tensordot(products, x, 1, precision=lax.Precision.HIGHEST) for x in (values, slopes))
+        a = jnp.tensordot(products, values, 1, precision=lax.Precision.HIGHEST)
         orders = np.arange(len(products), dtype=var.dtype).reshape(-1, *[1] * var.ndim)
 
-        # The derivative has the coefficients a_(k+1) sqrt(k + 1) / std: better than those by quadrature for functions
-        # with kinks, and worse where the variance is so small that the function hardly varies.
+        # The derivative has the coefficients sqrt(k + 1) a_(k+1) / std: better than those by quadrature for functions
+        # with kinks, and worse where the variance is so small that the function hardly varies. Derivatives, which would
+        # be worse still, are those of the latter.
         mean_square, mean_square_slope = _mean(weights, values**2), _mean(weights, slopes**2)
         eps = float(jnp.finfo(var.dtype).eps)
-        varies = eps * mean_square < 1e-12 / eps * var * mean_square_slope
-        by_values = (jnp.sqrt(orders) * a)[1:] / jnp.where(varies, std, 1)[None]
-        better = lax.stop_gradient(jnp.where(varies[None], by_values - of_slopes[:-1], 0))
-        d = jnp.concatenate([of_slopes[:-1] + better, jnp.zeros_like(a[:1])])
+        varies = eps**2 * mean_square < _VARIES**2 * var * mean_square_slope
+        by_values = (jnp.sqrt(orders) * a)[1:] / jnp.where(varies, safe_sqrt(var), 1)[None]
+        by_slopes = jnp.tensordot(products[:-1], slopes, 1, precision=lax.Precision.HIGHEST)
+        d = by_slopes + lax.stop_gradient(jnp.where(varies[None], by_values - by_slopes, 0))
 
-        rest = []
-        for parity in (0, 1):
+        def rest(parity: int) -> _Rest:
             sign = 1 - 2 * parity
             part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
             missing = _mean(weights, part**2) - jnp.sum(a[parity::2] ** 2, 0)
             missing_slope = var * _mean(weights, slope**2) - jnp.sum((orders * a**2)[parity::2], 0)
             is_missing = missing > _NOISE * eps * mean_square
             order = missing_slope / jnp.where(is_missing, missing, 1)
-            rest.append(
-                _Rest(
-                    safe_sqrt(jnp.where(is_missing, missing, 0)),
-                    jnp.where(is_missing, jnp.maximum(order, len(products)), len(products)),
-                )
-            )
-        return _Coefficients(a, d, rest)
+            order = jnp.where(is_missing, jnp.maximum(order, len(products)), len(products))
+            return _Rest(safe_sqrt(jnp.where(is_missing, missing, 0)), order)
+
+        return _Coefficients(a, jnp.concatenate([d, jnp.zeros_like(a[:1])]), [rest(0), rest(1)])
 
 
 @jax.custom_jvp
