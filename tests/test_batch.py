@@ -333,7 +333,7 @@ def test_memory_decides_where_no_size_is_given(monkeypatch):
         return jnp.sum(jnp.einsum("ia,jb->ijab", x1, x2) ** 2, (2, 3))
 
     expected = kernel_fn(VECTORS[0], None)
-    monkeypatch.setattr(sys.modules["nt_core.batch"], "_BYTES", 4 * 4 * 36 * 9)  # a few cells of 3 x 3
+    monkeypatch.setattr(sys.modules["nt_core.cell_programs"], "_BYTES", 4 * 4 * 36 * 9)  # a few cells of 3 x 3
     sizes.clear()
     np.testing.assert_allclose(nt.batch(kernel_fn)(VECTORS[0], None), expected, rtol=1e-5)
     assert min(sizes) == 3 and 5 in sizes
@@ -384,7 +384,7 @@ from neural_tangents import stax
 assert jax.local_device_count() == 8
 network = stax.serial(stax.Conv(1, (3, 3), padding="SAME"), stax.Relu(), stax.GlobalAvgPool(), stax.Dense(1))[2]
 x = np.random.default_rng(0).normal(size=(9, 4, 4, 2)).astype("float32")
-batch_module, used, device_get = sys.modules["nt_core.batch"], [], jax.device_get
+used, device_get = [], jax.device_get
 jax.device_get = lambda out: used.append({len(a.sharding.device_set) for a in jax.tree.leaves(out)}) or device_get(out)
 for x1, x2 in ((x, None), (x, x[:7]), (x[:1], x)):
     whole = network(x1, x2)

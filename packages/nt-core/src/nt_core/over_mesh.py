@@ -1,29 +1,26 @@
 """Kernels that are computed by all devices of a mesh, of one process or several, and stay where they are computed."""
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nt_core.cell_programs import Cells, Compiled
 from nt_core.cells import Call, Mixed
 from nt_core.grid import Grid
 from nt_core.keywords import is_array
 
-if TYPE_CHECKING:
-    from nt_core.batch import Batching, Compiled
 
-
-def rows_over_mesh(compiled: "Compiled", call: Call, batching: "Batching", mesh: Mesh) -> Any:
+def rows_over_mesh(compiled: Compiled, call: Call, mesh: Mesh, grid_of: Callable[[int], Grid | None]) -> Any:
     """Returns a kernel of which each device of a mesh has computed, and keeps, some rows.
 
     Args:
       compiled: the kernel function.
       call: its arguments.
-      batching: how the rows of a device are computed.
       mesh: the devices.
+      grid_of: returns the cells of so many rows, None if they are empty.
     """
     if call.pairs.tree:
         raise TypeError("Over a mesh, a kernel function takes inputs, not a Kernel: give that of all layers.")
@@ -34,28 +31,20 @@ def rows_over_mesh(compiled: "Compiled", call: Call, batching: "Batching", mesh:
             f"Each of the {mesh.size} devices of the mesh gets as many rows, but x1 has {call.n1} samples. Leave some "
             f"out, or repeat the last one, and cut the result."
         )
-    rows, columns = _fitting(compiled, call, batching, call.n1 // mesh.size)
-    compute = compiled.remember(
-        ("mesh", mesh, rows, columns), call, lambda: _computation(compiled, call.n1, call.n2, rows, columns, mesh)
-    )
+    grid = grid_of(call.n1 // mesh.size)
+    if grid is None:
+        raise ValueError("Over a mesh, x2 must have samples, got none.")
+    compute = compiled.remember(("mesh", mesh, grid), call, lambda: _computation(compiled, grid, mesh))
     places = PartitionSpec(mesh.axis_names), PartitionSpec(), PartitionSpec()
     arguments = (call.first, call.second, call.common)
     return compute(*(_placed(a, NamedSharding(mesh, place)) for a, place in zip(arguments, places, strict=True)))
 
 
-def _fitting(compiled: "Compiled", call: Call, batching: "Batching", n_rows: int) -> tuple[int, int]:
-    """How many samples of each batch the cells of a device have."""
-    grid = batching.grid(n_rows, call.n2, False, 1, functools.partial(compiled.fits, call))
-    return (n_rows, call.n2) if grid is None else (grid.rows, grid.columns)
-
-
-def _computation(compiled: "Compiled", n1: int, n2: int, rows: int, columns: int, mesh: Mesh) -> Callable[..., Any]:
-    from nt_core.batch import Cells
-
+def _computation(compiled: Compiled, grid: Grid, mesh: Mesh) -> Callable[..., Any]:
     def rows_of_device(first: Mixed, second: Mixed, common: Mixed) -> Any:
-        call = Call(n1 // mesh.size, n2, False, False, first, second, Mixed([]), common)
-        kernels = Cells(compiled, call, Grid(call.n1, n2, rows, columns), 1).joined()
-        if not all(is_array(leaf) and leaf.shape[:2] == (call.n1, n2) for leaf in jax.tree.leaves(kernels)):
+        call = Call(grid.n1, grid.n2, False, False, first, second, Mixed([]), common)
+        kernels = Cells(compiled, call, grid, 1).joined()
+        if not all(is_array(leaf) and leaf.shape[:2] == (grid.n1, grid.n2) for leaf in jax.tree.leaves(kernels)):
             raise ValueError("Over a mesh, ask for covariances by name: get='ntk', or get=('nngp', 'ntk').")
         return kernels
 

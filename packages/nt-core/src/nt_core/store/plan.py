@@ -8,7 +8,7 @@ from typing import Any
 
 from nt_core.get import Get
 from nt_core.grid import Grid
-from nt_core.store.kernel_store import Task
+from nt_core.store.task import Task
 
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 

@@ -14,9 +14,10 @@ import numpy as np
 from nt_core.grid import Cell
 from nt_core.progress import with_progress
 from nt_core.store.extras import load
+from nt_core.store.task import Task
 
 if TYPE_CHECKING:
-    from nt_core.store.kernel_store import KernelStore, Task
+    from nt_core.store.kernel_store import KernelStore
 
 
 class Mapped(NamedTuple):
@@ -28,7 +29,7 @@ class Mapped(NamedTuple):
     shape: tuple[int, ...]
 
 
-def compute(store: "KernelStore", task: "Task", tiles: Sequence[Cell], executor: Executor, progress: bool) -> None:
+def compute(store: "KernelStore", task: Task, tiles: Sequence[Cell], executor: Executor, progress: bool) -> None:
     """Computes tiles, each in a call of its own. See `KernelStore.compute`."""
     if not tiles:
         return
@@ -55,7 +56,7 @@ def compute_tile(file: str, tile: Cell) -> None:
 
 @functools.lru_cache(maxsize=1)  # a worker computes many tiles, and compiles once
 def _store_of(file: str) -> tuple[bool, "KernelStore"]:
-    from nt_core.store.kernel_store import KernelStore, Task
+    from nt_core.store.kernel_store import KernelStore
 
     x64, kernel_fn, x1, x2, *rest = load("cloudpickle").loads(Path(file).read_bytes())
     x1, x2 = (jax.tree.map(_opened, x, is_leaf=lambda leaf: isinstance(leaf, Mapped)) for x in (x1, x2))
@@ -63,7 +64,7 @@ def _store_of(file: str) -> tuple[bool, "KernelStore"]:
         return x64, KernelStore(Path(file).parent, Task(kernel_fn, x1, x2, *rest))
 
 
-def _closed(task: "Task") -> tuple[Any, ...]:
+def _closed(task: Task) -> tuple[Any, ...]:
     """The arguments of a task, without what lies in files."""
     kernel_fn, x1, x2, *rest = task.arguments
     return kernel_fn, *(jax.tree.map(_mapped, x) for x in (x1, x2)), *rest
