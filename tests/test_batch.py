@@ -435,3 +435,5 @@ def test_mesh_says_what_it_cannot_do():
         nt.batch(FCN[2], 2, mesh=mesh)(FCN[2](VECTORS[0]), None, "ntk")
     with pytest.raises(ValueError, match="has 0 samples"):
         nt.batch(FCN[2], 2, mesh=mesh)(VECTORS[0][:0], VECTORS[0], "ntk")
+    with pytest.raises(ValueError, match="x2 must have samples"):
+        nt.batch(FCN[2], 2, mesh=mesh)(VECTORS[0], VECTORS[0][:0], "ntk")
