@@ -14,12 +14,14 @@ OTHERS := nt-stax nt-predict nt-empirical neural-tangents
 
 # Stamps: what they say was installed is older than they are.
 TOOLS := $(VENV)/.tools
+# The engine, which knows nothing of Python, is compiled once for all environments.
+BUILD := build/native
 # An editable nt-core knows its modules from the time of its installation: other modules, another stamp.
 NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 
-.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep bench-empirical bench-gradient gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
+.PHONY: help setup native demo test test-slow coverage bench bench-peer bench-sweep bench-empirical bench-gradient bench-store bench-ensemble gpu-check gpu-assembly tpu-compile lint format typecheck docs package wheels sanitize clean
 
 help:
 	@echo "make demo        the main job: handwritten digits, networks of infinite width, predictions and a figure"
@@ -32,6 +34,9 @@ help:
 	@echo "make bench-empirical empirical NTKs, by every implementation, against neural-tangents 0.6.5"
 	@echo "make bench-gradient"
 	@echo "                 gradients of kernels against neural-tangents 0.6.5: time, compilation and memory"
+	@echo "make bench-store kernels on disk: overhead, two processes, memory, and a rehearsal of CIFAR-10"
+	@echo "make bench-ensemble"
+	@echo "                 ensembles of 5000 points at 100 times against neural-tangents 0.6.5"
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"
 	@echo "make gpu-assembly, make tpu-compile"
 	@echo "                 the Pallas kernels compiled for an H100 or a TPU v5e, which need not be there"
@@ -62,11 +67,11 @@ $(FFI_HEADERS): $(CORE)/pyproject.toml | $(TOOLS)
 $(NATIVE): $(CORE)/pyproject.toml $(shell find csrc -type f) $(FFI_HEADERS)
 	@rm -f $(VENV)/.nt-core-[0-9]*
 	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
-		-C build-dir=$(abspath $(VENV))/nt-core-build \
+		-C build-dir=$(abspath $(BUILD)) \
 		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include \
 		-C cmake.define.NT_WARNINGS_ARE_ERRORS=ON
 	@$(BIN)/python -c "import nt_core._native" 2>/dev/null || \
-		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(VENV)/nt-core-build"
+		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(BUILD)"
 	@touch $@
 
 $(READY): $(NATIVE) $(OTHERS:%=packages/%/pyproject.toml)
@@ -108,6 +113,12 @@ bench-empirical: $(READY)
 
 bench-gradient: $(READY)
 	$(BIN)/python benchmarks/gradient.py $(BENCH_ARGS)
+
+bench-store: $(READY)
+	$(BIN)/python benchmarks/store.py $(BENCH_ARGS)
+
+bench-ensemble: $(READY)
+	$(BIN)/python benchmarks/ensemble.py $(BENCH_ARGS)
 
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py $(BENCH_ARGS)

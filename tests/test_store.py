@@ -260,6 +260,31 @@ def test_killed_processes_lose_nothing(tmp_path, kills):
     assert np.isfinite(one).all()
 
 
+def test_files_of_the_usual_size(tmp_path):
+    """A tile has fewer samples where there are positions, and many small files get a warning."""
+    images = RANDOM.normal(size=(9, 16, 16, 1)).astype("float32")
+    store = nt.KernelStore.create(tmp_path / "images", stax.Conv(1, (1, 1))[2], images, get="nngp")
+    assert store.grid.rows == 4 and store.nngp.chunk_bytes == 4**2 * 256**2 * 4
+    assert nt.KernelStore.create(tmp_path / "vectors", FCN[2], np.ones((1500, 2))).grid.rows == 1024
+    with pytest.warns(UserWarning, match="11,325 files of 0 KiB"):
+        nt.KernelStore.create(tmp_path / "small", FCN[2], X1[:1].repeat(150, 0), tile=1)
+    with pytest.raises(ValueError, match="`tile` must be positive, got 0"):
+        nt.KernelStore.create(tmp_path / "none", FCN[2], X1, tile=0)
+
+
+@pytest.mark.parametrize("solver", [nt.predict.Cholesky(), nt.predict.PCG(rtol=1e-9, progress=False)], ids=repr)
+def test_predictions_from_a_store(tmp_path, monkeypatch, solver):
+    """The Gram matrix lies on disk, and the kernels of test points in another store."""
+    monkeypatch.setattr("nt_predict._tiles._TILE", 5)
+    train = computed(tmp_path / "train", FCN[2], X1, tile=3)
+    test = computed(tmp_path / "test", FCN[2], X2, X1, get="ntk", tile=3)
+    y, in_memory = RANDOM.normal(size=(len(X1), 2)), nt.predict.Gram(FCN[2], X1, "ntk", diag_reg=0.1)
+    fit = nt.predict.fit(nt.predict.Gram(train, get="ntk", diag_reg=0.1), y, solver)
+    np.testing.assert_allclose(fit.mean(test.ntk), nt.predict.fit(in_memory, y).mean(X2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AttributeError, match="has ntk only, not nngp"):
+        nt.predict.Gram(test)
+
+
 def test_executor(tmp_path):
     """The standard library's processes, with inputs that lie in a file."""
     np.save(tmp_path / "x.npy", np.concatenate([X2, X1]))

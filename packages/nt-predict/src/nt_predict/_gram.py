@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nt_core import batch
+from nt_core import KernelStore, batch
 from nt_core.grid import evenly
 from nt_core.layouts import make_2d
+from nt_core.store import StoredMatrix
 from nt_core.tracing import evaluate_now
 
 from nt_predict._factored import Factored
@@ -32,10 +33,11 @@ class Gram:
     Args:
       kernel: ``kernel_fn(x1, x2, get)``, of an infinite network or any function that returns an array, ``x2=None``
         standing for ``x1``; bind further keywords by ``functools.partial``. Or the train-train kernel itself, an array
-        of shape ``(n, n)``, or with a pair of axes for every axis of the labels that is not a trace axis.
+        of shape ``(n, n)``, or with a pair of axes for every axis of the labels that is not a trace axis; or the
+        :class:`nt_core.KernelStore` that it lies in, which :class:`PCG` reads in every pass.
       x_train: training inputs, samples along the first axis (of every array, if it is a tree of them); None for a
         kernel that is an array.
-      get: which kernel to ask ``kernel_fn`` for, ``'nngp'`` or ``'ntk'``.
+      get: which kernel to ask ``kernel_fn`` or the store for, ``'nngp'`` or ``'ntk'``.
       diag_reg: multiple of the identity to add, in units of the mean of the kernel's diagonal: the variance of the
         noise of the labels.
       diag_reg_absolute_scale: whether ``diag_reg`` is to be taken as it is, not in units of the mean of the diagonal.
@@ -69,7 +71,7 @@ class Gram:
                 f"train-train kernel as one array, `Gram(kernel_fn(x_train, None, 'ntk'))`; got "
                 f"{type(kernel).__name__} and {type(x_train).__name__}."
             )
-        self.kernel = kernel
+        self.kernel = getattr(kernel, get) if isinstance(kernel, KernelStore) else kernel
         self.x_train = x_train
         self.get = get
         self.diag_reg = diag_reg
@@ -92,7 +94,8 @@ class Gram:
         """
         if not callable(self.kernel):
             matrix = layout.given_matrix(self.kernel, "k_train_train")
-            return Tiles(len(matrix), 1, functools.partial(_part, matrix), False, progress)
+            stored = matrix.grid.rows if isinstance(matrix, StoredMatrix) else 1
+            return Tiles(len(matrix), 1, functools.partial(_part, matrix), False, progress, stored)
         kernel_fn, get = batch(self.kernel, progress=False), self.get
 
         def block(rows: np.ndarray, columns: np.ndarray | None) -> jax.Array:

@@ -14,6 +14,8 @@ from nt_core.progress import one_ahead, with_progress
 
 # Rows and columns of a tile at most: large enough to keep a device busy, and small enough for any memory.
 _TILE = 2048
+# Rows of a tile that are in double precision at a time: in the cache of a CPU.
+_ROWS = 256
 
 
 class Tiles:
@@ -26,6 +28,7 @@ class Tiles:
         for the same.
       hold: whether tiles are kept once they are known: half a matrix.
       progress: whether to show a bar during a pass that takes longer than a second.
+      multiple: tiles begin at multiples of so many samples, where what is read begins.
     """
 
     def __init__(
@@ -35,12 +38,13 @@ class Tiles:
         block: Callable[[np.ndarray, np.ndarray | None], jax.Array],
         hold: bool,
         progress: bool,
+        multiple: int = 1,
     ):
         self._block = block
         self._progress = progress
         self._kept: dict[Cell, jax.Array] | None = {} if hold else None
         self._positions = positions
-        size = evenly(n, max(1, _TILE // positions))
+        size = multiple * -(-evenly(n, max(1, _TILE // positions)) // multiple)
         self._grid = Grid(n, n, size, size, symmetric=True)
         self.passes = 0
         self.dtype = block(np.zeros(1, int), None).dtype
@@ -122,8 +126,12 @@ class Tiles:
 
 @jax.jit
 def _products(tile: jax.Array, right: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
-    tile = tile.astype(right.dtype)
-    return tile @ right, tile.T @ left
+    direct, mirrored = [], jnp.zeros((left.shape[1], tile.shape[1]), right.dtype)
+    for start in range(0, len(tile), _ROWS):
+        rows = tile[start : start + _ROWS].astype(right.dtype)
+        direct.append(rows @ right)
+        mirrored += left[start : start + _ROWS].T @ rows
+    return jnp.concatenate(direct), mirrored.T
 
 
 def _padded(samples: np.ndarray, size: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -19,6 +20,8 @@ from nt_core.store.task import NAMES, Task
 
 # Under this name the description of a store stands in the attributes of its group, as zarr has them.
 _ATTRIBUTE = "nt_core"
+# Above so many files below such a size there is a warning.
+_MANY_FILES, _SMALL_BYTES = 10_000, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ class KernelStore:
         x2: Any = None,
         *,
         get: Get = NAMES,
-        tile: int = 1024,
+        tile: int | None = None,
         **kwargs: Any,
     ) -> "KernelStore":
         """Makes a store for the kernel of two batches, or opens the one that is there, to go on with it.
@@ -111,8 +114,9 @@ class KernelStore:
           x1, x2: the batches; `x2=None` stands for `x1`. Arrays that are mapped from files (`numpy.memmap`) stay there,
             and are read tile by tile.
           get: "nngp", "ntk" or both.
-          tile: how many samples of each batch there are in a tile. What is lost when a computation is killed is a tile;
-            disks and networks like files of 1 to 16 MB, which are 512 to 2048 samples in single precision.
+          tile: how many samples of each batch there are in a tile. By default at most 1024, and fewer where the file of
+            a tile, which holds the covariances of all positions, would be larger than 8 MB. What is lost when a
+            computation is killed is a tile.
           **kwargs: for `kernel_fn`, as `batch` takes them.
 
         Raises:
@@ -129,14 +133,16 @@ class KernelStore:
         assert stored is not None
         differing = differences(stored["of"], given["of"])
         if stored["grid"] != given["grid"]:
-            differing.append(f"tile: the store has {stored['grid']['rows']}, given was {tile}")
+            differing.append(f"tile: the store has {stored['grid']['rows']}, given was {given['grid']['rows']}")
         if differing:
             raise ValueError(
                 f"The store at {path} is of another kernel:\n  "
                 + "\n  ".join(differing)
                 + "\nChoose another path, or remove that folder."
             )
-        return cls(path, task)
+        store = cls(path, task)
+        store._warn_of_small_files()
+        return store
 
     @property
     def nngp(self) -> StoredMatrix:
@@ -235,6 +241,15 @@ class KernelStore:
                 for matrix in self.matrices.values():
                     matrix.remove(tile)
         return damaged
+
+    def _warn_of_small_files(self) -> None:
+        smallest, n_tiles = min(matrix.chunk_bytes for matrix in self.matrices.values()), len(self.grid.cells())
+        if smallest < _SMALL_BYTES and n_tiles > _MANY_FILES:
+            warnings.warn(
+                f"The store at {self.path} will have {n_tiles:,} files of {smallest / 2**10:.0f} KiB for each matrix. "
+                f"Most file systems are faster with fewer of 1 to 16 MiB: give a larger `tile` than {self.grid.rows}.",
+                stacklevel=3,
+            )
 
     def _with_task(self) -> Task:
         if self._task is None:

@@ -1,5 +1,6 @@
 """One covariance matrix of a store: an array in the zarr format, one chunk a tile."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,11 @@ class StoredMatrix:
     def n_bytes(self, tile: Cell) -> int:
         """What a tile takes on disk."""
         return self._file(tile).stat().st_size
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What a whole tile takes on disk, without its checksum."""
+        return self.grid.rows * self.grid.columns * math.prod(self.shape[2:]) * self.dtype.itemsize
 
     def tiles(self) -> set[Cell]:
         """Returns the tiles that are on disk."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from nt_core.get import Get
 from nt_core.grid import Grid
-from nt_core.store.task import Task
+from nt_core.store.task import Task, usual_tile
 
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
@@ -64,7 +64,7 @@ def plan(
     n1: int | None = None,
     n2: int | None = None,
     get: Get = ("nngp", "ntk"),
-    tile: int = 1024,
+    tile: int | None = None,
     timed: int = 32,
     **kwargs: Any,
 ) -> Plan:
@@ -100,10 +100,12 @@ def plan(
     seconds = time.perf_counter() - start
     n1 = small.n1 if n1 is None else n1
     n2 = n1 if small.symmetric else small.n2 if n2 is None else n2
+    pair_bytes = [math.prod(m["entry"]) * int(m["dtype"][-2:]) // 8 for m in entries.values()]
+    tile = tile or usual_tile(max(pair_bytes))
     return Plan(
         Grid(n1, n2, min(tile, n1), min(tile, n2), small.symmetric),
         tuple(entries),
-        sum(math.prod(m["entry"]) * int(m["dtype"][-2:]) // 8 for m in entries.values()),
+        sum(pair_bytes),
         seconds / (small.rows * small.columns),
         small.rows,
     )
