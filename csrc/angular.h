@@ -157,13 +157,12 @@ template <bool kWide, bool kNtk, bool kCovariance, class Dual, class T>
 void other_dual_angular(const Work<T>& work, const Instance& instance, const Dual& dual, const Place& at,
                         const Vec<T>* u, const Vec<T>* t, Vec<T>* u_out, Vec<T>* t_out) {
   using V = Vec<T>;
-  const auto rows = dual_rows<Dual, kWide>(work, instance.value, at);
+  const auto rows = dual_rows<kWide>(work, instance.value, at);
   const Products<kWide, T> before(work, Statistic::kStd, work.value(instance).inputs[0], at);
   for (int x = 0; x < at.n; ++x) {
-    V of_first[Dual::kPlanes], of_second[Dual::kPlanes], value, factor;
-    rows.template get_at<kWide>(x, of_first, of_second);
+    V value, factor;
     const V deficit = fma(before(x), Distances<T>(u[x]).from_parallel, before.half_gap(x));
-    dual.template apply<kCovariance, kNtk>(deficit, of_first, of_second, value, factor);
+    dual.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor);
     if constexpr (kCovariance) {
       u_out[x] = value;
     } else {
@@ -182,7 +181,7 @@ void dual_angular(const Work<T>& work, const Instance& instance, const Place& at
                   Vec<T>* u_out, Vec<T>* t_out) {
   const Value& value = work.value(instance);
   dispatch(t_out != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
-    with_dual(value.activation, work.coefficients(value), [&](const auto& dual) {
+    with_dual(value.activation, work.coefficients(value), value.table, [&](const auto& dual) {
       if constexpr (std::is_same_v<std::decay_t<decltype(dual)>, AbRelu<T>>) {
         ab_relu_angular<kWide, ntk.value, covariance.value>(work, instance, at, u, t, u_out, t_out);
       } else {

@@ -1,11 +1,14 @@
 // Nonlinearities: what they do to a deficit, to the tangent kernel and to a variance. See docs/numerics.md.
 //
 // Each is a class with
-//   kPlanes          how many numbers it wants to have of each sample and position,
+//   kPlanes          how many numbers it wants to have of each sample and position (those with a table, beside its
+//                    terms),
 //   prepare          computes these from half the variance, and returns half the variance after it,
 //   apply            maps a deficit and the numbers of both samples to the deficit after it (the covariance if
 //                    `kCovariance`) and to the factor of the tangent kernel.
 #pragma once
+
+#include <type_traits>
 
 #include "duals_erf.h"
 #include "duals_exponential.h"
@@ -13,6 +16,7 @@
 #include "duals_hermite.h"
 #include "duals_rectified.h"
 #include "duals_relu.h"
+#include "duals_tabulated.h"
 #include "program.h"
 
 namespace nt {
@@ -23,13 +27,22 @@ namespace NT_LEVEL {
   static_assert(name<float>::kPlanes == planes && name<double>::kPlanes == planes);
 #include "table.def"
 
+template <class Dual, class T>
+Dual make_dual(const T* coefficients, const Table& table) {
+  if constexpr (std::is_constructible_v<Dual, const T*, const Table&>) {
+    return Dual(coefficients, table);
+  } else {
+    return Dual(coefficients);
+  }
+}
+
 // Calls a function with a nonlinearity.
 template <class T, class Call>
-void with_dual(Activation activation, const T* coefficients, const Call& call) {
+void with_dual(Activation activation, const T* coefficients, const Table& table, const Call& call) {
   switch (activation) {
 #define NT_ACTIVATION(name, n_coefficients, planes) \
   case Activation::k##name:                         \
-    return call(name<T>(coefficients));
+    return call(make_dual<name<T>>(coefficients, table));
 #include "table.def"
   }
 }

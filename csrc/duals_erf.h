@@ -25,7 +25,8 @@ struct Arcs : Legs<T> {
     return angle<T>(scale * planes[L::kVariance], planes[L::kLeg]);
   }
 
-  NT_INLINE Arcs(V scale, V unscaled, const V* first, const V* second) : L(scale, unscaled, first, second) {
+  template <class First, class Second>
+  NT_INLINE Arcs(V scale, V unscaled, const First& first, const Second& second) : L(scale, unscaled, first, second) {
     const V zero{}, half = broadcast(T(0.5)), one = broadcast(T(1));
     const V var1 = scale * first[L::kVariance], var2 = scale * second[L::kVariance], deficit = scale * unscaled;
     const V mean = L::mean, mean_leg = L::mean_leg;
@@ -56,8 +57,8 @@ class Erf {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const Arcs<T> arcs(scale_, deficit, first, second);
     const V after = amplitude_ * (angle<T>(arcs.sin, arcs.cos) - arcs.skew);
     value = deficit_or_covariance<kCovariance>(after, first, second);
@@ -90,8 +91,8 @@ class Gelu {
   }
 
   // Each term of the covariance is subtracted from its mean over (u, u) and (v, v).
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     using A = Arcs<T>;
     const V one = broadcast(T(1)), half = broadcast(T(0.5)), quarter = broadcast(T(0.25));
     const A arcs(one, deficit, first, second);

@@ -29,8 +29,8 @@ class Sin {
   }
 
   // With D the deficit of u and v and F that of u and -v, times b^2: 2/a^2 E f(u) f(v) = exp(-D) - cos(2 c) exp(-F).
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V d = square_ * deficit, total = square_ * (first[1] + second[1]);
     const V difference = square_ * (first[1] - second[1]);  // exact before it is scaled
     const V opposite = total - d;
@@ -69,8 +69,8 @@ class Rbf {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const ExpPair<T> near = exp_pair<T>(-rate_ * deficit);
     value = deficit_or_covariance<kCovariance>(-near.expm1, first, second);
     if constexpr (kNtk) factor = rate_ * near.exp;
@@ -96,8 +96,8 @@ class Exp {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V d = square_ * deficit, total = square_ * (first[1] + second[1]);
     const V difference = square_ * (first[1] - second[1]);  // exact before it is scaled
     // exp(var1) - exp(var2), but for its sign
@@ -130,8 +130,8 @@ class ExpNormalized {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V one = broadcast(T(1));
     const Angular<T> a = angular_deficit<T>(deficit, first[1] - second[1], first[2], second[2]);
     const V w = if_positive(a.scale, a.angular / if_positive(a.scale, a.scale, one), one);  // 1 - c

@@ -23,8 +23,8 @@ class Gaussian {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const L legs(scale_, deficit, first, second);
     const V after = amplitude_ * legs.inverse_deficit(first, second);
     value = deficit_or_covariance<kCovariance>(after, first, second);
@@ -59,8 +59,8 @@ class Gabor {
   }
 
   // See nt_core/activations/gaussian.py.
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V half = broadcast(T(0.5)), one = broadcast(T(1)), two = broadcast(T(2));
     const L legs(two, deficit, first, second);
     const V i = one / legs.leg, i1 = one / first[L::kLeg], i2 = one / second[L::kLeg];

@@ -114,8 +114,8 @@ class Polynomial {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     V after;
     series_.template dual<kNtk>(deficit, first[1], second[1], after, factor);
     value = deficit_or_covariance<kCovariance>(after, first, second);

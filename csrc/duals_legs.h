@@ -21,7 +21,8 @@ struct Legs {
     planes[kLeg] = sqrt(fma(scale + scale, var, broadcast(T(1))));
   }
 
-  NT_INLINE Legs(V scale, V deficit, const V* first, const V* second) {
+  template <class First, class Second>
+  NT_INLINE Legs(V scale, V deficit, const First& first, const Second& second) {
     const V half = broadcast(T(0.5)), one = broadcast(T(1));
     const V total = first[kVariance] + second[kVariance], apart = first[kVariance] - second[kVariance];
     mean_leg = half * (first[kLeg] + second[kLeg]);
@@ -36,7 +37,8 @@ struct Legs {
   }
 
   // The mean of the inverses of the own legs, less 1/leg.
-  NT_INLINE V inverse_deficit(const V* first, const V* second) const {
+  template <class First, class Second>
+  NT_INLINE V inverse_deficit(const First& first, const Second& second) const {
     return fma(mean_leg, leg_excess, gap) / (leg * (first[kLeg] * second[kLeg]));
   }
 };

@@ -52,8 +52,8 @@ class Step {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V one = broadcast(T(1));
     const Angular<T> a = angular_deficit<T>(deficit, first[1] - second[1], first[2], second[2]);
     const V w = a.angular / a.scale, opposite = one + one - w;
@@ -85,8 +85,8 @@ class RectifiedMonomial {
     return planes[0];
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V zero{}, one = broadcast(T(1)), half = broadcast(T(0.5));
     const int n = series_.degree();
     const V sign = broadcast(T(n % 2 ? -1 : 1));

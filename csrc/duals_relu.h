@@ -22,15 +22,15 @@ class AbRelu {
     return half * slope_;
   }
 
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     V before;
     apply<kCovariance, kNtk>(deficit, first, second, value, factor, before);
   }
 
   // And the covariance before it.
-  template <bool kCovariance, bool kNtk>
-  NT_INLINE void apply(V deficit, const V* first, const V* second, V& value, V& factor, V& before) const {
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor, V& before) const {
     const V zero{}, one = broadcast(T(1));
     const V scale = (first[0] + first[0]) * second[0];  // product of the standard deviations
     const V difference = first[0] - second[0];

@@ -253,19 +253,20 @@ template <class T>
 void run_dual(const DualJob<T>& job) {
   constexpr int kL = kLanes<T>;
   using V = Vec<T>;
-  with_dual(job.activation, job.coefficients, [&](const auto& dual) {
-    using Dual = std::decay_t<decltype(dual)>;
+  const int n_planes = info(job.activation).planes + job.table.terms;
+  const Buffer<V> first(n_planes), second(n_planes);
+  with_dual(job.activation, job.coefficients, job.table, [&](const auto& dual) {
     for (int64_t begin = 0; begin < job.n; begin += kL) {
-      V in[3]{}, first[Dual::kPlanes], second[Dual::kPlanes], value, factor;
+      V in[3]{}, value, factor;
       const int lanes = static_cast<int>(std::min<int64_t>(kL, job.n - begin));
       for (int l = 0; l < lanes; ++l) {
         in[0][l] = T(0.5) * job.variance1[begin + l];
         in[1][l] = T(0.5) * job.variance2[begin + l];
         in[2][l] = job.deficit[begin + l];
       }
-      const V half = dual.prepare(in[0], first);
-      dual.prepare(in[1], second);
-      dual.template apply<false, true>(in[2], first, second, value, factor);
+      const V half = dual.prepare(in[0], first.data());
+      dual.prepare(in[1], second.data());
+      dual.template apply<false, true>(in[2], first.data(), second.data(), value, factor);
       for (int l = 0; l < lanes; ++l) {
         job.variance_out[begin + l] = 2 * half[l];
         job.deficit_out[begin + l] = value[l];

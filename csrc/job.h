@@ -114,6 +114,7 @@ Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeRe
 template <class T>
 struct DualJob {
   Activation activation;
+  Table table;
   const T* coefficients;
   int64_t n;
   const T* variance1;

@@ -1,9 +1,11 @@
 // The Python module nt_core._native: which FFI it was built for, and its handlers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "handler.h"
 #include "job.h"
@@ -36,18 +38,25 @@ py::dict schema() {
 template <class T>
 using Numbers = py::array_t<T, py::array::c_style>;
 
-// (variance1 after it, deficit, factor of the tangent kernel) of a nonlinearity.
+// (variance1 after it, deficit, factor of the tangent kernel) of a nonlinearity. `activation` is what programs say of
+// it: its number, and the shape of its table if it has one.
 template <class T>
-py::tuple dual(int activation, Numbers<T> coefficients, Numbers<T> variance1, Numbers<T> variance2,
+py::tuple dual(const std::vector<int>& activation, Numbers<T> coefficients, Numbers<T> variance1, Numbers<T> variance2,
                Numbers<T> deficit) {
-  if (activation < 0 || activation >= nt::kNActivations) throw std::invalid_argument("activation");
-  const auto which = static_cast<nt::Activation>(activation);
+  if (activation.empty() || activation[0] < 0 || activation[0] >= nt::kNActivations) {
+    throw std::invalid_argument("activation");
+  }
+  const auto which = static_cast<nt::Activation>(activation[0]);
+  nt::Table table;
+  if (activation.size() == 5) table = {activation[1], activation[2], activation[3], activation[4]};
   const auto n = deficit.size();
-  if (coefficients.size() != nt::info(which).coefficients || variance1.size() != n || variance2.size() != n) {
+  if (coefficients.size() != nt::info(which).coefficients + table.size() || variance1.size() != n ||
+      variance2.size() != n) {
     throw std::invalid_argument("sizes of arrays");
   }
   Numbers<T> variance_out(n), deficit_out(n), factor(n);
   const nt::DualJob<T> job{which,
+                           table,
                            coefficients.data(),
                            n,
                            variance1.data(),

@@ -275,7 +275,7 @@ Record make_record(const Program& program, const Plan& pairs, bool one_position)
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
     if (averages[i] && !one_position) record.add(Statistic::kHalfAverage, i, n);
-    if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * info(value.activation).planes);
+    if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_planes(value));
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
       if (value.op == Op::kScale) record.add(Statistic::kUnscaled, i, 1);

@@ -31,26 +31,20 @@ void as_covariance(const Work<T>& work, const Instance& instance, const Place& a
   if (t_out && t_out != t) std::copy(t, t + at.n, t_out);
 }
 
-template <class Dual, bool kWide, class T>
-DualRows<T, Dual::kPlanes> dual_rows(const Work<T>& work, int value, const Place& at) {
-  DualRows<T, Dual::kPlanes> rows;
+template <bool kWide, class T>
+DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
   const int64_t n = n_positions(at.geometry.space);
-  rows.first[0] = first<kWide>(work, Statistic::kDual, value, at);
-  rows.second[0] = second(work, Statistic::kDual, value, at);
-  for (int k = 1; k < Dual::kPlanes; ++k) {
-    rows.first[k] = {rows.first[0].at + k * n * (kWide ? kLanes<T> : work.c.rows)};
-    rows.second[k] = {rows.second[0].at + k * n * kLanes<T>, rows.second[0].stride};
-  }
-  return rows;
+  return {first<kWide>(work, Statistic::kDual, value, at), second(work, Statistic::kDual, value, at),
+          n * (kWide ? kLanes<T> : work.c.rows), n * kLanes<T>};
 }
 
 template <bool kWide, class T>
 void dual(const Work<T>& work, const Instance& instance, const Place& at, const Vec<T>* d, const Vec<T>* t,
           Vec<T>* d_out, Vec<T>* t_out) {
   const Value& value = work.value(instance);
-  with_dual(value.activation, work.coefficients(value), [&](const auto& dual) {
+  with_dual(value.activation, work.coefficients(value), value.table, [&](const auto& dual) {
     using Dual = std::decay_t<decltype(dual)>;
-    const auto rows = dual_rows<Dual, kWide>(work, instance.value, at);
+    const auto rows = dual_rows<kWide>(work, instance.value, at);
     dispatch(t_out != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
       dual_row<T, Dual, kWide, ntk.value, covariance.value>(at.n, d, t, dual, rows, d_out, t_out);
     });
@@ -114,7 +108,7 @@ void tied_and_relu(const Work<T>& work, const Instance& instance, const Instance
     tied_relu<T, kWide, ntk.value, covariance.value, kRows>(
         at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
         work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
-        dual_rows<AbRelu<T>, kWide>(work, relu.value, at), d_out, t_out);
+        dual_rows<kWide>(work, relu.value, at), d_out, t_out);
   });
 }
 

@@ -46,6 +46,7 @@ class Reader {
 // than 32.
 constexpr int kMaxSize = 1 << 20;
 constexpr int64_t kMaxPositions = 1 << 24;
+constexpr int kMaxTerms = 1 << 10, kMaxDegreeOfTable = 1 << 5, kMaxExponent = 1 << 7;
 
 // The product of what are not negative, which must stay a size of something in memory.
 int64_t product(std::initializer_list<int64_t> factors, const char* what) {
@@ -78,12 +79,21 @@ void read_windows(Reader& reader, Value& value) {
   if (taps > kMaxPositions) malformed("a window has more than 2^24 positions");
 }
 
-int coefficients_of(const Value& value) {
+Table read_table(Reader& reader) {
+  Table table;
+  table.terms = reader.next(2, kMaxTerms, "the number of terms");
+  table.degree = reader.next(0, kMaxDegreeOfTable, "the degree of a table");
+  table.lowest = reader.next(-kMaxExponent, kMaxExponent, "the lowest octave");
+  table.octaves = reader.next(1, 2 * kMaxExponent, "the number of octaves");
+  return table;
+}
+
+int64_t coefficients_of(const Value& value) {
   switch (value.op) {
     case Op::kTied:
       return 4;
     case Op::kDual:
-      return info(value.activation).coefficients;
+      return info(value.activation).coefficients + value.table.size();
     case Op::kNormalize:
     case Op::kDropout:
       return 1;
@@ -241,6 +251,7 @@ Program decode_program(const int64_t* code, int64_t length) {
         break;
       case Op::kDual:
         value.activation = static_cast<Activation>(reader.next(0, kNActivations - 1, "an activation"));
+        if (value.activation == Activation::kTabulated) value.table = read_table(reader);
         break;
       case Op::kPool:
         value.mean = reader.flag("mean");

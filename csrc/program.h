@@ -57,7 +57,18 @@ inline constexpr const ActivationInfo& info(Activation activation) {
   return kActivations[static_cast<int>(activation)];
 }
 
-inline constexpr int64_t kEncoding = 5;  // changes with the layout of the code
+// The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
+// octave and power, the columns; then for each octave, how many terms count; then the value of the function at 0, and
+// for each term the power of the deviation that it is in proportion to below the first octave.
+struct Table {
+  int terms = 0, degree = 0, lowest = 0, octaves = 0;  // octaves from 2^lowest on
+
+  // The terms, half the variance after, and of the rest of the even and of the odd part the roots and the orders.
+  int columns() const { return terms + 5; }
+  int64_t size() const { return terms == 0 ? 0 : int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + 1 + terms; }
+};
+
+inline constexpr int64_t kEncoding = 6;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {
@@ -75,6 +86,7 @@ struct Value {
   std::array<std::vector<int>, kAxes> positions;
   Index3 order{0, 1, 2};
   Activation activation = Activation::kAbRelu;
+  Table table;                           // kDual, of kTabulated
   std::array<bool, kAxes> normalized{};  // kNormalize: axes averaged over
   bool weighted = false;                 // kNormalize: by numbers of each sample and position
   int channels = 1;                      // kInputs
@@ -82,6 +94,9 @@ struct Value {
   bool has_own = false;                  // kMaterialised: so are covariances of each sample with itself
   bool same_position = false;            // kMaterialised: only pairs of equal positions are stored
 };
+
+// How many numbers the nonlinearity wants to have of each sample and position.
+inline int n_planes(const Value& value) { return info(value.activation).planes + value.table.terms; }
 
 // Whether numbers of each sample and position come with it.
 inline bool has_numbers(const Value& value) {

@@ -64,36 +64,54 @@ NT_INLINE V sum_across(const V* const* rows, int x) {
   return sum;
 }
 
-// What a dual wants to know of the samples, plane after plane.
-template <class T, int kPlanes>
+// What a dual wants to know of one sample at one position: its numbers.
+template <bool kWide, class T>
+struct Numbers1 {
+  const T* at;
+  int64_t step;
+
+  NT_INLINE Vec<T> operator[](int k) const {
+    if constexpr (kWide) return load(at + k * step);
+    return broadcast(at[k * step]);
+  }
+};
+template <class T>
+struct Numbers2 {
+  const T* at;
+  int64_t step;
+
+  NT_INLINE Vec<T> operator[](int k) const { return load(at + k * step); }
+};
+
+// The same along a row. The numbers lie plane after plane: `step` is from one to the next.
+template <class T>
 struct DualRows {
-  Row1<T> first[kPlanes];
-  Row2<T> second[kPlanes];
+  Row1<T> row1;
+  Row2<T> row2;
+  int64_t step1, step2;
 
   template <bool kWide>
-  NT_INLINE void get_at(int x, Vec<T>* of_first, Vec<T>* of_second) const {
-    for (int k = 0; k < kPlanes; ++k) {
-      of_first[k] = get<kWide>(first[k], x);
-      of_second[k] = get(second[k], x);
-    }
+  NT_INLINE Numbers1<kWide, T> first(int x) const {
+    return {row1.at + (kWide ? int64_t{x} * kLanes<T> : x), step1};
   }
+  NT_INLINE Numbers2<T> second(int x) const { return {row2.at + int64_t{x} * row2.stride, step2}; }
 };
 
 // A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
 // over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window.
 template <class T, bool kWide, bool kNtk, bool kCovariance, int kRows>
 void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
-               DualRows<T, AbRelu<T>::kPlanes> rows, Vec<T>* d_out, Vec<T>* t_out) {
+               DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out) {
   using V = Vec<T>;
   const V w = broadcast(weight);
   const V* const rows_d[3] = {d[0] + begin, kRows > 1 ? d[1] + begin : nullptr, kRows > 2 ? d[2] + begin : nullptr};
   const V* const rows_t[3] = {kNtk ? t[0] + begin : nullptr, kNtk && kRows > 1 ? t[1] + begin : nullptr,
                               kNtk && kRows > 2 ? t[2] + begin : nullptr};
   for (int x = 0; x < n; ++x) {
-    V value, factor, before, first[2], second[2];
-    rows.template get_at<kWide>(x, first, second);
+    V value, factor, before;
     const V deficit = sum_across<kRows>(rows_d, x) * w;
-    relu.template apply<kCovariance, kNtk>(deficit, first, second, value, factor, before);
+    relu.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor,
+                                           before);
     if constexpr (kNtk) t_out[x] = fma(sum_across<kRows>(rows_t, x), w, before) * factor;
     d_out[x] = value;
   }
@@ -101,12 +119,10 @@ void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
 
 // A dual alone.
 template <class T, class Dual, bool kWide, bool kNtk, bool kCovariance>
-void dual_row(int n, const Vec<T>* d, const Vec<T>* t, Dual dual, DualRows<T, Dual::kPlanes> rows, Vec<T>* d_out,
-              Vec<T>* t_out) {
+void dual_row(int n, const Vec<T>* d, const Vec<T>* t, Dual dual, DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out) {
   for (int x = 0; x < n; ++x) {
-    Vec<T> value, factor, first[Dual::kPlanes], second[Dual::kPlanes];
-    rows.template get_at<kWide>(x, first, second);
-    dual.template apply<kCovariance, kNtk>(d[x], first, second, value, factor);
+    Vec<T> value, factor;
+    dual.template apply<kCovariance, kNtk>(d[x], rows.template first<kWide>(x), rows.second(x), value, factor);
     if constexpr (kNtk) t_out[x] = t[x] * factor;
     d_out[x] = value;
   }

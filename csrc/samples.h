@@ -52,12 +52,12 @@ Vec<T> half_mean_square(const T* x, int channels) {
 }
 
 template <class Dual, class T>
-void prepare_dual(const Dual& dual, const T* half_in, int64_t n, T* planes, T* half) {
+void prepare_dual(const Dual& dual, int n_planes, const T* half_in, int64_t n, T* planes, T* half) {
   constexpr int kL = kLanes<T>;
+  const Buffer<Vec<T>> of_sample(n_planes);
   for (int64_t p = 0; p < n; ++p) {
-    Vec<T> of_sample[Dual::kPlanes];
-    const Vec<T> after = dual.prepare(load(half_in + p * kL), of_sample);
-    for (int k = 0; k < Dual::kPlanes; ++k) store(planes + (k * n + p) * kL, of_sample[k]);
+    const Vec<T> after = dual.prepare(load(half_in + p * kL), of_sample.data());
+    for (int k = 0; k < n_planes; ++k) store(planes + (k * n + p) * kL, of_sample.data()[k]);
     if (half) store(half + p * kL, after);
   }
 }
@@ -136,8 +136,8 @@ class RecordWriter {
         if (half) tied(value, coefficient, half_in, plane(Statistic::kHalfAverage, i), half);
         return;
       case Op::kDual:
-        with_dual(value.activation, coefficient, [&](const auto& dual) {
-          prepare_dual(dual, half_in, n_positions(value.space), plane(Statistic::kDual, i), half);
+        with_dual(value.activation, coefficient, value.table, [&](const auto& dual) {
+          prepare_dual(dual, n_planes(value), half_in, n_positions(value.space), plane(Statistic::kDual, i), half);
         });
         return;
       case Op::kScale:

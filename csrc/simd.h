@@ -145,5 +145,21 @@ NT_INLINE bool any_positive(V x) {
 
 #endif
 
+// The largest of the lanes.
+template <class V>
+NT_INLINE auto largest(V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x[0]) == sizeof(float)) {
+    return _mm512_reduce_max_ps((__m512)x);
+  } else {
+    return _mm512_reduce_max_pd((__m512d)x);
+  }
+#else
+  auto most = x[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(x[0]); ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
 }  // namespace NT_LEVEL
 }  // namespace nt

@@ -31,7 +31,7 @@ def in_jax(activation, arguments, dtype):
 
 def in_cpp(activation, arguments, dtype):
     """Returns those of the `cpu` backend, at the best instruction set of this machine."""
-    number, coefficients = encode_activation(activation)
+    number, coefficients = encode_activation(activation, dtype)
     return _native.dual(number, np.array(coefficients, dtype), *(np.asarray(x, dtype) for x in arguments))
 
 

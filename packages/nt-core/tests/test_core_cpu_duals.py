@@ -1,10 +1,14 @@
 """The nonlinearities of the native engine by themselves, against closed forms in 50 digits over the whole range."""
 
+import jax
+import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
 from closed_forms import CLOSED_FORMS, any_ratio, check_backward_error, equal, exact_dual, nearly_equal, samples
 from nt_core import _native
+from nt_core.activations import ABRelu, ElementwiseNumerical, Erf, Gelu, Polynomial, Sin
+from nt_core.backends.base import Refused
 from nt_core.backends.cpu.duals import encode_activation
 
 LEVELS = ["baseline", "avx2", "avx512"]  # those that the machine does not have are the best one that it has
@@ -19,8 +23,8 @@ def level(request):
 
 def native_dual(name, arguments, dtype):
     """Returns the variance, the deficit and the factor after an activation."""
-    number, coefficients = encode_activation(CLOSED_FORMS[name][0])
-    return _native.dual(number, np.array(coefficients, dtype), *(np.asarray(x, dtype) for x in arguments))
+    activation, coefficients = encode_activation(CLOSED_FORMS[name][0], np.dtype(dtype).name)
+    return _native.dual(activation, np.array(coefficients, dtype), *(np.asarray(x, dtype) for x in arguments))
 
 
 each_closed_form = pytest.mark.parametrize("name", CLOSED_FORMS)
@@ -69,3 +73,101 @@ def test_nan_stays_nan(name, dtype, level):
     one, bad = np.ones(1, dtype), np.full(1, np.nan, dtype)
     for arguments in ((bad, one, bad), (one, bad, bad)):
         assert np.isnan(native_dual(name, arguments, dtype)[1])
+
+
+# --- Tables of Hermite coefficients
+
+FUNCTIONS = {
+    "erf": (jax.scipy.special.erf, Erf(1.0, 1.0, 0.0)),
+    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), Gelu()),
+    "sin": (lambda x: jnp.sin(x + 0.3), Sin(1.0, 1.0, 0.3)),
+    "polynomial": (lambda x: x**5 - x**2, Polynomial((0.0, 0.0, -1.0, 0.0, 0.0, 1.0))),
+    "relu": (jax.nn.relu, ABRelu(0.0, 1.0)),
+}
+SMOOTH = [name for name in FUNCTIONS if name != "relu"]
+VARIANCES = [0.0, 1e-26, 1e-9, 1e-7, 0.013, 0.3, 1.0, 2.1, 7.9]
+CORRELATIONS = [-1.0, -0.9, -0.3, 0.0, 0.1, 0.7, 1 - 1e-3, 1 - 1e-7, 1.0]
+
+
+def pairs(dtype, largest=10):
+    """Variances and deficits of all pairs of the variances, for all correlations."""
+    variances = [var for var in VARIANCES if var <= largest]
+    var1, var2, correlation = (x.ravel() for x in np.meshgrid(variances, variances, CORRELATIONS))
+    deficit = 0.5 * (np.sqrt(var1) - np.sqrt(var2)) ** 2 + np.sqrt(var1 * var2) * (1 - correlation)
+    return [x.astype(dtype) for x in (var1, var2, deficit)]
+
+
+def tabulated(fn, arguments, dtype, deg=60):
+    activation, coefficients = encode_activation(ElementwiseNumerical(fn, None, deg), np.dtype(dtype).name)
+    with np.errstate(over="ignore"):  # at variances that nobody has
+        return _native.dual(activation, np.concatenate(coefficients).astype(dtype), *arguments)
+
+
+def closed_form(activation, arguments):
+    with jax.enable_x64(True):
+        var1, var2, deficit = (jnp.asarray(x, jnp.float64) for x in arguments)
+        variances = [np.asarray(activation.variance(var)) for var in (var1, var2)]
+        return variances, *map(np.asarray, activation.dual(var1, var2, deficit))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_tables_give_closed_forms(name, dtype, level):
+    """Everywhere: also of zeros, of variances below the first octave, and of nearly equal inputs."""
+    fn, activation = FUNCTIONS[name]
+    # 120 terms are as many as double precision asks for at a variance of 1.
+    arguments = pairs(dtype, 10 if dtype == "float32" else 1)
+    variance, deficit, factor = tabulated(fn, arguments, dtype)
+    (exact1, exact2), exact, exact_factor = closed_form(activation, arguments)
+    eps = 64 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(variance, exact1, rtol=eps, atol=1e-32)
+    np.testing.assert_array_less(np.abs(deficit - exact), eps * (exact1 + exact2) + 1e-30)
+    var1, var2 = (x.astype(float) for x in arguments[:2])
+    slopes = [closed_form(activation, (var, var, 0 * var))[2] for var in (var1, var2)]
+    # Where variances differ, the deficit says little of the correlation. Nothing is left of slopes of 0.
+    digits = 1 + (var1 + var2) / np.sqrt(np.maximum(var1 * var2, 1e-100))
+    np.testing.assert_array_less(np.abs(factor - exact_factor), eps * digits * np.sqrt(slopes[0] * slopes[1]) + 2e-16)
+
+
+def test_tables_of_functions_with_kinks(dtype):
+    """The variance and the factor of equal inputs are exact, the rest is near."""
+    fn, activation = FUNCTIONS["relu"]
+    arguments = pairs(dtype)
+    variance, deficit, factor = tabulated(fn, arguments, dtype, 25)
+    (exact1, exact2), exact, exact_factor = closed_form(activation, arguments)
+    np.testing.assert_allclose(variance, exact1, rtol=32 * np.finfo(dtype).eps, atol=1e-32)
+    np.testing.assert_array_less(np.abs(deficit - exact), 1e-4 * (exact1 + exact2) + 1e-30)
+    is_told = np.minimum(arguments[0], arguments[1]) > 1e-5 * np.maximum(arguments[0], arguments[1])
+    np.testing.assert_allclose(factor[is_told], exact_factor[is_told], atol=1e-2)
+    equal_inputs = (arguments[0] == arguments[1]) & (arguments[2] == 0) & (arguments[0] > 0)
+    np.testing.assert_allclose(factor[equal_inputs], 0.5, rtol=1e-6)
+
+
+def test_tables_keep_the_relative_accuracy_of_nearly_equal_inputs(dtype, level):
+    var = np.full(4, 1.3, dtype)
+    deficit = np.array([1e-2, 1e-5, 1e-8, 1e-12], dtype)
+    got = tabulated(FUNCTIONS["sin"][0], (var, var, deficit), dtype)[1]
+    np.testing.assert_allclose(got, closed_form(FUNCTIONS["sin"][1], (var, var, deficit))[1], rtol=1e-6)
+
+
+def test_tables_do_not_mix_pairs(dtype, level):
+    """How many terms are added depends on all pairs that are side by side, what they add up to does not."""
+    arguments = pairs(dtype)
+    together = tabulated(jnp.tanh, arguments, dtype)
+    for i in range(0, len(arguments[0]), 37):
+        alone = tabulated(jnp.tanh, [x[i : i + 1] for x in arguments], dtype)
+        np.testing.assert_array_equal([x[0] for x in alone], [x[i] for x in together])
+
+
+def test_tables_end_in_nan(dtype):
+    """Not in a wrong number: what is a variance of 2^31 to a function of which 120 coefficients are known?"""
+    arguments = [np.array([x], dtype) for x in (2.0**31, 1.0, 2.0**30)]
+    assert np.isnan(tabulated(jnp.tanh, arguments, dtype)).all()
+
+
+def test_functions_that_depend_on_what_is_traced_have_no_table():
+    def encoded(slope):
+        with pytest.raises(Refused, match="depends on values that are traced"):
+            encode_activation(ElementwiseNumerical(lambda x: jnp.tanh(slope * x), None, 20), "float32")
+        return slope
+
+    jax.jit(encoded)(2.0)

@@ -11,7 +11,7 @@ def registrations() -> dict[str, Any]:
     """The handlers: FFI target name -> capsule."""
 
 def dual(
-    activation: int, coefficients: np.ndarray, variance1: np.ndarray, variance2: np.ndarray, deficit: np.ndarray
+    activation: list[int], coefficients: np.ndarray, variance1: np.ndarray, variance2: np.ndarray, deficit: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A nonlinearity by itself, for tests: (variance1 after it, deficit after it, factor of the tangent kernel)."""
 

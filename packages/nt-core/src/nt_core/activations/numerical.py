@@ -76,7 +76,7 @@ class ElementwiseNumerical(Activation):
     def _coefficients(self, var: Array) -> "_Coefficients":
         nodes, weights, products = _quadrature(self.deg, var.dtype)
         at = _at(nodes, var)
-        values, slopes = self.fn(at), (_derivative(self.fn) if self.df is None else self.df)(at)
+        values, slopes = self.fn(at), derivative_of(self)(at)
         a = jnp.tensordot(products, values, 1, precision=lax.Precision.HIGHEST)
         orders = np.arange(len(products), dtype=var.dtype).reshape(-1, *[1] * var.ndim)
 
@@ -184,19 +184,39 @@ def _mean(weights: Array, values: Array) -> Array:
 
 def _quadrature(degree: int, dtype: Any) -> tuple[Array, Array, Array]:
     """Returns nodes, weights, and the products of weights and Hermite polynomials, `(terms, nodes)`."""
-    nodes, weights, products = _tables(min(2 * int(degree), _MAX_TERMS))
+    n_terms = number_of_terms(degree)
+    # More than two nodes for each wave of the last polynomial.
+    nodes, weights, products = hermite_functions(n_terms, 1, int(0.7 * _end(n_terms) * math.sqrt(n_terms)) + 40)
     is_number = weights > float(jnp.finfo(dtype).tiny)
     nodes, weights, products = (jnp.asarray(x[..., is_number], dtype) for x in (nodes, weights, products))
     return nodes, weights, products
 
 
+def number_of_terms(degree: int) -> int:
+    """Returns how many coefficients a degree stands for."""
+    return min(2 * int(degree), _MAX_TERMS)
+
+
+def _end(n_terms: int) -> float:
+    """Beyond, the last polynomial no longer oscillates."""
+    return 2 * math.sqrt(n_terms) + 8
+
+
 @lru_cache
-def _tables(n_terms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gauss-Legendre on either side of 0, so that kinks there do no harm; in double precision."""
-    # As far out as the last polynomial oscillates, and with more than two nodes for each of its waves.
-    end = 2 * math.sqrt(n_terms) + 8
-    half, half_weights = np.polynomial.legendre.leggauss(int(0.7 * end * math.sqrt(n_terms)) + 40)
-    half, half_weights = 0.5 * end * (half + 1), 0.5 * end * half_weights
+def hermite_functions(n_terms: int, n_panels: int, n_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns nodes and weights for means over a normal variable, and the products of weights and Hermite polynomials.
+
+    Args:
+      n_terms: how many polynomials.
+      n_panels, n_nodes: of Gauss-Legendre quadrature on either side of 0, so that kinks there do no harm.
+
+    Returns:
+      `(nodes,)`, `(nodes,)` and `(terms, nodes)`, in double precision.
+    """
+    at, widths = np.polynomial.legendre.leggauss(n_nodes)
+    width = _end(n_terms) / n_panels
+    half = (width * (np.arange(n_panels)[:, None] + 0.5 * (at + 1))).ravel()
+    half_weights = np.tile(0.5 * width * widths, n_panels)
     nodes, widths = np.concatenate([-half[::-1], half]), np.concatenate([half_weights[::-1], half_weights])
     root = np.exp(-(nodes**2) / 4) / (2 * math.pi) ** 0.25  # of the density: polynomials times it are bounded
     functions = [root, nodes * root]
@@ -205,9 +225,13 @@ def _tables(n_terms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return nodes, widths * root**2, widths * root * np.stack(functions)
 
 
+def derivative_of(activation: ElementwiseNumerical) -> ScalarFunction:
+    """Returns the derivative of the function, that was given or is found by differentiation."""
+    return _derivative(activation.fn) if activation.df is None else activation.df
+
+
 @lru_cache
 def _derivative(fn: ScalarFunction) -> ScalarFunction:
-    """Returns the derivative of an elementwise function."""
 
     def derivative(x):
         return jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]

@@ -92,7 +92,7 @@ def _call(program: Program, sources: tuple[Source, ...], request: Request, batch
     """One call of the engine, see `encode`."""
     encoded = encode(program, sources, request, batches)
     dtype, (n1, n2) = dtype_of(sources[0]), (sources[0].spec.n1, sources[0].spec.n2)
-    operands = [jnp.stack([jnp.asarray(c, dtype) for c in encoded.coefficients])]
+    operands = [jnp.concatenate([jnp.ravel(jnp.asarray(c, dtype)) for c in encoded.coefficients])]
     for source, form in zip(sources, encoded.forms, strict=False):
         operands.extend(_operands(source, form, encoded))
     operands.extend(numbers.astype(dtype) for numbers in encoded.numbers)

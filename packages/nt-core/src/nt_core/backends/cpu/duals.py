@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from nt_core.activations import (
     ABRelu,
     Activation,
+    ElementwiseNumerical,
     Erf,
     Exp,
     ExpNormalized,
@@ -20,12 +21,23 @@ from nt_core.activations import (
     Step,
 )
 from nt_core.activations.hermite import Expansion, Series, power
+from nt_core.activations.tables import CoefficientTable, coefficient_table
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu import native
 
 
-def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
-    """The number of an activation and its coefficients, as the classes of csrc/duals_*.h expect them."""
+def encode_activation(activation: Activation, precision: str) -> tuple[list[int], list[Any]]:
+    """What programs say of an activation, and its coefficients, as the classes of csrc/duals_*.h expect them.
+
+    Args:
+      activation: the activation.
+      precision: the name of the type that is computed in.
+
+    Returns:
+      Its number, and the shape of its table if it has one; and the coefficients: numbers, which may be traced, or
+      the array of the table.
+    """
+    shape: list[int] = []
     match activation:
         case ABRelu(a, b):
             name, coefficients = "AbRelu", [(a * a + b * b) / 2, (a - b) * (a - b) / 2]
@@ -53,9 +65,19 @@ def encode_activation(activation: Activation) -> tuple[int, list[Any]]:
             name, coefficients = "Polynomial", _table(activation.expansion())
         case RectifiedMonomial(degree):
             name, coefficients = "RectifiedMonomial", _table(power(degree))
+        case ElementwiseNumerical():
+            name, (numbers, *shape) = "Tabulated", _coefficient_table(activation, precision)
+            coefficients = [numbers]
         case _:
             raise Refused(f"the dual of {type(activation).__name__} is not native")
-    return native.schema()["activations"][name], coefficients
+    return [native.schema()["activations"][name], *shape], coefficients
+
+
+def _coefficient_table(activation: ElementwiseNumerical, precision: str) -> CoefficientTable:
+    try:
+        return coefficient_table(activation, precision)
+    except TypeError as error:
+        raise Refused("the function of ElementwiseNumerical depends on values that are traced") from error
 
 
 def _table(expansion: Expansion) -> list[Any]:

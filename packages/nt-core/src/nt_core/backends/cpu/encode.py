@@ -32,10 +32,11 @@ from nt_core.lowering.primitives import (
     Untie,
 )
 from nt_core.program import Program
-from nt_core.sources import Inputs, Source, identical_batches, is_symmetric, same_batches
+from nt_core.sources import Inputs, Source, dtype_of, identical_batches, is_symmetric, same_batches
 
 # Positions whose pairs are kept, squared: all pairs of them for 16 pairs of samples at a time, in each thread.
 _MAX_KEPT_PAIRS = 2**21
+_MAX_COEFFICIENTS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Encoded:
 
     Attributes:
       code: its structure.
-      coefficients: the numbers in it, which may be traced. The first two say whether both batches hold equal samples,
-        and whether they hold the same ones to dropout.
+      coefficients: the numbers in it, which may be traced, and tables of numbers, one after another. The first two say
+        whether both batches hold equal samples, and whether they hold the same ones to dropout.
       numbers: those of each sample and position that come with steps, `(n, positions)`.
       symmetric: the second batch is the first.
       covariances: the engine returns the covariance of each sample with itself.
@@ -99,7 +100,10 @@ class _Encoder:
         self._copied: dict[tuple[int, tuple[int, ...]], int] = {}  # the same, of copies of values with their axes
         self._values: list[list[int]] = []
         self._spaces: list[tuple[int, ...]] = []
+        self._precision = dtype_of(sources[0]).name
         self._coefficients: list[Any] = [identical_batches(sources), same_batches(sources)]
+        self._n_coefficients = len(self._coefficients)
+        self._tables: dict[int, int] = {}  # where the tables of activations start, by their identities
         self._numbers: list[Array] = []
 
     def encode(self) -> Encoded:
@@ -117,7 +121,7 @@ class _Encoder:
             spec.n2,
             self._symmetric,
             self._covariances,
-            len(self._coefficients),
+            self._n_coefficients,
             len(self._sources),
             len(self._values),
             len(outputs),
@@ -217,8 +221,8 @@ class _Encoder:
                 coefficients = [primitive.w_var, b_var, primitive.own_w, primitive.own_b]
                 return self._tied(number, node, primitive.windows, inputs[0], primitive.follows, coefficients)
             case Dual():
-                activation, coefficients = encode_activation(primitive.activation)
-                return self._add("Dual", form.deficit, space, inputs, [activation], coefficients)
+                parameters, coefficients = encode_activation(primitive.activation, self._precision)
+                return self._add("Dual", form.deficit, space, inputs, parameters, coefficients)
             case Pool():
                 if not self._mixes_positions(node):
                     return self._pool_of_equal_positions(number, node, primitive, inputs[0])
@@ -356,12 +360,26 @@ class _Encoder:
         coefficients: Iterable[Any] = (),
     ) -> int:
         """Appends a value, and returns its number in the code."""
-        start = len(self._coefficients)
-        self._coefficients.extend(coefficients)
+        start = self._write_coefficients(list(coefficients))
         count = [len(inputs)] if inputs else []
         self._values.append([self._ops[op], deficit, start, *space, *count, *inputs, *map(int, parameters)])
         self._spaces.append(space)
         return len(self._values) - 1
+
+
+    def _write_coefficients(self, coefficients: list[Any]) -> int:
+        """Appends coefficients, or finds a table that is there, and returns where they start."""
+        table = next((id(c) for c in coefficients if np.ndim(c)), None)
+        if table in self._tables:
+            return self._tables[table]
+        start = self._n_coefficients
+        self._coefficients.extend(coefficients)
+        self._n_coefficients += sum(map(np.size, coefficients))
+        if self._n_coefficients > _MAX_COEFFICIENTS:
+            raise Refused(f"more than {_MAX_COEFFICIENTS} coefficients of activations")
+        if table is not None:
+            self._tables[table] = start
+        return start
 
 
 def _flat(windows: list[Window]) -> list[int]:

@@ -1,0 +1,161 @@
+// Any activation, by its Hermite coefficients, which tables give for a variance.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "duals_common.h"
+#include "program.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// With a_k and b_k the coefficients at the variances of u and v, w = 1 - c for a correlation c, and e_k = 1 - c^k, the
+// deficit after is the sum of (a_k - b_k)^2 / 2 + a_k b_k e_k. What is beyond the terms, of the even and of the odd
+// part of the function, is taken for one term each: see nt_core/activations/numerical.py.
+template <class T>
+class Tabulated {
+  using V = Vec<T>;
+  static constexpr int kL = kLanes<T>;
+
+ public:
+  enum Plane { kHalfAfter, kHalf, kStd, kTerms, kRoot, kOrder = kRoot + 2, kPlanes = kOrder + 2 };  // then a_k
+
+  Tabulated(const T* numbers, const Table& table) : numbers_(numbers), table_(table) {}
+
+  V prepare(V half, V* planes) const {
+    std::fill(planes, planes + kPlanes + table_.terms, V{});
+    std::vector<T> scratch(table_.columns());
+    for (int l = 0; l < kL; ++l) {
+      const auto put = [&](int k, T number) { planes[k][l] = number; };
+      put(kHalf, half[l]);
+      prepare(half[l] + half[l], scratch, put);
+    }
+    return planes[kHalfAfter];
+  }
+
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
+    const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
+    const V difference = first[kHalf] - second[kHalf];
+    const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
+    // Inputs of variance 0 are uncorrelated.
+    const V w = a.angular / a.scale, c = if_positive(first[kHalf], if_positive(second[kHalf], one - w, zero), zero);
+    // The sums of a_k b_k (1 + c + ... + c^(k-1)) and of k a_k b_k c^(k-1), from the last term to the first. Each pair
+    // has as many terms as its samples need; those that another pair needs beside it do not change it.
+    const V terms = max(first[kTerms], second[kTerms]);
+    const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
+    V suffix = zero, sum = zero, slope = zero, square = zero, order = broadcast(T(most - 1));
+    const auto add = [&](int k, auto is_for_all) {
+      V both = first[kPlanes + k] * second[kPlanes + k], apart = first[kPlanes + k] - second[kPlanes + k];
+      if constexpr (!is_for_all.value) {
+        const V is_needed = terms - order;
+        both = if_positive(is_needed, both, zero);
+        apart = if_positive(is_needed, apart, zero);
+      }
+      square = fma(apart, apart, square);
+      suffix += both;
+      sum = fma(c, sum, suffix);
+      if constexpr (kNtk) slope = fma(c, slope, order * both);
+      order -= one;
+    };
+    int k = most - 1;
+    for (; k >= least; --k) add(k, std::false_type{});
+    for (; k > 0; --k) add(k, std::true_type{});
+    const V apart = first[kPlanes] - second[kPlanes];
+    square = fma(apart, apart, square);
+    V after = fma(w, sum, half * square);
+    if (most == table_.terms) {  // these were not enough
+      add_rest<kNtk>(0, first, second, w, after, slope);
+      add_rest<kNtk>(1, first, second, w, after, slope);
+    }
+    value = deficit_or_covariance<kCovariance>(after, first, second);
+    if constexpr (kNtk) factor = slope / a.scale;
+  }
+
+ private:
+  // The numbers of one sample and position, with the variance `var`.
+  template <class Put>
+  void prepare(T var, std::vector<T>& at, const Put& put) const {
+    const T lowest = std::ldexp(T(1), table_.lowest);
+    const int columns = table_.columns(), rows = table_.degree + 1;
+    int exponent = 0;
+    std::frexp(var, &exponent);
+    const int octave = var < lowest ? 0 : exponent - 1 - table_.lowest;
+    if (!(octave < table_.octaves)) {  // or NaN
+      for (int k = 0; k < kPlanes + table_.terms; ++k) put(k, std::numeric_limits<T>::quiet_NaN());
+      put(kTerms, T(1));
+      return;
+    }
+    const T deviation = std::max(std::sqrt(var), kSmallest);
+    const T place = var < lowest ? T(-1) : std::ldexp(var, 2 - exponent) - T(3);  // in the octave, from -1 to 1
+    std::fill(at.begin(), at.end(), T(0));
+    for (int row = rows - 1; row >= 0; --row) {
+      const T* of_row = numbers_ + (int64_t{octave} * rows + row) * columns;
+      for (int k = 0; k < columns; ++k) at[k] = at[k] * place + of_row[k];
+    }
+    const T* after_table = numbers_ + int64_t{table_.octaves} * rows * columns;
+    T* others = at.data() + table_.terms;
+    for (int k = 1; k < 3; ++k) others[k] = std::max(T(0), others[k]);
+    if (var < lowest) extend(after_table + table_.octaves, deviation / std::sqrt(lowest), at.data(), others);
+    put(kHalfAfter, others[0]);
+    put(kStd, deviation);
+    put(kTerms, after_table[octave]);
+    for (int parity = 0; parity < 2; ++parity) {
+      put(kRoot + parity, others[1 + parity]);
+      put(kOrder + parity, std::max(static_cast<T>(table_.terms), others[3 + parity]));
+    }
+    for (int k = 0; k < table_.terms; ++k) put(kPlanes + k, at[k]);
+  }
+
+  // From the first octave to deviations below it that are smaller by a ratio.
+  void extend(const T* at_zero_and_exponents, T ratio, T* at, T* others) const {
+    const T at_zero = at_zero_and_exponents[0];
+    const T* exponents = at_zero_and_exponents + 1;
+    at[0] = at_zero + (at[0] - at_zero) * std::pow(ratio, exponents[0]);
+    T square = at[0] * at[0];
+    for (int k = 1; k < table_.terms; ++k) {
+      at[k] *= std::pow(ratio, exponents[k]);
+      square += at[k] * at[k];
+    }
+    for (int k = 1; k < 3; ++k) {
+      others[k] *= ratio;  // only kinks at 0 leave a rest there
+      square += others[k] * others[k];
+    }
+    others[0] = T(0.5) * square;
+  }
+
+  // Adds what is beyond the terms: of functions with kinks, or of large variances.
+  template <bool kNtk, class First, class Second>
+  NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope) const {
+    const V root1 = first[kRoot + parity], root2 = second[kRoot + parity];
+    if (!any_positive(max(root1, root2))) return;
+    const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
+    const V is_negative = w - one, both = root1 * root2, apart = root1 - root2;
+    const V order = half * (first[kOrder + parity] + second[kOrder + parity]);
+    // Uncorrelated pairs have no rest.
+    const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
+    V log;
+    for (int l = 0; l < kL; ++l) log[l] = std::log1p(-away[l]);
+    const V complement = -exp_pair<T>(order * log).expm1;  // 1 - |c|^order
+    const bool odd = parity == 1;
+    const V mirrored = odd ? two - complement : complement;
+    after = fma(both, if_positive(is_negative, mirrored, complement), fma(half * apart, apart, after));
+    if constexpr (kNtk) {
+      const V power = both * order * exp_pair<T>((order - one) * log).exp;
+      slope += odd ? power : if_positive(is_negative, -power, power);
+    }
+  }
+
+  // In the place of deviations of zero: the factor divides by them.
+  static constexpr T kSmallest = sizeof(T) == sizeof(float) ? T(0x1p-55) : T(0x1p-500);
+
+  const T* numbers_;
+  Table table_;
+};
+
+}  // namespace NT_LEVEL
+}  // namespace nt

@@ -1,0 +1,142 @@
+"""The Hermite coefficients of a function for every variance: polynomials, one for each octave of it."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nt_core.activations.numerical import ElementwiseNumerical, derivative_of, hermite_functions, number_of_terms
+from nt_core.tracing import evaluate_now, is_traced
+
+# For each precision the degree of the polynomials, which errs by a fraction of an ulp, and the octaves: below them two
+# terms of a Taylor series are as good, and where they end, functions are far beyond what their coefficients tell.
+_SHAPES = {"float32": (8, -24, 54), "float64": (17, -52, 82)}
+# Quadrature on either side of 0: panels, and nodes in each. Kinks away from 0 fall into panels.
+_PANELS, _NODES = 96, 12
+# What is beyond the terms is noise below this share of the mean square: it is computed in double precision.
+_NOISE = 2**6 * float(np.finfo(float).eps)
+# Exponents that differ less from whole numbers are whole.
+_NEARLY = 1e-2
+# The relative error that coefficients may have where they come from values that hardly vary.
+_VARIES = 1e-13
+
+
+class CoefficientTable(NamedTuple):
+    """What csrc/duals_tabulated.h reads.
+
+    Attributes:
+      numbers: for each octave and power the columns, which are the coefficients, half the mean square of the function,
+        and of the even and the odd part of what is beyond the terms the roots and the orders; then for each octave how
+        many terms count; then the function at 0, and for each coefficient the power of the deviation that it (without
+        that value) is in proportion to below the first octave.
+      terms: how many coefficients there are.
+      degree: of the polynomials, whose argument goes from -1 to 1 in each octave.
+      lowest: the first octave begins at 2 to this power.
+      octaves: how many there are.
+    """
+
+    numbers: np.ndarray
+    terms: int
+    degree: int
+    lowest: int
+    octaves: int
+
+
+@lru_cache(maxsize=32)
+def coefficient_table(activation: ElementwiseNumerical, precision: str) -> CoefficientTable:
+    """Returns the coefficients of a function, as `ElementwiseNumerical` has them at one variance.
+
+    Args:
+      activation: the function. Its values at some 10^6 points are computed, once.
+      precision: the name of the type that they are for. The table itself is in double precision.
+
+    Raises:
+      TypeError: the function's values depend on what is being traced.
+
+    >>> import jax.numpy as jnp
+    >>> table = coefficient_table(ElementwiseNumerical(jnp.tanh, None, 25), "float32")
+    >>> table.terms, table.octaves, table.numbers.size
+    (50, 54, 26835)
+    """
+    terms = number_of_terms(activation.deg)
+    degree, lowest, octaves = _SHAPES[precision]
+    points = np.cos(math.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    variances = np.ldexp(1.5 + 0.5 * points, lowest + np.arange(octaves)[:, None])
+    with np.errstate(all="ignore"):  # functions may overflow at variances that nobody has
+        columns, counts = _columns(activation, variances.ravel(), terms, float(np.finfo(precision).eps) / 4)
+    columns = columns.reshape(-1, octaves, degree + 1)
+    # Chebyshev's coefficients first: they are small where those of powers would only cancel.
+    polynomials = np.polynomial.chebyshev.chebvander(points, degree) * np.where(np.arange(degree + 1) > 0, 2, 1)
+    chebyshev = np.einsum("ik,coi->kco", polynomials / (degree + 1), columns)
+    to_powers = np.zeros((degree + 1, degree + 1))
+    for k in range(degree + 1):
+        to_powers[: k + 1, k] = np.polynomial.chebyshev.cheb2poly(np.eye(k + 1)[k])
+    powers = np.einsum("pk,kco->opc", to_powers, chebyshev)
+    at_zero = _values(activation, np.zeros(1))[0]
+    counts = counts.reshape(octaves, degree + 1).max(1)
+    exponents = _exponents(powers[0, :, :terms], at_zero)
+    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents])
+    return CoefficientTable(numbers, terms, degree, lowest, octaves)
+
+
+def _columns(
+    activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the columns at some variances, `(columns, variances)`, and how many terms count there."""
+    nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
+    std, orders = np.sqrt(variances), np.arange(terms)[:, None]
+    values, slopes = _values(activation, nodes[:, None] * std)
+    mean_square, slope_square = weights @ values**2, variances * (weights @ slopes**2)
+    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std, and they are better where a function hardly varies.
+    a = products @ values
+    varies = float(np.finfo(float).eps) ** 2 * mean_square < _VARIES**2 * slope_square
+    a[1:] = np.where(varies, a[1:], std / np.sqrt(orders[1:]) * (products[:-1] @ slopes))
+    rests = []
+    for parity in (0, 1):
+        sign = 1 - 2 * parity
+        part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
+        missing = weights @ part**2 - (a[parity::2] ** 2).sum(0)
+        missing_slope = variances * (weights @ slope**2) - (orders * a**2)[parity::2].sum(0)
+        is_missing = missing > _NOISE * mean_square
+        order = np.where(is_missing, missing_slope / np.where(is_missing, missing, 1), terms)
+        rests.append((np.where(is_missing, missing, 0), np.maximum(order, terms)))
+    (even, even_order), (odd, odd_order) = rests
+    counts = _terms_that_count(a**2, even + odd, mean_square, tolerance)
+    counts_of_slope = _terms_that_count(orders * a**2, even * even_order + odd * odd_order, slope_square, tolerance)
+    columns = [*a, 0.5 * mean_square, np.sqrt(even), np.sqrt(odd), even_order, odd_order]
+    return np.stack(columns), np.maximum(counts, counts_of_slope)
+
+
+def _exponents(powers: np.ndarray, at_zero: np.ndarray) -> np.ndarray:
+    """Returns which powers of the deviation the coefficients are in proportion to, in the first octave.
+
+    The k-th one of a smooth function is in proportion to its k-th power, and with kinks at 0 to the first.
+    """
+    signs = (-1.0) ** np.arange(len(powers))
+    first, last = signs @ powers, powers.sum(0)
+    first[0], last[0] = first[0] - at_zero[0], last[0] - at_zero[0]
+    is_known = np.minimum(np.abs(first), np.abs(last)) > _NOISE * np.abs(powers).max()
+    ratios = np.where(is_known, np.abs(last), 1) / np.where(is_known, np.abs(first), 1)
+    exponents = np.where(is_known, 2 * np.log2(ratios), np.maximum(np.arange(len(first)), 1))
+    whole = np.round(exponents)
+    return np.where(np.abs(exponents - whole) < _NEARLY, whole, exponents)
+
+
+def _terms_that_count(squares: np.ndarray, rest: np.ndarray, total: np.ndarray, tolerance: float) -> np.ndarray:
+    """Returns after how many terms what is left of a sum is below the tolerance; two at least."""
+    left = np.cumsum(squares[::-1], 0)[::-1] + rest
+    return np.maximum((~(left <= tolerance * total)).sum(0), 2)
+
+
+def _values(activation: ElementwiseNumerical, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the function and its derivative in double precision."""
+    with jax.enable_x64(True), evaluate_now():
+        at = jnp.asarray(x)
+        results = activation.fn(at), derivative_of(activation)(at)
+    if any(map(is_traced, results)):
+        raise TypeError("The function depends on values that are traced.")
+    values, slopes = (np.broadcast_to(np.asarray(y, float), x.shape) for y in results)
+    return values, slopes
