@@ -103,7 +103,8 @@ class Tabulated {
     if (var < lowest) extend(after_table + table_.octaves, deviation / std::sqrt(lowest), at.data(), others);
     put(kHalfAfter, others[0]);
     put(kStd, deviation);
-    put(kTerms, after_table[octave]);
+    const T count = after_table[octave], all = static_cast<T>(table_.terms);
+    put(kTerms, count >= T(1) && count <= all ? count : all);
     for (int parity = 0; parity < 2; ++parity) {
       put(kRoot + parity, others[1 + parity]);
       put(kOrder + parity, std::max(static_cast<T>(table_.terms), others[3 + parity]));

@@ -85,6 +85,14 @@ NONLINEARITIES = {
         nngp_fn=lambda cov12, var1, var2: var1 * var2 + 2 * cov12**2,
         d_nngp_fn=lambda cov12, var1, var2: 4 * cov12,
     ),
+    "Tanh": stax.Tanh(),
+    "Sigmoid": stax.Sigmoid(),
+    "LogSigmoid": stax.LogSigmoid(),
+    "Silu": stax.Silu(),
+    "Softplus": stax.Softplus(),
+    "Mish": stax.Mish(),
+    "Squareplus": stax.Squareplus(),
+    "QuickGelu": stax.QuickGelu(),
     "ElementwiseNumerical": stax.ElementwiseNumerical(jnp.tanh, 25, lambda x: 1 - jnp.tanh(x) ** 2),
 }
 

@@ -28,7 +28,7 @@ struct Network {
   std::vector<int> outputs = {};  // besides the last value
 };
 
-constexpr int kCoefficients = 50;
+constexpr int kCoefficients = 5 + 233;
 
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
 
@@ -38,7 +38,7 @@ std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
   return all;
 }
 
-// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-49 of every dual, 7-8 weights of a sum.
+// Coefficients: 0 whether batches are the same, 1-4 of every linear step, 5-237 of every dual, 7-8 weights of a sum.
 std::vector<int64_t> value(nt::Op op, bool needs, int coefficient, nt::Index3 s, std::vector<int64_t> inputs) {
   std::vector<int64_t> code = {static_cast<int64_t>(op), needs, coefficient, s[0], s[1], s[2]};
   if (!inputs.empty()) code.push_back(static_cast<int64_t>(inputs.size()));
@@ -53,6 +53,10 @@ std::vector<int64_t> linear(bool needs, nt::Index3 s, int input, std::vector<int
 }
 std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, int input) {
   return join({value(nt::Op::kDual, needs, 5, s, {input}), {static_cast<int64_t>(activation)}});
+}
+// With 4 terms in polynomials of degree 1, for 12 octaves.
+std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input) {
+  return join({dual(nt::Activation::kTabulated, needs, s, input), {4, 1, -4, 12}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);
@@ -159,6 +163,15 @@ std::vector<Network> networks() {
         dual(nt::Activation::kGabor, true, small, 7), linear(true, small, 8, kThree, kThree),
         dual(nt::Activation::kExpNormalized, true, small, 9), linear(true, small, 10, kThree, kThree),
         dual(nt::Activation::kStep, false, small, 11)},
+       false},
+      {"tables",
+       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), tabulated(true, small, 1),
+        linear(true, small, 2, kThree, kThree), tabulated(false, small, 3),
+        pool(false, one, 4, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
+       false},
+      {"tables without positions",
+       {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), tabulated(true, one, 1),
+        linear(true, one, 2, kNoWindow, kNoWindow), tabulated(false, one, 3)},
        false},
   };
 }

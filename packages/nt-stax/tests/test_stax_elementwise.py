@@ -391,12 +391,29 @@ class TestElementwise:
         clip = Elementwise(fn=lambda x: jax.lax.cond(x > 0, lambda: x, lambda: 0.0))
         np.testing.assert_array_equal(clip[1]((), jnp.array([[-1.0, 2.0]])), [[0.0, 2.0]])
 
+    def test_function_alone(self, x64):
+        """Any function of numbers has a kernel: `lax.cond` keeps it from being one of arrays."""
+        x, smooth = normal(1, (3, 5)), lambda x: jax.lax.cond(x > 0, jnp.sin, jnp.sin, x)
+        found, expected = (serial(Dense(4), f)[2](x, None, ("nngp", "ntk")) for f in (Elementwise(smooth), Sin()))
+        np.testing.assert_allclose(found.nngp, expected.nngp, rtol=1e-10)
+        np.testing.assert_allclose(found.ntk, expected.ntk, rtol=1e-10)
+
+    def test_function_alone_with_a_parameter(self, x64):
+        """Which is traced, and differentiated."""
+        x = normal(1, (3, 5))
+
+        def total(slope, layer):
+            return serial(Dense(4), layer(slope))[2](x, None, "ntk").sum()
+
+        found, expected = (
+            jax.value_and_grad(total)(0.7, layer)
+            for layer in (lambda slope: Elementwise(lambda x: jnp.sin(slope * x)), lambda slope: Sin(b=slope))
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-8)
+
     def test_missing_functions(self):
         with pytest.raises(ValueError, match=r"fn.*nngp_fn.*neither"):
             Elementwise()
-        _, _, kernel_fn = serial(Dense(4), Elementwise(fn=jnp.tanh))
-        with pytest.raises(NotImplementedError, match="nngp_fn"):
-            kernel_fn(jnp.ones((2, 3)))
         _, apply_fn, _ = Elementwise(nngp_fn=lambda c, a, b: c, d_nngp_fn=lambda c, a, b: 1.0)
         with pytest.raises(NotImplementedError, match="fn"):
             apply_fn((), jnp.ones((2, 3)))

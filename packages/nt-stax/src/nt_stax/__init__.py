@@ -41,6 +41,18 @@ from nt_stax.linear import Dense, Dropout, Flatten, Identity
 from nt_stax.linear_maps import DotGeneral, ImageResize
 from nt_stax.normalization import LayerNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
+from nt_stax.smooth import (
+    LogSigmoid,
+    Mish,
+    QuickGelu,
+    Sigmoid,
+    Silu,
+    Softplus,
+    SquaredRelu,
+    Squareplus,
+    Swish,
+    Tanh,
+)
 from nt_stax.windows import Padding
 
 __version__ = "0.1.0"
@@ -83,19 +95,29 @@ __all__ = [
     "Index",
     "LayerNorm",
     "LeakyRelu",
+    "LogSigmoid",
     "MaskedArray",
+    "Mish",
     "Monomial",
     "Padding",
     "Polynomial",
     "PositionalEmbedding",
+    "QuickGelu",
     "Rbf",
     "RectifiedMonomial",
     "Relu",
+    "Sigmoid",
     "Sigmoid_like",
     "Sign",
+    "Silu",
     "Sin",
     "Slice",
+    "Softplus",
+    "SquaredRelu",
+    "Squareplus",
     "SumPool",
+    "Swish",
+    "Tanh",
     "layer",
     "parallel",
     "repeat",

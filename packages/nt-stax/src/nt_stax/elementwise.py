@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from nt_core import Bool, Diagonal, Rule, activations, layer, step_rule, steps, supports_masking
+from nt_core import Bool, Diagonal, activations, layer, step_rule, steps, supports_masking
 
 _REQUIREMENTS = {"diagonal_spatial": Diagonal(input=Bool.YES, output=Bool.NO)}
+ENOUGH = 50  # the degree of `ElementwiseNumerical` where nobody asks for another
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
 
 
@@ -35,7 +36,7 @@ def ABRelu(a: float, b: float, do_stabilize: bool = False):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
     [[2.5]]
     """
-    return _elementwise(lambda x: a * jnp.minimum(x, 0) + b * jnp.maximum(x, 0), activations.ABRelu(a, b))
+    return elementwise(lambda x: a * jnp.minimum(x, 0) + b * jnp.maximum(x, 0), activations.ABRelu(a, b))
 
 
 def Relu(do_stabilize: bool = False):
@@ -83,7 +84,7 @@ def Erf(a: float = 1.0, b: float = 1.0, c: float = 0.0):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.3333]]
     """
-    return _elementwise(lambda x: a * jax.scipy.special.erf(b * x) + c, activations.Erf(a, b, c))
+    return elementwise(lambda x: a * jax.scipy.special.erf(b * x) + c, activations.Erf(a, b, c))
 
 
 @layer
@@ -96,7 +97,7 @@ def Sin(a: float = 1.0, b: float = 1.0, c: float = 0.0):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # (1 - exp(-2)) / 2
     [[0.4323]]
     """
-    return _elementwise(lambda x: a * jnp.sin(b * x + c), activations.Sin(a, b, c))
+    return elementwise(lambda x: a * jnp.sin(b * x + c), activations.Sin(a, b, c))
 
 
 def Cos(a: float = 1.0, b: float = 1.0, c: float = 0.0):
@@ -123,7 +124,7 @@ def Rbf(gamma: float = 1.0):
     >>> print(kernel_fn(jnp.ones((1, 2)), jnp.zeros((1, 2)), "nngp").round(4))  # exp(-1 / 2)
     [[0.6065]]
     """
-    return _elementwise(lambda x: 2**0.5 * jnp.sin((2 * gamma) ** 0.5 * x + jnp.pi / 4), activations.Rbf(gamma))
+    return elementwise(lambda x: 2**0.5 * jnp.sin((2 * gamma) ** 0.5 * x + jnp.pi / 4), activations.Rbf(gamma))
 
 
 @layer
@@ -140,7 +141,7 @@ def Gelu(approximate: bool = False):
     >>> print(apply_fn((), jnp.array([[1.0]])).round(4))
     [[0.8413]]
     """
-    return _elementwise(lambda x: jax.nn.gelu(x, approximate=approximate), activations.Gelu())
+    return elementwise(lambda x: jax.nn.gelu(x, approximate=approximate), activations.Gelu())
 
 
 @layer
@@ -153,7 +154,7 @@ def Exp(a: float = 1.0, b: float = 1.0):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # exp(1 / 2)
     [[1.6487]]
     """
-    return _elementwise(lambda x: a * jnp.exp(b * x), activations.Exp(a, b))
+    return elementwise(lambda x: a * jnp.exp(b * x), activations.Exp(a, b))
 
 
 def Sigmoid_like():
@@ -182,7 +183,7 @@ def Gaussian(a: float = 1.0, b: float = -1.0):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # 1 / sqrt(1 + 3)
     [[0.5]]
     """
-    return _elementwise(lambda x: a * jnp.exp(b * x**2), activations.Gaussian(a, b))
+    return elementwise(lambda x: a * jnp.exp(b * x**2), activations.Gaussian(a, b))
 
 
 @layer
@@ -195,7 +196,7 @@ def Gabor():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))  # (1 - exp(-2 / 5)) / (2 sqrt(5))
     [[0.0737]]
     """
-    return _elementwise(lambda x: jnp.exp(-(x**2)) * jnp.sin(x), activations.Gabor())
+    return elementwise(lambda x: jnp.exp(-(x**2)) * jnp.sin(x), activations.Gabor())
 
 
 @layer
@@ -210,7 +211,7 @@ def Sign():
     [[1.  0.5]
      [0.5 1. ]]
     """
-    return _elementwise(jnp.sign, activations.Step(-1.0, 1.0, 0.0))
+    return elementwise(jnp.sign, activations.Step(-1.0, 1.0, 0.0))
 
 
 @layer
@@ -232,7 +233,7 @@ def ExpNormalized(gamma: float = 1.0, shift: float = -1.0, do_clip: bool = False
     [[0.5    0.1839]
      [0.1839 0.5   ]]
     """
-    return _elementwise(_no_exp_normalized, activations.ExpNormalized(gamma, shift))
+    return elementwise(_no_exp_normalized, activations.ExpNormalized(gamma, shift))
 
 
 @layer
@@ -249,7 +250,7 @@ def Monomial(degree: int):
     [[15.]]
     """
     _check_degree("Monomial", degree)
-    return _elementwise(lambda x: x**degree, activations.Monomial(degree))
+    return elementwise(lambda x: x**degree, activations.Monomial(degree))
 
 
 @layer
@@ -270,7 +271,7 @@ def RectifiedMonomial(degree: int):
     _check_degree("RectifiedMonomial", degree)
     activation = {0: activations.Step(0.0, 1.0, 1.0), 1: activations.ABRelu(0.0, 1.0)}.get(degree)
     activation = activation or activations.RectifiedMonomial(degree)
-    return _elementwise(lambda x: jnp.where(x >= 0, x**degree, 0), activation)
+    return elementwise(lambda x: jnp.where(x >= 0, x**degree, 0), activation)
 
 
 @layer
@@ -291,7 +292,7 @@ def Polynomial(coef: Sequence[float]):
             value = value * x + coefficient
         return value
 
-    return _elementwise(fn, activations.Polynomial(coefficients))
+    return elementwise(fn, activations.Polynomial(coefficients))
 
 
 @layer
@@ -328,7 +329,7 @@ def Hermite(degree: int):
             before, value = value, (x * value - n**0.5 * before) / (n + 1) ** 0.5
         return value
 
-    return _elementwise(fn, activations.Hermite(degree))
+    return elementwise(fn, activations.Hermite(degree))
 
 
 @layer
@@ -343,7 +344,8 @@ def Elementwise(
     Args:
       fn: `f`, from a number to a number. May be missing if the finite network is not needed.
       nngp_fn: `nngp_fn(cov12, var1, var2)` is `E f(u) f(v)` for `u, v` of variances `var1, var2` and covariance
-        `cov12`, all of them numbers. May be missing if the kernel is not needed.
+        `cov12`, all of them numbers. If missing, the kernel comes from Hermite coefficients of `fn`, as that of
+        `ElementwiseNumerical` with `deg=50`, which is accurate if `fn` is smooth.
       d_nngp_fn: its derivative with respect to `cov12`, which is `E f'(u) f'(v)`. Found by automatic differentiation,
         with a warning, if missing: this is slower, and may be NaN where `nngp_fn` is not differentiable, e.g. at equal
         inputs.
@@ -353,7 +355,7 @@ def Elementwise(
 
     Raises:
       ValueError: neither `fn` nor `nngp_fn` is given.
-      NotImplementedError: a function that is missing is needed, when `apply_fn` or `kernel_fn` is called.
+      NotImplementedError: `fn` is missing, and `apply_fn` is called.
 
     >>> from nt_stax import Dense, Elementwise, serial
     >>> square = Elementwise(
@@ -365,16 +367,16 @@ def Elementwise(
     [[3.]]
     """
     if fn is None and nngp_fn is None:
-        raise ValueError("Elementwise needs `fn` for a finite network, `nngp_fn` for a kernel, or both; got neither.")
+        raise ValueError("Elementwise needs `fn`, or `nngp_fn` for a kernel alone, or both; got neither.")
     if nngp_fn is None:
-        return _elementwise(_scalar_function(fn), None)
+        return _numerical(fn, _Derivative(fn), ENOUGH)
     if d_nngp_fn is None:
         warnings.warn(
             "Elementwise without `d_nngp_fn`: the tangent kernel will differentiate `nngp_fn` automatically, which is "
             "slower and can be NaN at equal inputs.",
             stacklevel=_TO_CALLER,
         )
-    return _elementwise(_scalar_function(fn), activations.Elementwise(nngp_fn, d_nngp_fn))
+    return elementwise(_scalar_function(fn), activations.Elementwise(nngp_fn, d_nngp_fn))
 
 
 @layer
@@ -403,12 +405,16 @@ def ElementwiseNumerical(fn: Callable[[Any], Any], deg: int, df: Callable[[Any],
             stacklevel=_TO_CALLER,
         )
         df = _Derivative(fn)
+    return _numerical(fn, df, deg)
+
+
+def _numerical(fn: Callable[[Any], Any], df: Callable[[Any], Any], deg: int):
     entrywise = _Entrywise(fn)
-    return _elementwise(entrywise, activations.ElementwiseNumerical(entrywise, _Entrywise(df), deg))
+    return elementwise(entrywise, activations.ElementwiseNumerical(entrywise, _Entrywise(df), deg))
 
 
-def _elementwise(fn: Callable[[Array], Array], activation: activations.Activation | None):
-    """A layer without parameters that applies `fn`; without a kernel if there is no `activation`."""
+def elementwise(fn: Callable[[Array], Array], activation: activations.Activation):
+    """A layer without parameters that applies `fn` to every entry."""
 
     def init_fn(rng, input_shape):
         return input_shape, ()
@@ -416,8 +422,6 @@ def _elementwise(fn: Callable[[Array], Array], activation: activations.Activatio
     def apply_fn(params, inputs, **kwargs):
         return fn(inputs)
 
-    if activation is None:
-        return init_fn, apply_fn, Rule("Elementwise", emit=_no_kernel)
     return init_fn, apply_fn, step_rule(steps.Dual(activation), _REQUIREMENTS)
 
 
@@ -459,7 +463,3 @@ def _no_exp_normalized(inputs):
 
 def _no_function(inputs):
     raise NotImplementedError("This Elementwise layer has no finite network: give it `fn`, the function to be applied.")
-
-
-def _no_kernel(builder, value):
-    raise NotImplementedError("This Elementwise layer has no kernel: give it `nngp_fn(cov12, var1, var2)`.")
