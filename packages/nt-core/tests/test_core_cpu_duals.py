@@ -158,6 +158,20 @@ def test_tables_do_not_mix_pairs(dtype, level):
         np.testing.assert_array_equal([x[0] for x in alone], [x[i] for x in together])
 
 
+@pytest.mark.parametrize("fn", [jnp.tanh, jax.nn.softplus], ids=["tanh", "softplus"])
+def test_tables_are_what_they_stand_for(fn, dtype):
+    """The coefficients at each variance, as the xla backend computes them."""
+    arguments = pairs(dtype, 3)
+    deficit, factor = tabulated(fn, arguments, dtype)[1:]
+    with jax.enable_x64(True):
+        activation = ElementwiseNumerical(fn, None, 60)
+        exact = [np.asarray(x) for x in jax.jit(activation.dual)(*(jnp.asarray(x, "float64") for x in arguments))]
+    is_positive = np.minimum(arguments[0], arguments[1]) > 1e-5
+    tolerance = 1e-6 if dtype == "float32" else 1e-11
+    np.testing.assert_allclose(deficit, exact[0], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(factor[is_positive], exact[1][is_positive], rtol=0, atol=10 * tolerance)
+
+
 def test_tables_end_in_nan(dtype):
     """Not in a wrong number: what is a variance of 2^31 to a function of which 120 coefficients are known?"""
     arguments = [np.array([x], dtype) for x in (2.0**31, 1.0, 2.0**30)]

@@ -366,7 +366,6 @@ class _Encoder:
         self._spaces.append(space)
         return len(self._values) - 1
 
-
     def _write_coefficients(self, coefficients: list[Any]) -> int:
         """Appends coefficients, or finds a table that is there, and returns where they start."""
         table = next((id(c) for c in coefficients if np.ndim(c)), None)
