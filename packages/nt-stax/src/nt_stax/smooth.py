@@ -1,7 +1,7 @@
-"""Smooth nonlinearities of today's networks, whose covariances have no closed form: they come from Hermite coefficients.
+"""Smooth nonlinearities, whose covariances have no closed form and come from Hermite coefficients.
 
-See `nt_core.activations.ElementwiseNumerical`. All of them have 100 coefficients. Their kernels are as accurate as their
-precision allows as long as these are enough, and lose digits beyond: docs/numerics.md has a table of errors by variance.
+See `nt_core.activations.ElementwiseNumerical`. All have 100 coefficients. Their kernels are as accurate as their
+precision allows as long as these are enough, and lose digits beyond: docs/numerics.md says from where on.
 """
 
 from collections.abc import Callable

@@ -90,7 +90,7 @@ def _columns(
     std, orders = np.sqrt(variances), np.arange(terms)[:, None]
     values, slopes = _values(activation, nodes[:, None] * std)
     mean_square, slope_square = weights @ values**2, variances * (weights @ slopes**2)
-    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std, and they are better where a function hardly varies.
+    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std, and is better where a function hardly varies.
     a = products @ values
     varies = float(np.finfo(float).eps) ** 2 * mean_square < _VARIES**2 * slope_square
     a[1:] = np.where(varies, a[1:], std / np.sqrt(orders[1:]) * (products[:-1] @ slopes))
