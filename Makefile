@@ -14,8 +14,6 @@ OTHERS := nt-stax nt-predict nt-empirical neural-tangents
 
 # Stamps: what they say was installed is older than they are.
 TOOLS := $(VENV)/.tools
-# The engine, which knows nothing of Python, is compiled once for all environments.
-BUILD := build/native
 # An editable nt-core knows its modules from the time of its installation: other modules, another stamp.
 NATIVE := $(VENV)/.nt-core-$(shell find $(CORE)/src -name '*.py' | sort | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready
@@ -67,11 +65,11 @@ $(FFI_HEADERS): $(CORE)/pyproject.toml | $(TOOLS)
 $(NATIVE): $(CORE)/pyproject.toml $(shell find csrc -type f) $(FFI_HEADERS)
 	@rm -f $(VENV)/.nt-core-[0-9]*
 	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
-		-C build-dir=$(abspath $(BUILD)) \
+		-C build-dir=$(abspath $(VENV))/nt-core-build \
 		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include \
 		-C cmake.define.NT_WARNINGS_ARE_ERRORS=ON
 	@$(BIN)/python -c "import nt_core._native" 2>/dev/null || \
-		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(BUILD)"
+		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(VENV)/nt-core-build"
 	@touch $@
 
 $(READY): $(NATIVE) $(OTHERS:%=packages/%/pyproject.toml)

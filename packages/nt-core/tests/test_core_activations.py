@@ -282,7 +282,8 @@ def derivatives(dual, arguments):
         second, first = jax.jacfwd(backward, each, has_aux=True)(*arguments)
         return jax.jacfwd(dual, each)(*arguments), first, second
 
-    return jax.jit(jax.vmap(at))(*arguments)
+    # Compilation is most of what this takes, and no time of the result matters.
+    return jax.jit(jax.vmap(at), compiler_options={"xla_backend_optimization_level": 0})(*arguments)
 
 
 @each_activation
