@@ -137,6 +137,14 @@ UNBIASED = {
             stax.FanOut(2), stax.parallel(dense(width), dense(width, 0.8, None)), stax.FanInSum(), stax.Relu()
         )
     ),
+    "FanInSum, weights; Scale": Case(
+        lambda width: stax.serial(
+            stax.FanOut(2),
+            stax.parallel(dense(width), stax.serial(dense(width), stax.Scale(-0.7))),
+            stax.FanInSum(weights=(0.5, 1.3)),
+            stax.Relu(),
+        )
+    ),
     "FanInProd": Case(
         lambda width: stax.serial(
             stax.FanOut(2),

@@ -17,6 +17,7 @@ from nt_stax import (
     Identity,
     LayerNorm,
     Relu,
+    Scale,
     parallel,
     serial,
 )
@@ -106,6 +107,22 @@ def test_sum_in_the_finite_network():
     a, b, c = (inputs(i, (2, 3), "float32") for i in range(3))
     assert init_fn(random.key(0), [(-1, 3)] * 3) == ((-1, 3), ())
     np.testing.assert_allclose(apply_fn((), (a, b, c)), a + b + c, rtol=1e-6)
+
+
+def test_weighted_sum(x64):
+    """Of layers that are scaled, or that have scaled parameters."""
+    x1, x2 = inputs(1, (2, 3)), inputs(2, (3, 3))
+    relu = serial(Relu(), Dense(8, 1.2))
+    weighted = serial(FanOut(2), parallel(Dense(8, 1.5, 0.5), relu), FanInSum(weights=(0.5, -2.0)))
+    scaled = serial(FanOut(2), parallel(Dense(8, 0.75, 0.25), serial(relu, Scale(2.0))), FanInSum())
+    assert_kernels_close(serial(Dense(4), weighted)[2](x1, x2), serial(Dense(4), scaled)[2](x1, x2))
+    _, apply_fn, _ = FanInSum(weights=(0.5, -2.0))
+    np.testing.assert_allclose(apply_fn((), [x1, x1]), -1.5 * x1)
+    np.testing.assert_allclose(Scale(-3.0)[1]((), x1), -3 * x1)
+    three = serial(FanOut(3), parallel(Dense(4), Dense(4), Dense(4)), FanInSum(weights=(1.0, 2.0)))
+    for call in (lambda: apply_fn((), [x1] * 3), lambda: three[2](x1)):
+        with pytest.raises(ValueError, match=r"a weight for each of the 3 branches, got weights=\("):
+            call()
 
 
 def test_sum_with_masks(x64):

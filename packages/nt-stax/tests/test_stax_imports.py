@@ -90,6 +90,7 @@ NEW = {
     "LogSigmoid",
     "Mish",
     "QuickGelu",
+    "Scale",
     "Sigmoid",
     "Silu",
     "Softplus",

@@ -37,7 +37,7 @@ from nt_stax.elementwise import (
 )
 from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
-from nt_stax.linear import Dense, Dropout, Flatten, Identity
+from nt_stax.linear import Dense, Dropout, Flatten, Identity, Scale
 from nt_stax.linear_maps import DotGeneral, ImageResize
 from nt_stax.normalization import LayerNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
@@ -106,6 +106,7 @@ __all__ = [
     "Rbf",
     "RectifiedMonomial",
     "Relu",
+    "Scale",
     "Sigmoid",
     "Sigmoid_like",
     "Sign",

@@ -38,14 +38,17 @@ def FanOut(num: int):
 
 @layer
 @supports_masking(remask_kernel=False)
-def FanInSum():
+def FanInSum(weights: Sequence[float] | None = None):
     """Adds branches, as in residual networks.
 
     Covariances and tangent kernels are added, which takes branches that are independent: each ends in a layer with
     weights of its own (after that, only in linear layers without weights). Masked is what is masked in all branches.
 
+    Args:
+      weights: a number for each branch, that it is multiplied by, as in networks with scaled residuals; by default 1.
+
     Raises:
-      ValueError: branches of different shapes.
+      ValueError: branches of different shapes; another number of weights than of branches.
       NotImplementedError: the kernel of branches that are not Gaussian, because one ends in a nonlinearity; or that
         differ in layout.
 
@@ -54,16 +57,20 @@ def FanInSum():
     >>> _, _, kernel_fn = serial(Dense(512), residual)
     >>> print(kernel_fn(jnp.ones((1, 3)), None, ("nngp", "ntk")))
     AnalyticKernel(nngp=Array([[1.5]], dtype=float32), ntk=Array([[2.]], dtype=float32))
+    >>> _, apply_fn, _ = FanInSum(weights=(0.5, 2.0))
+    >>> print(apply_fn((), [jnp.ones(2), jnp.ones(2)]))
+    [2.5 2.5]
     """
 
-    init_fn, apply_fn, mask_fn = _entrywise("FanInSum", operator.add)
+    init_fn, apply_fn, mask_fn = _entrywise("FanInSum", operator.add, weights)
 
     def emit(builder: Builder, values: Sequence[Value]) -> Value:
         specs = _specs_of_equal_branches("FanInSum", values)
         if len(specs) > 1:
             _check_gaussian("FanInSum", specs)
             _warn_of_shared_weights("FanInSum", builder, values)
-        return builder.add(steps.Combine((1.0,) * len(values)), *values)
+        squares = tuple(float(w) ** 2 for w in _weights(weights, len(values)))
+        return builder.add(steps.Combine(squares), *values)
 
     return init_fn, apply_fn, Rule("FanInSum", emit=emit), mask_fn
 
@@ -148,7 +155,9 @@ def FanInConcat(axis: int = -1):
     return init_fn, apply_fn, Rule("FanInConcat", emit=emit, function=concatenate), mask_fn
 
 
-def _entrywise(name: str, operation: Callable[[Any, Any], Any]) -> tuple[Callable, Callable, Callable]:
+def _entrywise(
+    name: str, operation: Callable[[Any, Any], Any], weights: Sequence[float] | None = None
+) -> tuple[Callable, Callable, Callable]:
     """Returns `init_fn`, `apply_fn` and `mask_fn` of a layer that joins branches entry by entry."""
 
     def init_fn(rng, input_shape):
@@ -158,12 +167,22 @@ def _entrywise(name: str, operation: Callable[[Any, Any], Any]) -> tuple[Callabl
 
     def apply_fn(params, inputs, **kwargs):
         _check_equal(name, [x.shape for x in _branches(name, inputs)])
+        if weights is not None:
+            inputs = [w * x for w, x in zip(_weights(weights, len(inputs)), inputs, strict=True)]
         return functools.reduce(operation, inputs)
 
     def mask_fn(mask, input_shape):
         return functools.reduce(jnp.logical_and, [m for m in mask if m is not None])
 
     return init_fn, apply_fn, mask_fn
+
+
+def _weights(weights: Sequence[float] | None, n_branches: int) -> Sequence[float]:
+    if weights is None:
+        return (1.0,) * n_branches
+    if len(weights) != n_branches:
+        raise ValueError(f"FanInSum takes a weight for each of the {n_branches} branches, got weights={weights!r}.")
+    return weights
 
 
 def _specs_of_equal_branches(name: str, values: Sequence[Value]) -> list[Spec]:

@@ -366,9 +366,9 @@ def Elementwise(
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
     [[3.]]
     """
-    if fn is None and nngp_fn is None:
-        raise ValueError("Elementwise needs `fn`, or `nngp_fn` for a kernel alone, or both; got neither.")
     if nngp_fn is None:
+        if fn is None:
+            raise ValueError("Elementwise needs `fn`, or `nngp_fn` for a kernel alone, or both; got neither.")
         return _numerical(fn, _Derivative(fn), ENOUGH)
     if d_nngp_fn is None:
         warnings.warn(

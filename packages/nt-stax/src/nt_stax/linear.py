@@ -145,6 +145,26 @@ def Identity():
 
 @layer
 @supports_masking(remask_kernel=False)
+def Scale(factor: float):
+    """Multiplies by a number, as between the parts of deep residual networks.
+
+    >>> from nt_stax import Dense, Scale, serial
+    >>> _, _, kernel_fn = serial(Dense(512), Scale(0.5))
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, ("nngp", "ntk")))
+    AnalyticKernel(nngp=Array([[0.25]], dtype=float32), ntk=Array([[0.25]], dtype=float32))
+    """
+
+    def init_fn(rng, input_shape):
+        return input_shape, ()
+
+    def apply_fn(params, inputs, **kwargs):
+        return factor * inputs
+
+    return init_fn, apply_fn, step_rule(steps.Combine((float(factor) ** 2,)))
+
+
+@layer
+@supports_masking(remask_kernel=False)
 def Dropout(rate: float, mode: str = "train"):
     """Dropout (arXiv:1611.01232): sets entries to zero at random, and scales the others up to keep the mean.
 
