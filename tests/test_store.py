@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import neural_tangents as nt
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_functions_that_are_no_networks_are_known_by_their_values(tmp_path):
     close(store.ntk[:], X1 @ X1.T)
     with pytest.raises(ValueError, match="ntk of two samples"):
         nt.KernelStore.create(tmp_path / "store", linear(1.01), X1, get="ntk", tile=4)
+
+
+def test_functions_of_the_user_in_networks(tmp_path):
+    """Known by names and by values of the kernel, not by where functions are in memory: that is elsewhere next time."""
+
+    def network(scale):
+        return stax.serial(stax.Dense(8), stax.Elementwise(lambda x: scale * jnp.tanh(x)), stax.Dense(1))[2]
+
+    computed(tmp_path / "store", network(1.0), X1, tile=4)
+    assert not nt.KernelStore.create(tmp_path / "store", network(1.0), X1, tile=4).missing()
+    with pytest.raises(ValueError, match="the kernel function: nngp of two samples"):
+        nt.KernelStore.create(tmp_path / "store", network(1.01), X1, tile=4)
 
 
 def test_empirical_kernels(tmp_path):

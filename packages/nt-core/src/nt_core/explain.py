@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from nt_core.trees import nt_tree_map
 # polynomials of degrees 7 and 6, and what is around them.
 _OPERATIONS_OF_DUAL = 40
 _OPERATIONS_OF_SCALING = 4
+# Where functions of the user are in memory: another place in every process.
+_ADDRESS = re.compile(" at 0x[0-9a-fA-F]+")
 
 
 def explain(
@@ -88,7 +91,7 @@ def _describe(segment: Segment, title: str) -> list[str]:
     return [
         f"{title}, on {backend.name}",
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),
-        *(f"  {line}" for line in str(program).splitlines()),
+        *(f"  {line}" for line in _ADDRESS.sub("", str(program)).splitlines()),
         f"  {_estimate(program, request)}",
     ]
 
