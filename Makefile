@@ -32,7 +32,7 @@ help:
 	@echo "make bench-empirical empirical NTKs, by every implementation, against neural-tangents 0.6.5"
 	@echo "make bench-gradient"
 	@echo "                 gradients of kernels against neural-tangents 0.6.5: time, compilation and memory"
-	@echo "make bench-store kernels on disk: overhead, two processes, memory, and a rehearsal of CIFAR-10"
+	@echo "make bench-store kernels on disk: overhead, two processes, memory, and the plan for CIFAR-10"
 	@echo "make bench-ensemble"
 	@echo "                 ensembles of 5000 points at 100 times against neural-tangents 0.6.5"
 	@echo "make gpu-check   the Pallas kernels on the GPU of this machine: accuracy, then times (JAX='jax[cuda13]')"

@@ -16,7 +16,7 @@ from jax import Array
 from nt_core import Bool, Diagonal, activations, layer, step_rule, steps, supports_masking
 
 _REQUIREMENTS = {"diagonal_spatial": Diagonal(input=Bool.YES, output=Bool.NO)}
-ENOUGH = 50  # the degree of `ElementwiseNumerical` where nobody asks for another
+DEFAULT_DEGREE = 50  # the degree of `ElementwiseNumerical` where nobody asks for another
 _TO_CALLER = 4  # `stacklevel` of a warning: out of the constructor, and of the two decorators around it
 
 
@@ -369,7 +369,7 @@ def Elementwise(
     if nngp_fn is None:
         if fn is None:
             raise ValueError("Elementwise needs `fn`, or `nngp_fn` for a kernel alone, or both; got neither.")
-        return _numerical(fn, _Derivative(fn), ENOUGH)
+        return _numerical(fn, _Derivative(fn), DEFAULT_DEGREE)
     if d_nngp_fn is None:
         warnings.warn(
             "Elementwise without `d_nngp_fn`: the tangent kernel will differentiate `nngp_fn` automatically, which is "

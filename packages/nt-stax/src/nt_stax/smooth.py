@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from nt_core import activations, layer, supports_masking
 
-from nt_stax.elementwise import ENOUGH, RectifiedMonomial, elementwise
+from nt_stax.elementwise import DEFAULT_DEGREE, RectifiedMonomial, elementwise
 
 
 @layer
@@ -141,7 +141,7 @@ def SquaredRelu():
 
 
 def _smooth(fn: Callable[[Array], Array]):
-    return elementwise(fn, activations.ElementwiseNumerical(fn, None, ENOUGH))
+    return elementwise(fn, activations.ElementwiseNumerical(fn, None, DEFAULT_DEGREE))
 
 
 def _quick_gelu(x: Array) -> Array:

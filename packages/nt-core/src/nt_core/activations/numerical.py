@@ -232,6 +232,7 @@ def derivative_of(activation: ElementwiseNumerical) -> ScalarFunction:
 
 @lru_cache
 def _derivative(fn: ScalarFunction) -> ScalarFunction:
+    """The same function object every time: others would compile again."""
 
     def derivative(x):
         return jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]

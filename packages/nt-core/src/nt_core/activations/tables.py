@@ -11,8 +11,8 @@ import numpy as np
 from nt_core.activations.numerical import ElementwiseNumerical, derivative_of, hermite_functions, number_of_terms
 from nt_core.tracing import evaluate_now, is_traced
 
-# For each precision the degree of the polynomials, which errs by a fraction of an ulp, and the octaves: below them two
-# terms of a Taylor series are as good, and where they end, functions are far beyond what their coefficients tell.
+# For each precision the degree of the polynomials, and the octaves: the power of 2 at which they begin, below which a
+# smooth function is linear up to rounding, and their number. Where they end, coefficients no longer tell a function.
 _SHAPES = {"float32": (8, -24, 54), "float64": (17, -52, 82)}
 # Quadrature on either side of 0: panels, and nodes in each. Kinks away from 0 fall into panels.
 _PANELS, _NODES = 96, 12
@@ -22,6 +22,10 @@ _NOISE = 2**6 * float(np.finfo(float).eps)
 _NEARLY = 1e-2
 # The relative error that coefficients may have where they come from values that hardly vary.
 _VARIES = 1e-13
+
+
+class TracedFunction(Exception):
+    """The values of a function are not known yet, so that there is no table of them."""
 
 
 class CoefficientTable(NamedTuple):
@@ -54,7 +58,7 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
       precision: the name of the type that they are for. The table itself is in double precision.
 
     Raises:
-      TypeError: the function's values depend on what is being traced.
+      TracedFunction: the function's values depend on what is being traced.
 
     >>> import jax.numpy as jnp
     >>> table = coefficient_table(ElementwiseNumerical(jnp.tanh, None, 25), "float32")
@@ -137,6 +141,6 @@ def _values(activation: ElementwiseNumerical, x: np.ndarray) -> tuple[np.ndarray
         at = jnp.asarray(x)
         results = activation.fn(at), derivative_of(activation)(at)
     if any(map(is_traced, results)):
-        raise TypeError("The function depends on values that are traced.")
+        raise TracedFunction
     values, slopes = (np.broadcast_to(np.asarray(y, float), x.shape) for y in results)
     return values, slopes

@@ -21,7 +21,7 @@ from nt_core.activations import (
     Step,
 )
 from nt_core.activations.hermite import Expansion, Series, power
-from nt_core.activations.tables import CoefficientTable, coefficient_table
+from nt_core.activations.tables import CoefficientTable, TracedFunction, coefficient_table
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu import native
 
@@ -76,7 +76,7 @@ def encode_activation(activation: Activation, precision: str) -> tuple[list[int]
 def _coefficient_table(activation: ElementwiseNumerical, precision: str) -> CoefficientTable:
     try:
         return coefficient_table(activation, precision)
-    except TypeError as error:
+    except TracedFunction as error:
         raise Refused("the function of ElementwiseNumerical depends on values that are traced") from error
 
 
