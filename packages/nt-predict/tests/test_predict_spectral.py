@@ -14,7 +14,9 @@ from nt_predict._spectral import (
     _second_difference,
     apply_matrix,
     apply_spectrum,
+    decompose,
     decompose_known,
+    few_times,
     phi,
 )
 
@@ -197,3 +199,22 @@ def test_single_precision_suffices_for_kernels_of_known_values(time):
         actual = apply_spectrum(GAIN, decompose_known(jnp.asarray(matrix)), jnp.array([time]), jnp.asarray(rhs))[0]
         assert actual.dtype == "float32"
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [np.geomspace(1e-6, 1e3, 40), [0, 0, 1e-3, 5.0, 7.0], [-0.5, 0, 2.0, 3.0], [1.0], [0, 0, 0], [-1, -2, -3]],
+    ids=["wide", "null", "negative", "one", "zero", "none"],
+)
+@pytest.mark.parametrize("last", [np.inf, 1e9, 1e-9])
+def test_gains_at_many_times_are_sums_of_those_at_a_few(rates, last, dtype):
+    _, matrix = matrix_with(rates)
+    spectrum = decompose(jnp.asarray(matrix, dtype))
+    times = jnp.asarray(np.random.default_rng(0).permutation([0.0, *np.geomspace(1e-6, 1e8, 98), last]), dtype)
+    few, weights = few_times(spectrum, times)
+    assert weights.shape == (100, len(few)) and len(few) <= (30 if dtype == "float32" else 60)
+    rhs = jnp.asarray(matrix, dtype)  # as kernels of test points, it is as small as the eigenvalue in each mode
+    expected = apply_spectrum(GAIN, spectrum, times, rhs)
+    actual = jnp.einsum("tf,fij->tij", weights, apply_spectrum(GAIN, spectrum, few, rhs), precision="highest")
+    errors, sizes = (jnp.abs(part).max((1, 2)) for part in (actual - expected, expected))
+    np.testing.assert_array_less(errors, 40 * ulp(dtype) * sizes + 1e-30)

@@ -287,3 +287,18 @@ def test_traced_solve_needs_eigenvalues_only_if_cholesky_fails():
     assert always.count("cholesky") == 1
     assert "eigh" in at_most
     assert "eigh" not in always
+
+
+def test_many_times_are_the_single_ones():
+    times = jnp.array([0.0, *np.geomspace(1e-3, 1e6, 40), np.inf])
+    for x_test in (X_TEST, X_TRAIN[:1]):
+        predict_fn = ensemble()
+        together = predict_fn(times, x_test, None, True)
+        for i, t in enumerate(times):
+            alone = predict_fn(t, x_test, None, True)
+            assert_equal_trees(jax.tree.map(lambda part, i=i: part[i], together), alone, rtol=0, atol=1e-12)
+        in_jit = jax.jit(lambda x, predict_fn=predict_fn: predict_fn(times, x, None, True))(x_test)
+        assert_equal_trees(together, in_jit, rtol=0, atol=1e-12)
+        traced_times = jax.jit(lambda t, x, predict_fn=predict_fn: predict_fn(t, x, None, True))(times, x_test)
+        assert_equal_trees(together, traced_times, rtol=0, atol=1e-12)
+    assert ensemble()(jnp.zeros(0), X_TEST, "ntk", True).covariance.shape == (0, 3, 3)

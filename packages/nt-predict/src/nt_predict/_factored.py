@@ -2,13 +2,14 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import cho_solve, solve_triangular
 from nt_core.tracing import evaluate_now, is_traced
 
 from nt_predict._spectral import (
@@ -21,11 +22,18 @@ from nt_predict._spectral import (
     apply_spectrum,
     decompose,
     decompose_known,
+    einsum,
+    few_times,
 )
 
 # A pivot of the Cholesky factor this far below its diagonal entry holds nothing but rounding errors; for a training
 # point that occurs twice it is 0 to 2.5 ulp (sizes 4 to 1500, both precisions).
 _NULL_PIVOT_ULPS = 4.0
+# Larger matrices are factored in parts: the LAPACK that comes with SciPy 1.17, which JAX uses on CPU, dies of a
+# segmentation fault in double precision from some size between 15500 and 17000 on, unless it has a single thread.
+_LARGEST = 15000
+# Gains at fewer times than this are of full rank.
+_FEW = 8
 
 
 class Factored:
@@ -73,6 +81,17 @@ class Factored:
         There the solution is by Cholesky, or by the pseudo-inverse if A is singular.
         """
         return self.solve(rhs)[None] if times is None else self._apply(GAIN, times, rhs)
+
+    def few_times(self, times: jax.Array | None) -> tuple[jax.Array | None, Callable[[jax.Array], jax.Array]]:
+        """Returns times that are enough to know, and how gains at all times follow from those, along the first axis.
+
+        They are all of them where the matrix or the times are traced.
+        """
+        if times is None or len(times) <= _FEW or self.is_traced or is_traced(times):
+            return times, lambda gains: gains
+        with evaluate_now():
+            few, weights = few_times(self.spectrum(), times)
+        return few, lambda gains: einsum("tf,f...->t...", weights, gains)
 
     def solve(self, rhs: jax.Array) -> jax.Array:
         """Returns `A^-1 @ rhs`, shape (n, columns), by Cholesky, or by the pseudo-inverse if A is singular."""
@@ -195,7 +214,13 @@ def _rounding_of_kernels(dtype: Any) -> float:
 
 
 def _cholesky(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    if len(matrix) <= _LARGEST:
+        return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    half = len(matrix) // 2
+    first = _cholesky(matrix[:half, :half])
+    below = solve_triangular(first, matrix[half:, :half].T, lower=True).T
+    rest = _cholesky(matrix[half:, half:] - jnp.matmul(below, below.T, precision=lax.Precision.HIGHEST))
+    return jnp.block([[first, jnp.zeros_like(below.T)], [below, rest]])
 
 
 def _is_positive_definite(factor: jax.Array, matrix: jax.Array) -> jax.Array:

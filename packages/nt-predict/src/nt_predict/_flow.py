@@ -41,8 +41,9 @@ def bayesian_covariance(
     nngp: Factored, times: jax.Array | None, test_train: jax.Array, test_test: jax.Array
 ) -> jax.Array:
     """Returns the covariance of test outputs, (times, test, test), where NNGP and flow have the same kernel."""
-    doubled = None if times is None else 2 * times
-    return symmetric(test_test[None] - einsum("qn,tnr->tqr", test_train, nngp.gain(doubled, test_train.T)))
+    few, at_all_times = nngp.few_times(None if times is None else 2 * times)
+    known = einsum("qn,tnr->tqr", test_train, nngp.gain(few, test_train.T))
+    return symmetric(test_test[None] - at_all_times(known))
 
 
 def ensemble_covariance(
@@ -57,9 +58,11 @@ def ensemble_covariance(
 
     Test outputs are f*_t = f*_0 - A (f_0 - y), linear in the random initial outputs.
     """
-    a = ntk.gain(times, ntk_test_train.T).swapaxes(-1, -2)
-    cross = einsum("tqn,rn->tqr", a, nngp_test_train)
-    spread = einsum("tqn,nm,trm->tqr", a, nngp_train_train, a)
+    few, at_all_times = ntk.few_times(times)
+    a = ntk.gain(few, ntk_test_train.T).swapaxes(-1, -2)
+    cross = at_all_times(einsum("tqn,rn->tqr", a, nngp_test_train))
+    of_training = at_all_times(einsum("tqn,nm->tqm", a, nngp_train_train))
+    spread = einsum("tqm,trm->tqr", of_training, at_all_times(a))
     return symmetric(nngp_test_test[None] + spread - cross - cross.swapaxes(-1, -2))
 
 

@@ -11,6 +11,7 @@ from nt_core.get import Get, as_named
 from nt_predict._factored import Factored
 from nt_predict._flow import bayesian_covariance, ensemble_covariance, test_change
 from nt_predict._gaussian import Gaussian, parse_get
+from nt_predict._gram import Gram
 from nt_predict._layout import Axes, OutputLayout, matrix_to_kernel
 
 # The kernel that each prediction is made with.
@@ -78,8 +79,8 @@ def gp_inference(
         if kernel is k_train_train and grams:
             grams[kind] = grams["nngp"]  # one array for both: factored once
         elif kernel is not None:
-            matrix = layout.train_train(kernel, _name("k_train_train", k_train_train, kind))
-            grams[kind] = Factored(matrix, diag_reg, diag_reg_absolute_scale)
+            gram = Gram(kernel, None, kind, diag_reg, diag_reg_absolute_scale)
+            grams[kind] = gram.factored(layout, _name("k_train_train", k_train_train, kind))
 
     def predict_fn(get: Get = None, k_test_train: Any = None, k_test_test: Any = None) -> Any:
         compute_covariance = k_test_test is not None and k_test_test is not False

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from nt_predict._factored import Factored
 from nt_predict._flow import flow_times, test_change, train_change
+from nt_predict._gram import Gram
 from nt_predict._layout import Axes, OutputLayout
 
 
@@ -62,7 +62,7 @@ def gradient_descent_mse(
       (2, 2, 1) [0.    3.085]
     """
     layout = OutputLayout.of(y_train, trace_axes)
-    gram = Factored(layout.train_train(k_train_train, "k_train_train"), diag_reg, diag_reg_absolute_scale)
+    gram = Gram(k_train_train, None, "ntk", diag_reg, diag_reg_absolute_scale).factored(layout)
     dtype = gram.matrix.dtype
 
     def predict_fn(t: Any = None, fx_train_0: Any = 0.0, fx_test_0: Any = None, k_test_train: Any = None) -> Any:

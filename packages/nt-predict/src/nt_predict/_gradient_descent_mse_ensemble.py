@@ -17,6 +17,7 @@ from nt_predict._flow import (
     train_covariance,
 )
 from nt_predict._gaussian import Gaussian, parse_get
+from nt_predict._gram import Gram
 from nt_predict._keywords import test_test_keywords, test_train_keywords
 from nt_predict._layout import Axes, OutputLayout, matrix_to_kernel
 
@@ -101,8 +102,8 @@ def gradient_descent_mse_ensemble(
         missing = [kind for kind in kinds if kind not in known]
         with evaluate_now():
             grams = {
-                kind: Factored(layout.train_train(value, f"k_train_train.{kind}"), diag_reg, diag_reg_absolute_scale)
-                for kind, value in _kernels(kernel_fn, x_train, None, missing, train_keywords).items()
+                kind: Gram(kernel, None, kind, diag_reg, diag_reg_absolute_scale).factored(layout, f"k_train_train.{kind}")
+                for kind, kernel in _kernels(kernel_fn, x_train, None, missing, train_keywords).items()
             }
         known.update({kind: gram for kind, gram in grams.items() if not gram.is_traced})
         return {**known, **grams}

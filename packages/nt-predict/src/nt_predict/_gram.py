@@ -77,11 +77,11 @@ class Gram:
         self.diag_reg = diag_reg
         self.diag_reg_absolute_scale = diag_reg_absolute_scale
 
-    def factored(self, layout: OutputLayout) -> Factored:
-        """Returns the matrix for labels of this layout, to be factored once."""
+    def factored(self, layout: OutputLayout, name: str = "k_train_train") -> Factored:
+        """Returns the matrix for labels of this layout, to be factored once; errors call the kernel by its name."""
         with evaluate_now():
             kernel = self.kernel(self.x_train, None, self.get) if callable(self.kernel) else self.kernel
-            matrix = layout.train_train(kernel, "k_train_train")
+            matrix = layout.train_train(kernel, name)
         return Factored(matrix, self.diag_reg, self.diag_reg_absolute_scale)
 
     def tiles(self, layout: OutputLayout, hold: bool | None, progress: bool) -> Tiles:
@@ -165,8 +165,8 @@ class TestPoints(NamedTuple):
 
 
 def samples(x: Any, rows: Any) -> Any:
-    """Returns some samples of inputs."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], x)
+    """Returns some samples of inputs; of arrays of NumPy they alone are brought to the device."""
+    return jax.tree.map(lambda leaf: jnp.asarray((leaf if hasattr(leaf, "ndim") else jnp.asarray(leaf))[rows]), x)
 
 
 def n_samples(x: Any) -> int:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 
 # For matrices of deficient rank and sizes 4 to 1500, `eigh` is off by up to 2.4 ulp of the largest eigenvalue, and the
 # rounding of the entries moves null eigenvalues by up to 3.2 ulp of the largest norm of a row.
@@ -110,6 +112,37 @@ def apply_spectrum(function: SpectralFunction, spectrum: Spectrum, times: jax.Ar
     values = function.values(_modes(spectrum, times))
     components = einsum("ij,ik->jk", spectrum.vectors, rhs)
     return einsum("ij,tjk->tik", spectrum.vectors, values[:, :, None] * components[None])
+
+
+def few_times(spectrum: Spectrum, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a few of the times, and how the gains at all times are sums of those at these few.
+
+    Gains at many times have a small numerical rank: a product with a matrix is then needed at the few times alone. They
+    come from a QR decomposition with pivoting. The gain of a mode may be off by an eighth of a rounding error of the
+    largest gain at the same time, in units of 1 / eigenvalue: in covariances, which are positive semi-definite for
+    training and test points together, each mode of the kernel is as small as its eigenvalue.
+
+    Returns:
+      times (few,), and weights (times, few).
+    """
+    dtype = times.dtype
+    with jax.enable_x64(True):
+        in_double = Spectrum(*(jnp.asarray(part, jnp.float64) for part in spectrum))
+        modes = _modes(in_double, times.astype(jnp.float64))
+        gains = np.asarray(_gain(modes) * (modes.scale * jnp.maximum(modes.rates, modes.noise))[None]).T
+    largest = np.abs(gains).max(axis=0)
+    scale = np.where(largest > 0, largest, 1)
+    r, order = scipy.linalg.qr(gains / scale, mode="r", pivoting=True)
+    pivots = np.abs(np.diagonal(r))
+    cutoff = max(jnp.finfo(dtype).eps / 8, 8 * np.finfo(np.float64).eps)
+    rank = max(int(np.sum(pivots > cutoff * pivots[0])), 1)
+    few, others = order[:rank], order[rank:]
+    weights = np.zeros((len(times), rank))
+    weights[few, np.arange(rank)] = 1
+    if pivots[0] > 0:
+        weights[others] = scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:]).T
+    weights *= scale[:, None] / scale[few]
+    return times[few], jnp.asarray(weights, dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
