@@ -1,5 +1,6 @@
 // The engine. Compiled once per instruction set, with NT_LEVEL the name of the namespace it goes to.
 #include "angular.h"
+#include "products.h"
 #include "samples.h"
 #include "sources.h"
 #include "stage_end.h"
@@ -282,7 +283,8 @@ void run_double(const Job<double>& job, const Parallel& parallel) { Engine<doubl
 }  // namespace
 
 extern const Level kLevel;
-const Level kLevel{NT_LEVEL_NAME, run_float, run_double, run_dual<float>, run_dual<double>};
+const Level kLevel{NT_LEVEL_NAME, run_float, run_double, run_dual<float>, run_dual<double>,
+                   run_products<float>, run_products<double>};
 
 }  // namespace NT_LEVEL
 }  // namespace nt

@@ -54,6 +54,10 @@ class Buffers {
   size_t n_args_ = 0, n_rets_ = 0;
 };
 
+Parallel on_threads(ffi::ThreadPool& pool) {
+  return Parallel([&pool](std::function<void()> f) { pool.Schedule(std::move(f)); }, pool.num_threads());
+}
+
 template <class T>
 void propagate(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRets rets, const Prepared& prepared) {
   Buffers<T> buffers(args, rets);
@@ -61,17 +65,29 @@ void propagate(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRet
       prepared, [&](int64_t size, const char* what) { return buffers.argument(size, what); },
       [&](int64_t size, const char* what) { return buffers.result(size, what); });
   buffers.check_all_used();
-  const Parallel parallel([&pool](std::function<void()> f) { pool.Schedule(std::move(f)); }, pool.num_threads());
   if constexpr (sizeof(T) == 4) {
-    level().run_float(job, parallel);
+    level().run_float(job, on_threads(pool));
   } else {
-    level().run_double(job, parallel);
+    level().run_double(job, on_threads(pool));
+  }
+}
+
+// Runs `work`, whose exceptions become errors of XLA.
+template <class F>
+ffi::Error guarded(const char* name, const F& work) {
+  try {
+    work();
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(name) + ": not enough memory");
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string(name) + ": " + error.what());
   }
 }
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   ffi::Span<const int64_t> code) {
-  try {
+  return guarded("nt_propagate", [&] {
     const auto program = prepared(code.begin(), static_cast<int64_t>(code.size()));
     const auto first = args.get<ffi::AnyBuffer>(0);
     if (!first.has_value()) throw std::invalid_argument("there are no operands");
@@ -85,12 +101,44 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
       default:
         throw std::invalid_argument("it computes in float32 and float64 only");
     }
-    return ffi::Error::Success();
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "nt_propagate: not enough memory");
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("nt_propagate: ") + error.what());
-  }
+  });
+}
+
+using Doubles = ffi::BufferR2<ffi::DataType::F64>;
+
+template <class T>
+ProductsJob<T> products_job(ffi::AnyBuffer matrix, Doubles right, Doubles left, ffi::Result<Doubles> direct,
+                            ffi::Result<Doubles> transposed) {
+  const auto shape = matrix.dimensions();
+  return {shape[0],           shape[1],
+          right.dimensions()[1], static_cast<const T*>(matrix.untyped_data()),
+          right.typed_data(), left.typed_data(),
+          direct->typed_data(), transposed->typed_data()};
+}
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer matrix, Doubles right, Doubles left,
+                    ffi::Result<Doubles> direct, ffi::Result<Doubles> transposed) {
+  return guarded("nt_products", [&] {
+    const auto shape = matrix.dimensions();
+    const auto is = [](const Doubles& vectors, int64_t rows, int64_t columns) {
+      return vectors.dimensions()[0] == rows && vectors.dimensions()[1] == columns;
+    };
+    const int64_t n_vectors = right.dimensions()[1];
+    if (shape.size() != 2 || !is(right, shape[1], n_vectors) || !is(left, shape[0], n_vectors) ||
+        !is(*direct, shape[0], n_vectors) || !is(*transposed, shape[1], n_vectors)) {
+      throw std::invalid_argument("sizes of a matrix and of vectors do not match");
+    }
+    switch (matrix.element_type()) {
+      case ffi::DataType::F32:
+        level().products_float(products_job<float>(matrix, right, left, direct, transposed), on_threads(pool));
+        break;
+      case ffi::DataType::F64:
+        level().products_double(products_job<double>(matrix, right, left, direct, transposed), on_threads(pool));
+        break;
+      default:
+        throw std::invalid_argument("it takes matrices in float32 and float64 only");
+    }
+  });
 }
 
 }  // namespace
@@ -99,3 +147,11 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     nt_propagate, nt::handle,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("code"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nt_products, nt::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<nt::Doubles>()
+                                  .Arg<nt::Doubles>()
+                                  .Ret<nt::Doubles>()
+                                  .Ret<nt::Doubles>());

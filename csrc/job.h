@@ -1,6 +1,7 @@
 // One call of the engine: a program, its plans, and where its numbers are.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -125,6 +126,17 @@ struct DualJob {
   T* factor;
 };
 
+// A matrix and its transpose times vectors: direct = matrix right, transposed = matrix^T left.
+template <class T>
+struct ProductsJob {
+  int64_t n_rows, n_columns, n_vectors;
+  const T* matrix;
+  const double* right;  // (n_columns, n_vectors)
+  const double* left;   // (n_rows, n_vectors)
+  double* direct;       // (n_rows, n_vectors)
+  double* transposed;   // (n_columns, n_vectors)
+};
+
 // The engine, compiled for one instruction set.
 struct Level {
   const char* name;
@@ -132,6 +144,8 @@ struct Level {
   void (*run_double)(const Job<double>&, const Parallel&);
   void (*dual_float)(const DualJob<float>&);
   void (*dual_double)(const DualJob<double>&);
+  void (*products_float)(const ProductsJob<float>&, const Parallel&);
+  void (*products_double)(const ProductsJob<double>&, const Parallel&);
 };
 
 // The level in use: at first the best one that this machine has.

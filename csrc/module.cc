@@ -18,6 +18,7 @@ namespace {
 py::dict registrations() {
   py::dict handlers;
   handlers["nt_propagate"] = py::capsule(reinterpret_cast<void*>(&nt_propagate));
+  handlers["nt_products"] = py::capsule(reinterpret_cast<void*>(&nt_products));
   return handlers;
 }
 

@@ -399,6 +399,55 @@ bool throwing_schedule() {
   return thrown && !late;
 }
 
+// Products of a matrix with vectors, of sizes that fill nothing.
+template <class T>
+bool check_products(int64_t n_rows, int64_t n_columns, int64_t n_vectors) {
+  std::mt19937 random(1);
+  std::uniform_int_distribution<int> integer(-4, 4);  // sums of products are exact
+  const auto numbers = [&](int64_t size, auto zero) {
+    std::vector<decltype(zero)> numbers(size);
+    for (auto& x : numbers) x = integer(random);
+    return numbers;
+  };
+  const auto matrix = numbers(n_rows * n_columns, T{});
+  const auto right = numbers(n_columns * n_vectors, 0.), left = numbers(n_rows * n_vectors, 0.);
+  std::vector<double> direct(left.size()), transposed(right.size());
+  std::vector<double> expected_direct(left.size()), expected_transposed(right.size());
+  for (int64_t i = 0; i < n_rows; ++i) {
+    for (int64_t j = 0; j < n_columns; ++j) {
+      for (int64_t v = 0; v < n_vectors; ++v) {
+        expected_direct[i * n_vectors + v] += matrix[i * n_columns + j] * right[j * n_vectors + v];
+        expected_transposed[j * n_vectors + v] += matrix[i * n_columns + j] * left[i * n_vectors + v];
+      }
+    }
+  }
+  const nt::ProductsJob<T> job{n_rows,       n_columns,   n_vectors,     matrix.data(),
+                               right.data(), left.data(), direct.data(), transposed.data()};
+  Pool pool;
+  const nt::Parallel parallel(pool.schedule(), 3);
+  if constexpr (sizeof(T) == 4) {
+    nt::level().products_float(job, parallel);
+  } else {
+    nt::level().products_double(job, parallel);
+  }
+  const bool ok = direct == expected_direct && transposed == expected_transposed;
+  if (!ok) std::printf("products of %d x %d: wrong\n", static_cast<int>(n_rows), static_cast<int>(n_columns));
+  return ok;
+}
+
+bool products() {
+  bool ok = true;
+  for (const char* level : {"baseline", "avx2", "avx512"}) {
+    nt::choose_level(level);
+    for (const auto& [rows, columns, vectors] : {std::tuple{1, 1, 1}, {7, 13, 3}, {9, 600, 11}, {64, 512, 5}}) {
+      ok = check_products<float>(rows, columns, vectors) && ok;
+      ok = check_products<double>(rows, columns, vectors) && ok;
+    }
+  }
+  nt::choose_level("");
+  return ok;
+}
+
 }  // namespace
 
 int main() {
@@ -413,6 +462,7 @@ int main() {
   ok = known_faults() && ok;
   ok = prepared_once() && ok;
   ok = throwing_schedule() && ok;
+  ok = products() && ok;
   std::printf(ok ? "ok\n" : "failed\n");
   return ok ? 0 : 1;
 }

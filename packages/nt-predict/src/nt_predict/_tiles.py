@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from nt_core.grid import Cell, Grid, evenly
+from nt_core.products import products
 from nt_core.progress import one_ahead, with_progress
 
 # Rows and columns of a tile at most: large enough to keep a device busy, and small enough for any memory.
 _TILE = 2048
-# Rows of a tile that are in double precision at a time: in the cache of a CPU.
-_ROWS = 256
+_products = jax.jit(products)
 
 
 class Tiles:
@@ -122,16 +122,6 @@ class Tiles:
     def _slice(self, i: int) -> slice:
         size = self._grid.rows * self._positions
         return slice(i * size, (i + 1) * size)
-
-
-@jax.jit
-def _products(tile: jax.Array, right: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
-    direct, mirrored = [], jnp.zeros((left.shape[1], tile.shape[1]), right.dtype)
-    for start in range(0, len(tile), _ROWS):
-        rows = tile[start : start + _ROWS].astype(right.dtype)
-        direct.append(rows @ right)
-        mirrored += left[start : start + _ROWS].T @ rows
-    return jnp.concatenate(direct), mirrored.T
 
 
 def _padded(samples: np.ndarray, size: int) -> np.ndarray:

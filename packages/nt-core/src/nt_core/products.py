@@ -1,0 +1,58 @@
+"""A matrix, and its transpose, times vectors, in double precision: what iterative solvers do with tiles of a kernel."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nt_core.backends.cpu import native
+
+_TARGET = "nt_products"
+# Rows that are in double precision at a time: in the cache of a CPU.
+_ROWS = 256
+
+
+def products(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
+    """Returns `matrix @ right` and `matrix.T @ left` in double precision, which must be enabled; on CPU natively.
+
+    Args:
+      matrix: `(rows, columns)`, in single or double precision.
+      right: `(columns, n)`, in double precision.
+      left: `(rows, n)`, likewise.
+
+    Raises:
+      ValueError: sizes do not match.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from nt_core.products import products
+      >>> with jax.enable_x64(True):
+      ...     direct, transposed = products(jnp.array([[1.0, 2.0]]), jnp.ones((2, 1)), jnp.ones((1, 1)))
+      >>> print(direct, transposed.T)
+      [[3.]] [[1. 2.]]
+    """
+    matrix, right, left = (jnp.asarray(array) for array in (matrix, right, left))
+    (rows, columns), n = matrix.shape, right.shape[-1]
+    if right.shape != (columns, n) or left.shape != (rows, n):
+        raise ValueError(
+            f"A matrix of shape {matrix.shape} takes vectors of shapes {(columns, n)} and {(rows, n)}, got "
+            f"{right.shape} and {left.shape}."
+        )
+    if native.refusal() is None and matrix.dtype in (jnp.float32, jnp.float64) and matrix.size and right.size:
+        return jax.lax.platform_dependent(matrix, right, left, cpu=_natively, default=_by_xla)
+    return _by_xla(matrix, right, left)
+
+
+def _natively(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
+    results = [jax.ShapeDtypeStruct(vectors.shape, vectors.dtype) for vectors in (left, right)]
+    direct, transposed = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")(matrix, right, left)
+    return direct, transposed
+
+
+def _by_xla(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
+    direct, transposed = [jnp.zeros((0, right.shape[1]), right.dtype)], jnp.zeros((left.shape[1], matrix.shape[1]), right.dtype)
+    for start in range(0, len(matrix), _ROWS):
+        rows = matrix[start : start + _ROWS].astype(right.dtype)
+        direct.append(rows @ right)
+        transposed += left[start : start + _ROWS].T @ rows
+    return jnp.concatenate(direct), transposed.T
