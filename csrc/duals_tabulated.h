@@ -22,7 +22,8 @@ class Tabulated {
   static constexpr int kL = kLanes<T>;
 
  public:
-  enum Plane { kHalfAfter, kHalf, kStd, kTerms, kRoot, kOrder = kRoot + 2, kPlanes = kOrder + 2 };  // then a_k
+  enum Plane { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };  // then a_k, and of the rest roots and orders
+  static constexpr int kPlanes = kValues + 4;
 
   Tabulated(const T* numbers, const Table& table) : numbers_(numbers), table_(table) {}
 
@@ -42,41 +43,67 @@ class Tabulated {
     const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
     const V difference = first[kHalf] - second[kHalf];
     const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
+    const V inverse = first[kInverse] * second[kInverse];
     // Inputs of variance 0 are uncorrelated.
-    const V w = a.angular / a.scale, c = if_positive(first[kHalf], if_positive(second[kHalf], one - w, zero), zero);
-    // The sums of a_k b_k (1 + c + ... + c^(k-1)) and of k a_k b_k c^(k-1), from the last term to the first. Each pair
-    // has as many terms as its samples need; those that another pair needs beside it do not change it.
+    const V both_vary = if_positive(first[kHalf], second[kHalf], zero);
+    const V w = min(a.angular * inverse, broadcast(T(2))), c = if_positive(both_vary, one - w, zero);
+    const V plus = one + c, square_c = c * c;
+    const bool by_two = table_.step == 2;
+    const V power = by_two ? square_c : c, one_minus_power = by_two ? w * plus : w;
+    // With p_m the a_k b_k of the orders k = start + step m, x = c^step and P_j the sum of the p_m for m >= j: the sum R
+    // of P_(j + 1) x^j, for which (1 - x) R is the sum of p_m (1 - x^m), and its derivative, from the last term to the
+    // first. Each pair has as many terms as its samples need; those that another one needs do not change it.
     const V terms = max(first[kTerms], second[kTerms]);
     const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
-    V suffix = zero, sum = zero, slope = zero, square = zero, order = broadcast(T(most - 1));
-    const auto add = [&](int k, auto is_for_all) {
-      V both = first[kPlanes + k] * second[kPlanes + k], apart = first[kPlanes + k] - second[kPlanes + k];
+    V suffix = zero, sum = zero, derivative = zero, square = zero;
+    const auto add_term = [&](int k, auto is_for_all) {
+      V both = first[kValues + k] * second[kValues + k], apart = first[kValues + k] - second[kValues + k];
       if constexpr (!is_for_all.value) {
-        const V is_needed = terms - order;
+        const V is_needed = terms - broadcast(T(k));
         both = if_positive(is_needed, both, zero);
         apart = if_positive(is_needed, apart, zero);
       }
       square = fma(apart, apart, square);
       suffix += both;
-      sum = fma(c, sum, suffix);
-      if constexpr (kNtk) slope = fma(c, slope, order * both);
-      order -= one;
+    };
+    const auto add = [&](int k, auto is_for_all) {
+      add_term(k, is_for_all);
+      if constexpr (kNtk) derivative = fma(power, derivative, sum);
+      sum = fma(power, sum, suffix);
     };
     int k = most - 1;
-    for (; k >= least; --k) add(k, std::false_type{});
-    for (; k > 0; --k) add(k, std::true_type{});
-    const V apart = first[kPlanes] - second[kPlanes];
-    square = fma(apart, apart, square);
-    V after = fma(w, sum, half * square);
+    for (; k > 2 && k >= least; --k) add(k, std::false_type{});
+    for (; k > 2; --k) add(k, std::true_type{});
+    if (most > 2) add_term(2, std::false_type{});
+    const V missing = one_minus_power * sum;  // P_0 less the sum of p_m x^m
+    const V one_minus_start = table_.start == 2 ? w * plus : w * fma(c, plus, one);
+    const V before_start = table_.start == 2 ? c : square_c;  // the power of c that is one less
+    V after = fma(before_start * c, missing, suffix * one_minus_start), slope = zero;
+    if constexpr (kNtk) {
+      const V start = broadcast(T(table_.start)), step = broadcast(T(table_.step));
+      const V within = step * power * (sum - one_minus_power * derivative);
+      slope = before_start * fma(start, suffix - missing, within);
+    }
+    const V linear = first[kValues + 1] * second[kValues + 1];
+    after = fma(w, linear, after);
+    slope += linear;
+    for (int low = 0; low < 2; ++low) {
+      const V apart = first[kValues + low] - second[kValues + low];
+      square = fma(apart, apart, square);
+    }
+    after = fma(half, square, after);
     if (most == table_.terms) {  // these were not enough
       add_rest<kNtk>(0, first, second, w, after, slope);
       add_rest<kNtk>(1, first, second, w, after, slope);
     }
     value = deficit_or_covariance<kCovariance>(after, first, second);
-    if constexpr (kNtk) factor = slope / a.scale;
+    if constexpr (kNtk) factor = slope * inverse;
   }
 
  private:
+  // Where the root of what is beyond the terms is, of a parity; two after it, its order.
+  int root(int parity) const { return kValues + table_.terms + parity; }
+
   // The numbers of one sample and position, with the variance `var`.
   template <class Put>
   void prepare(T var, std::vector<T>& at, const Put& put) const {
@@ -103,13 +130,14 @@ class Tabulated {
     if (var < lowest) extend(after_table + table_.octaves, deviation / std::sqrt(lowest), at.data(), others);
     put(kHalfAfter, others[0]);
     put(kStd, deviation);
+    put(kInverse, T(1) / deviation);
     const T count = after_table[octave], all = static_cast<T>(table_.terms);
     put(kTerms, count >= T(1) && count <= all ? count : all);
     for (int parity = 0; parity < 2; ++parity) {
-      put(kRoot + parity, others[1 + parity]);
-      put(kOrder + parity, std::max(static_cast<T>(table_.terms), others[3 + parity]));
+      put(root(parity), others[1 + parity]);
+      put(root(parity) + 2, std::max(static_cast<T>(table_.order(table_.terms)), others[3 + parity]));
     }
-    for (int k = 0; k < table_.terms; ++k) put(kPlanes + k, at[k]);
+    for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
   }
 
   // From the first octave to deviations below it that are smaller by a ratio.
@@ -132,11 +160,11 @@ class Tabulated {
   // Adds what is beyond the terms: of functions with kinks, or of large variances.
   template <bool kNtk, class First, class Second>
   NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope) const {
-    const V root1 = first[kRoot + parity], root2 = second[kRoot + parity];
+    const V root1 = first[root(parity)], root2 = second[root(parity)];
     if (!any_positive(max(root1, root2))) return;
     const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
     const V is_negative = w - one, both = root1 * root2, apart = root1 - root2;
-    const V order = half * (first[kOrder + parity] + second[kOrder + parity]);
+    const V order = half * (first[root(parity) + 2] + second[root(parity) + 2]);
     // Uncorrelated pairs have no rest.
     const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
     V log;

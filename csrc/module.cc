@@ -49,7 +49,9 @@ py::tuple dual(const std::vector<int>& activation, Numbers<T> coefficients, Numb
   }
   const auto which = static_cast<nt::Activation>(activation[0]);
   nt::Table table;
-  if (activation.size() == 5) table = {activation[1], activation[2], activation[3], activation[4]};
+  if (activation.size() == 7) {
+    table = {activation[1], activation[2], activation[3], activation[4], activation[5], activation[6]};
+  }
   const auto n = deficit.size();
   if (coefficients.size() != nt::info(which).coefficients + table.size() || variance1.size() != n ||
       variance2.size() != n) {

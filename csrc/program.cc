@@ -82,6 +82,8 @@ void read_windows(Reader& reader, Value& value) {
 Table read_table(Reader& reader) {
   Table table;
   table.terms = reader.next(2, kMaxTerms, "the number of terms");
+  table.start = reader.next(2, 3, "the order of the third term");
+  table.step = reader.next(1, 2, "the step of orders");
   table.degree = reader.next(0, kMaxDegreeOfTable, "the degree of a table");
   table.lowest = reader.next(-kMaxExponent, kMaxExponent, "the lowest octave");
   table.octaves = reader.next(1, 2 * kMaxExponent, "the number of octaves");

@@ -55,8 +55,9 @@ std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, i
   return join({value(nt::Op::kDual, needs, 5, s, {input}), {static_cast<int64_t>(activation)}});
 }
 // With 4 terms in polynomials of degree 1, for 12 octaves.
-std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input) {
-  return join({dual(nt::Activation::kTabulated, needs, s, input), {4, 1, -4, 12}});
+// Of the orders 0, 1, start, start + step.
+std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input, int64_t start, int64_t step) {
+  return join({dual(nt::Activation::kTabulated, needs, s, input), {4, start, step, 1, -4, 12}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);
@@ -165,13 +166,13 @@ std::vector<Network> networks() {
         dual(nt::Activation::kStep, false, small, 11)},
        false},
       {"tables",
-       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), tabulated(true, small, 1),
-        linear(true, small, 2, kThree, kThree), tabulated(false, small, 3),
+       {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), tabulated(true, small, 1, 2, 1),
+        linear(true, small, 2, kThree, kThree), tabulated(false, small, 3, 3, 2),
         pool(false, one, 4, {3, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 0, 0})},
        false},
       {"tables without positions",
-       {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), tabulated(true, one, 1),
-        linear(true, one, 2, kNoWindow, kNoWindow), tabulated(false, one, 3)},
+       {inputs(true, one, 7), linear(true, one, 0, kNoWindow, kNoWindow), tabulated(true, one, 1, 2, 2),
+        linear(true, one, 2, kNoWindow, kNoWindow), tabulated(false, one, 3, 3, 2)},
        false},
   };
 }

@@ -36,7 +36,10 @@ class CoefficientTable(NamedTuple):
         and of the even and the odd part of what is beyond the terms the roots and the orders; then for each octave how
         many terms count; then the function at 0, and for each coefficient the power of the deviation that it (without
         that value) is in proportion to below the first octave.
-      terms: how many coefficients there are.
+      terms: how many coefficients there are, of the orders 0, 1, start, start + step and so on: of most functions, the
+        even or the odd part is linear.
+      start: 2 or 3.
+      step: 1 or 2.
       degree: of the polynomials, whose argument goes from -1 to 1 in each octave.
       lowest: the first octave begins at 2 to this power.
       octaves: how many there are.
@@ -44,6 +47,8 @@ class CoefficientTable(NamedTuple):
 
     numbers: np.ndarray
     terms: int
+    start: int
+    step: int
     degree: int
     lowest: int
     octaves: int
@@ -63,14 +68,14 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     >>> import jax.numpy as jnp
     >>> table = coefficient_table(ElementwiseNumerical(jnp.tanh, None, 25), "float32")
     >>> table.terms, table.octaves, table.numbers.size
-    (50, 54, 26835)
+    (26, 54, 15147)
     """
     terms = number_of_terms(activation.deg)
     degree, lowest, octaves = _SHAPES[precision]
     points = np.cos(math.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     variances = np.ldexp(1.5 + 0.5 * points, lowest + np.arange(octaves)[:, None])
     with np.errstate(all="ignore"):  # functions may overflow at variances that nobody has
-        columns, counts = _columns(activation, variances.ravel(), terms, float(np.finfo(precision).eps) / 4)
+        orders, columns, counts = _columns(activation, variances.ravel(), terms, float(np.finfo(precision).eps) / 4)
     columns = columns.reshape(-1, octaves, degree + 1)
     # Chebyshev's coefficients first: they are small where those of powers would only cancel.
     polynomials = np.polynomial.chebyshev.chebvander(points, degree) * np.where(np.arange(degree + 1) > 0, 2, 1)
@@ -81,15 +86,16 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     powers = np.einsum("pk,kco->opc", to_powers, chebyshev)
     at_zero = _values(activation, np.zeros(1))[0]
     counts = counts.reshape(octaves, degree + 1).max(1)
-    exponents = _exponents(powers[0, :, :terms], at_zero)
+    exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
     numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents])
-    return CoefficientTable(numbers, terms, degree, lowest, octaves)
+    start, step = (orders[2], orders[3] - orders[2]) if len(orders) > 3 else (2, 1)
+    return CoefficientTable(numbers, len(orders), int(start), int(step), degree, lowest, octaves)
 
 
 def _columns(
     activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the columns at some variances, `(columns, variances)`, and how many terms count there."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the orders of the terms, the columns at some variances, `(columns, variances)`, and how many terms count."""
     nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
     std, orders = np.sqrt(variances), np.arange(terms)[:, None]
     values, slopes = _values(activation, nodes[:, None] * std)
@@ -108,13 +114,24 @@ def _columns(
         order = np.where(is_missing, missing_slope / np.where(is_missing, missing, 1), terms)
         rests.append((np.where(is_missing, missing, 0), np.maximum(order, terms)))
     (even, even_order), (odd, odd_order) = rests
+    kept = _orders_that_are_there(a, mean_square)
+    a, orders = a[kept], orders[kept]
     counts = _terms_that_count(a**2, even + odd, mean_square, tolerance)
     counts_of_slope = _terms_that_count(orders * a**2, even * even_order + odd * odd_order, slope_square, tolerance)
     columns = [*a, 0.5 * mean_square, np.sqrt(even), np.sqrt(odd), even_order, odd_order]
-    return np.stack(columns), np.maximum(counts, counts_of_slope)
+    return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
 
 
-def _exponents(powers: np.ndarray, at_zero: np.ndarray) -> np.ndarray:
+def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+    """Returns the orders of terms: all, or beyond the linear one the even or the odd ones, if the others are noise."""
+    is_noise = (np.abs(a) <= _NOISE * np.sqrt(mean_square)).all(1)
+    for start in (2, 3):
+        if len(a) > start + 2 and is_noise[5 - start :: 2].all():
+            return np.array([0, 1, *range(start, len(a), 2)])
+    return np.arange(len(a))
+
+
+def _exponents(powers: np.ndarray, at_zero: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """Returns which powers of the deviation the coefficients are in proportion to, in the first octave.
 
     The k-th one of a smooth function is in proportion to its k-th power, and with kinks at 0 to the first.
@@ -124,7 +141,7 @@ def _exponents(powers: np.ndarray, at_zero: np.ndarray) -> np.ndarray:
     first[0], last[0] = first[0] - at_zero[0], last[0] - at_zero[0]
     is_known = np.minimum(np.abs(first), np.abs(last)) > _NOISE * np.abs(powers).max()
     ratios = np.where(is_known, np.abs(last), 1) / np.where(is_known, np.abs(first), 1)
-    exponents = np.where(is_known, 2 * np.log2(ratios), np.maximum(np.arange(len(first)), 1))
+    exponents = np.where(is_known, 2 * np.log2(ratios), np.maximum(orders, 1))
     whole = np.round(exponents)
     return np.where(np.abs(exponents - whole) < _NEARLY, whole, exponents)
 
