@@ -71,7 +71,9 @@ def cholesky(args) -> None:
         with jax.enable_x64(True):
             gram = nt.predict.Gram(jnp.asarray(kernel, jnp.float64), diag_reg=args.diag_reg)
             del kernel  # the next ones take all memory at n = 20,000
-            exact = np.asarray(nt.predict.fit(gram, y, nt.predict.Cholesky()).mean(jnp.asarray(test_train, jnp.float64)))
+            fitted = nt.predict.fit(gram, y, nt.predict.Cholesky())
+            exact = np.asarray(fitted.mean(jnp.asarray(test_train, jnp.float64)))
+            del gram, fitted
         errors = " | ".join(f"{np.abs(mean - exact).max():.1e}" for mean in (actual, in_single))
         times = " | ".join(shown(seconds[name]) for name in ("kernel", "cholesky", "pcg"))
         print(f"| {n} | {times} | {stats.passes} | {stats.rank} | {errors} |", flush=True)

@@ -50,7 +50,8 @@ def _natively(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
 
 
 def _by_xla(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
-    direct, transposed = [jnp.zeros((0, right.shape[1]), right.dtype)], jnp.zeros((left.shape[1], matrix.shape[1]), right.dtype)
+    direct = [jnp.zeros((0, right.shape[1]), right.dtype)]
+    transposed = jnp.zeros((left.shape[1], matrix.shape[1]), right.dtype)
     for start in range(0, len(matrix), _ROWS):
         rows = matrix[start : start + _ROWS].astype(right.dtype)
         direct.append(rows @ right)

@@ -101,9 +101,10 @@ def gradient_descent_mse_ensemble(
     def train_grams(kinds: Sequence[str]) -> dict[str, Factored]:
         missing = [kind for kind in kinds if kind not in known]
         with evaluate_now():
+            kernels = _kernels(kernel_fn, x_train, None, missing, train_keywords)
             grams = {
-                kind: Gram(kernel, None, kind, diag_reg, diag_reg_absolute_scale).factored(layout, f"k_train_train.{kind}")
-                for kind, kernel in _kernels(kernel_fn, x_train, None, missing, train_keywords).items()
+                kind: Gram(k, None, kind, diag_reg, diag_reg_absolute_scale).factored(layout, f"k_train_train.{kind}")
+                for kind, k in kernels.items()
             }
         known.update({kind: gram for kind, gram in grams.items() if not gram.is_traced})
         return {**known, **grams}

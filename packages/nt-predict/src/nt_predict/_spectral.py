@@ -132,7 +132,8 @@ def few_times(spectrum: Spectrum, times: jax.Array) -> tuple[jax.Array, jax.Arra
         gains = np.asarray(_gain(modes) * (modes.scale * jnp.maximum(modes.rates, modes.noise))[None]).T
     largest = np.abs(gains).max(axis=0)
     scale = np.where(largest > 0, largest, 1)
-    r, order = scipy.linalg.qr(gains / scale, mode="r", pivoting=True)
+    decomposed: Any = scipy.linalg.qr(gains / scale, mode="r", pivoting=True)
+    r, order = decomposed
     pivots = np.abs(np.diagonal(r))
     cutoff = max(jnp.finfo(dtype).eps / 8, 8 * np.finfo(np.float64).eps)
     rank = max(int(np.sum(pivots > cutoff * pivots[0])), 1)

@@ -95,7 +95,7 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
 def _columns(
     activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the orders of the terms, the columns at some variances, `(columns, variances)`, and how many terms count."""
+    """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and how many count."""
     nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
     std, orders = np.sqrt(variances), np.arange(terms)[:, None]
     values, slopes = _values(activation, nodes[:, None] * std)
@@ -124,7 +124,7 @@ def _columns(
 
 def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
     """Returns the orders of terms: all, or beyond the linear one the even or the odd ones, if the others are noise."""
-    is_noise = (np.abs(a) <= _NOISE * np.sqrt(mean_square)).all(1)
+    is_noise = np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=1)
     for start in (2, 3):
         if len(a) > start + 2 and is_noise[5 - start :: 2].all():
             return np.array([0, 1, *range(start, len(a), 2)])
