@@ -46,7 +46,7 @@ class Tabulated {
     const V inverse = first[kInverse] * second[kInverse];
     // Inputs of variance 0 are uncorrelated.
     const V both_vary = if_positive(first[kHalf], second[kHalf], zero);
-    const V w = min(a.angular * inverse, broadcast(T(2))), c = if_positive(both_vary, one - w, zero);
+    const V w = min(broadcast(T(2)), a.angular * inverse), c = if_positive(both_vary, one - w, zero);
     const V plus = one + c, square_c = c * c;
     const bool by_two = table_.step == 2;
     const V power = by_two ? square_c : c, one_minus_power = by_two ? w * plus : w;

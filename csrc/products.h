@@ -1,4 +1,5 @@
-// A matrix, and its transpose, times vectors: both in one pass over a matrix that is one of many tiles.
+// A matrix, and its transpose, times vectors: both in one pass over a matrix that is one of many tiles, for as many
+// vectors at a time as registers hold.
 //
 // Everything is added in double precision, whatever the matrix is in: conjugate gradients want that, and a general
 // product of matrices is made for more vectors than the few outputs of a network.
@@ -43,9 +44,10 @@ struct Strip {
   int columns;
   const double* right;  // (vectors at a time, kStrip), padded with zeros
   double* transposed;   // the sums of the transpose, likewise
-  int64_t n_vectors;    // of which there are in all
-  const double* left;   // (rows, vectors in all)
-  double* direct;       // likewise
+  const double* left;   // (rows, vectors)
+  int64_t left_stride;
+  double* direct;  // (rows, vectors)
+  int64_t direct_stride;
 };
 
 template <int kRows, int kVectors, class T>
@@ -53,7 +55,7 @@ NT_INLINE void multiply_rows(const Strip<T>& s, int64_t row) {
   constexpr int kL = kLanes<double>;
   VDouble left[kRows][kVectors], direct[kRows][kVectors]{};
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) left[r][v] = broadcast(s.left[(row + r) * s.n_vectors + v]);
+    for (int v = 0; v < kVectors; ++v) left[r][v] = broadcast(s.left[(row + r) * s.left_stride + v]);
   }
   const auto add = [&](int column, const VDouble(&matrix)[kRows]) {
     for (int v = 0; v < kVectors; ++v) {
@@ -81,7 +83,7 @@ NT_INLINE void multiply_rows(const Strip<T>& s, int64_t row) {
     add(column, matrix);
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) s.direct[(row + r) * s.n_vectors + v] = sum(direct[r][v]);
+    for (int v = 0; v < kVectors; ++v) s.direct[(row + r) * s.direct_stride + v] = sum(direct[r][v]);
   }
 }
 
@@ -102,17 +104,19 @@ void with_vectors(int64_t n, const F& f) {
   }
 }
 
+// The products with vectors from `first` on.
 template <class T>
-void run_products(const ProductsJob<T>& job, const Parallel& parallel) {
+void multiply_some(const ProductsJob<T>& job, int64_t first, int64_t n_some, const Parallel& parallel) {
   const int64_t n_rows = job.n_rows, n_vectors = job.n_vectors, n_strips = ceil_div(job.n_columns, kStrip);
-  const Buffer<double> parts(n_strips * n_rows * n_vectors);
+  const Buffer<double> parts(n_strips * n_rows * n_some);
   parallel.run(n_strips, [&](const auto& next) {
     const Buffer<double> right(kVectorsAtOnce * kStrip), transposed(kVectorsAtOnce * kStrip);
     for (int64_t k = next(); k >= 0; k = next()) {
       const int64_t begin = k * kStrip;
       const int columns = static_cast<int>(std::min<int64_t>(kStrip, job.n_columns - begin));
-      for (int64_t vector = 0; vector < n_vectors; vector += kVectorsAtOnce) {
-        with_vectors<kVectorsAtOnce>(n_vectors - vector, [&](auto vectors) {
+      for (int64_t done = 0; done < n_some; done += kVectorsAtOnce) {
+        const int64_t vector = first + done;
+        with_vectors<kVectorsAtOnce>(n_some - done, [&](auto vectors) {
           std::fill_n(right.data(), kVectorsAtOnce * kStrip, 0.);
           std::fill_n(transposed.data(), kVectorsAtOnce * kStrip, 0.);
           for (int v = 0; v < vectors; ++v) {
@@ -125,9 +129,10 @@ void run_products(const ProductsJob<T>& job, const Parallel& parallel) {
                                columns,
                                right.data(),
                                transposed.data(),
-                               n_vectors,
                                job.left + vector,
-                               parts.data() + k * n_rows * n_vectors + vector};
+                               n_vectors,
+                               parts.data() + k * n_rows * n_some + done,
+                               n_some};
           multiply_strip<vectors()>(strip, n_rows);
           for (int v = 0; v < vectors; ++v) {
             for (int c = 0; c < columns; ++c) {
@@ -139,9 +144,20 @@ void run_products(const ProductsJob<T>& job, const Parallel& parallel) {
     }
   });
   // One strip after the other, whichever thread it was on: the bits do not depend on it.
-  std::fill_n(job.direct, n_rows * n_vectors, 0.);
-  for (int64_t k = 0; k < n_strips; ++k) {
-    for (int64_t i = 0; i < n_rows * n_vectors; ++i) job.direct[i] += parts.data()[k * n_rows * n_vectors + i];
+  for (int64_t i = 0; i < n_rows; ++i) {
+    for (int64_t v = 0; v < n_some; ++v) {
+      double sum = 0;
+      for (int64_t k = 0; k < n_strips; ++k) sum += parts.data()[(k * n_rows + i) * n_some + v];
+      job.direct[i * n_vectors + first + v] = sum;
+    }
+  }
+}
+
+template <class T>
+void run_products(const ProductsJob<T>& job, const Parallel& parallel) {
+  constexpr int64_t kSome = 4 * kVectorsAtOnce;  // vectors whose parts are in memory
+  for (int64_t first = 0; first < job.n_vectors; first += kSome) {
+    multiply_some(job, first, std::min(kSome, job.n_vectors - first), parallel);
   }
 }
 

@@ -71,8 +71,15 @@ def test_equal_inputs_have_exactly_no_deficit(name, dtype, level):
 @each_closed_form
 def test_nan_stays_nan(name, dtype, level):
     one, bad = np.ones(1, dtype), np.full(1, np.nan, dtype)
-    for arguments in ((bad, one, bad), (one, bad, bad)):
+    for arguments in ((bad, one, bad), (one, bad, bad), (one, one, bad)):
         assert np.isnan(native_dual(name, arguments, dtype)[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_tables_keep_what_is_not_a_number(bad, dtype, level):
+    for arguments in ((bad, 1.0, bad), (1.0, bad, bad), (1.0, 1.0, np.nan)):
+        deficit = tabulated(jnp.tanh, [np.full(1, x, dtype) for x in arguments], dtype)[1]
+        assert np.isnan(deficit)
 
 
 # --- Tables of Hermite coefficients

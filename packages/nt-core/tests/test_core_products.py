@@ -71,5 +71,20 @@ def test_vmap(x64):
 def test_sizes_that_do_not_match(changed, x64):
     given = list(operands(6, 9, 2))
     given[changed] = given[changed][:-1]
-    with pytest.raises(ValueError, match=r"matrix of shape \(.*\) takes"):
+    with pytest.raises(ValueError, match=r"takes vectors of shapes"):
         products(*given)
+
+
+def test_vectors_are_in_double_precision():
+    with pytest.raises(TypeError, match="double precision, got float32"):
+        products(*operands(6, 9, 2))
+
+
+def test_matrices_have_two_axes(x64):
+    with pytest.raises(ValueError, match=r"takes vectors of shapes"):
+        products(np.ones(3), np.ones((3, 1)), np.ones((3, 1)))
+
+
+def test_many_vectors(way, x64):
+    given = operands(20, 300, 123)
+    check(products(*given), *given)

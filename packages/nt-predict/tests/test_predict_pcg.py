@@ -1,6 +1,7 @@
 """Conjugate gradients over tiles, against Cholesky."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -206,3 +207,18 @@ def test_the_solver_is_chosen_by_memory(x64, monkeypatch):
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "Cholesky"
     monkeypatch.setattr("nt_predict._memory._memory_of_machine", lambda: 50**2 * 8 * 5)
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "PCG"
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_long_passes_that_compute_the_kernel_again_are_announced(hold, monkeypatch, x64):
+    monkeypatch.setattr("nt_predict._tiles._LONG", -1)
+    expected = [] if hold else ["The first pass over the kernel took 0 s, and each of the next ones computes it again."]
+    for rate, messages in ((1e30, expected), (0, [])):
+        monkeypatch.setattr("nt_predict._tiles._READ_PER_SECOND", rate)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Gram(kernel_fn, X, diag_reg=NOISE), Y, PCG(hold=hold))
+        assert [str(w.message).split(" Write")[0] for w in caught] == messages
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(Gram(kernel_fn(X, None, "nngp"), diag_reg=NOISE), Y, PCG())  # which is read

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble, max_learning_rate
+from nt_predict._spectral import few_times
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -289,7 +290,15 @@ def test_traced_solve_needs_eigenvalues_only_if_cholesky_fails():
     assert "eigh" not in always
 
 
-def test_many_times_are_the_single_ones():
+def test_many_times_are_the_single_ones(monkeypatch):
+    used = []
+
+    def few(*args):
+        result = few_times(*args)
+        used.append(len(result[0]))
+        return result
+
+    monkeypatch.setattr("nt_predict._factored.few_times", few)
     times = jnp.array([0.0, *np.geomspace(1e-3, 1e6, 40), np.inf])
     for x_test in (X_TEST, X_TRAIN[:1]):
         predict_fn = ensemble()
@@ -297,7 +306,9 @@ def test_many_times_are_the_single_ones():
         for i, t in enumerate(times):
             alone = predict_fn(t, x_test, None, True)
             assert_equal_trees(jax.tree.map(lambda part, i=i: part[i], together), alone, rtol=0, atol=1e-12)
+        used.clear()
         in_jit = jax.jit(lambda x, predict_fn=predict_fn: predict_fn(times, x, None, True))(x_test)
+        assert len(used) == 2 and max(used) < len(times)  # of the NNGP and the NTK
         assert_equal_trees(together, in_jit, rtol=0, atol=1e-12)
         traced_times = jax.jit(lambda t, x, predict_fn=predict_fn: predict_fn(t, x, None, True))(times, x_test)
         assert_equal_trees(together, traced_times, rtol=0, atol=1e-12)

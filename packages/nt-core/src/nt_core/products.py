@@ -14,6 +14,8 @@ _ROWS = 256
 def products(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
     """Returns `matrix @ right` and `matrix.T @ left` in double precision, which must be enabled; on CPU natively.
 
+    It is not differentiable.
+
     Args:
       matrix: `(rows, columns)`, in single or double precision.
       right: `(columns, n)`, in double precision.
@@ -21,6 +23,7 @@ def products(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
 
     Raises:
       ValueError: sizes do not match.
+      TypeError: vectors are not in double precision.
 
     Example:
       >>> import jax
@@ -32,11 +35,14 @@ def products(matrix: Array, right: Array, left: Array) -> tuple[Array, Array]:
       [[3.]] [[1. 2.]]
     """
     matrix, right, left = (jnp.asarray(array) for array in (matrix, right, left))
-    (rows, columns), n = matrix.shape, right.shape[-1]
-    if right.shape != (columns, n) or left.shape != (rows, n):
+    shapes = matrix.shape, right.shape, left.shape
+    if any(len(shape) != 2 for shape in shapes) or shapes[1:] != tuple((n, right.shape[1]) for n in matrix.shape[::-1]):
         raise ValueError(
-            f"A matrix of shape {matrix.shape} takes vectors of shapes {(columns, n)} and {(rows, n)}, got "
-            f"{right.shape} and {left.shape}."
+            f"A matrix of shape (m, n) takes vectors of shapes (n, k) and (m, k), got {', '.join(map(str, shapes))}."
+        )
+    if right.dtype != jnp.float64 or left.dtype != jnp.float64:
+        raise TypeError(
+            f"Vectors should be in double precision, got {right.dtype} and {left.dtype}: see jax.enable_x64."
         )
     if native.refusal() is None and matrix.dtype in (jnp.float32, jnp.float64) and matrix.size and right.size:
         return jax.lax.platform_dependent(matrix, right, left, cpu=_natively, default=_by_xla)

@@ -32,7 +32,7 @@ _NULL_PIVOT_ULPS = 4.0
 # Larger matrices are factored in parts: the LAPACK that comes with SciPy 1.17, which JAX uses on CPU, dies of a
 # segmentation fault in double precision from some size between 15500 and 17000 on, unless it has a single thread.
 _LARGEST = 15000
-# Gains at fewer times than this are of full rank.
+# Of no more times than this, none is left out.
 _FEW = 8
 
 
@@ -220,7 +220,7 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
     first = _cholesky(matrix[:half, :half])
     below = solve_triangular(first, matrix[half:, :half].T, lower=True).T
     rest = _cholesky(matrix[half:, half:] - jnp.matmul(below, below.T, precision=lax.Precision.HIGHEST))
-    return jnp.block([[first, jnp.zeros_like(below.T)], [below, rest]])
+    return jnp.block([[first, jnp.zeros((half, len(matrix) - half), matrix.dtype)], [below, rest]])
 
 
 def _is_positive_definite(factor: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -58,5 +58,5 @@ def fit(gram: Gram, y_train: Any, solver: Solver | None = None, trace_axes: Axes
 
 
 def _choose(layout: OutputLayout) -> Solver:
-    # The kernel, with regularisation, and its factor.
+    # The kernel, with regularisation, and its factor; and as much again while the latter is made.
     return Cholesky() if fits_in_memory(math.prod(layout.train_positions), copies=3) else PCG()

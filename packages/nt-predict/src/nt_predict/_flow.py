@@ -26,7 +26,7 @@ def flow_times(t: Any, learning_rate: Any, output_size: int, dtype: Any) -> tupl
                 f"`learning_rate * t` must be at least 0, but `learning_rate` is {learning_rate} and `t` goes "
                 f"from {t.min()} to {t.max()}."
             )
-    return times.ravel(), t.shape
+        return times.ravel(), t.shape
 
 
 def test_change(gram: Factored, times: jax.Array | None, test_train: jax.Array, residuals: jax.Array) -> jax.Array:
@@ -41,7 +41,9 @@ def bayesian_covariance(
     nngp: Factored, times: jax.Array | None, test_train: jax.Array, test_test: jax.Array
 ) -> jax.Array:
     """Returns the covariance of test outputs, (times, test, test), where NNGP and flow have the same kernel."""
-    few, at_all_times = nngp.few_times(None if times is None else 2 * times)
+    with evaluate_now():
+        doubled = None if times is None else 2 * times
+    few, at_all_times = nngp.few_times(doubled)
     known = einsum("qn,tnr->tqr", test_train, nngp.gain(few, test_train.T))
     return symmetric(test_test[None] - at_all_times(known))
 

@@ -105,7 +105,7 @@ class Gram:
         layout.check_points(n_samples(self.x_train), kernel_fn(samples(self.x_train, slice(1)), None, get))
         positions = math.prod(layout.train_positions[1:])
         hold = fits_in_memory(layout.n_points * positions, copies=0.5) if hold is None else hold
-        return Tiles(layout.n_points, positions, block, hold, progress)
+        return Tiles(layout.n_points, positions, block, hold, progress, computed=True)
 
     def joined(self, layout: OutputLayout, test: Any, k_test_test: Any) -> tuple["Gram", OutputLayout]:
         """Returns the kernel of training points followed by test points, without regularisation, and its layout."""
@@ -166,7 +166,11 @@ class TestPoints(NamedTuple):
 
 def samples(x: Any, rows: Any) -> Any:
     """Returns some samples of inputs; of arrays of NumPy they alone are brought to the device."""
-    return jax.tree.map(lambda leaf: jnp.asarray((leaf if hasattr(leaf, "ndim") else jnp.asarray(leaf))[rows]), x)
+
+    def of(leaf: Any) -> jax.Array:
+        return jnp.asarray((leaf if isinstance(leaf, np.ndarray | jax.Array) else jnp.asarray(leaf))[rows])
+
+    return jax.tree.map(of, x)
 
 
 def n_samples(x: Any) -> int:

@@ -118,21 +118,24 @@ def few_times(spectrum: Spectrum, times: jax.Array) -> tuple[jax.Array, jax.Arra
     """Returns a few of the times, and how the gains at all times are sums of those at these few.
 
     Gains at many times have a small numerical rank: a product with a matrix is then needed at the few times alone. They
-    come from a QR decomposition with pivoting. The gain of a mode may be off by an eighth of a rounding error of the
-    largest gain at the same time, in units of 1 / eigenvalue: in covariances, which are positive semi-definite for
-    training and test points together, each mode of the kernel is as small as its eigenvalue.
+    come from a QR decomposition with pivoting. The gain of a mode may be off by an eighth of a rounding error (eight in
+    double precision) of the largest gain at the same time, in units of 1 / eigenvalue: in covariances, which are
+    positive semi-definite for training and test points together, each mode of the kernel is as small as its eigenvalue.
 
     Returns:
       times (few,), and weights (times, few).
     """
     dtype = times.dtype
-    with jax.enable_x64(True):
-        in_double = Spectrum(*(jnp.asarray(part, jnp.float64) for part in spectrum))
-        modes = _modes(in_double, times.astype(jnp.float64))
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):  # which has double precision
+        values, scale, noise, times_in_double = (
+            jnp.asarray(np.asarray(part, np.float64))
+            for part in (spectrum.values, spectrum.scale, spectrum.noise, times)
+        )
+        modes = _modes(Spectrum(values, spectrum.vectors, scale, noise), times_in_double)
         gains = np.asarray(_gain(modes) * (modes.scale * jnp.maximum(modes.rates, modes.noise))[None]).T
     largest = np.abs(gains).max(axis=0)
-    scale = np.where(largest > 0, largest, 1)
-    decomposed: Any = scipy.linalg.qr(gains / scale, mode="r", pivoting=True)
+    unit = np.where(largest > 0, largest, 1)
+    decomposed: Any = scipy.linalg.qr(gains / unit, mode="r", pivoting=True)
     r, order = decomposed
     pivots = np.abs(np.diagonal(r))
     cutoff = max(jnp.finfo(dtype).eps / 8, 8 * np.finfo(np.float64).eps)
@@ -142,7 +145,7 @@ def few_times(spectrum: Spectrum, times: jax.Array) -> tuple[jax.Array, jax.Arra
     weights[few, np.arange(rank)] = 1
     if pivots[0] > 0:
         weights[others] = scipy.linalg.solve_triangular(r[:rank, :rank], r[:rank, rank:]).T
-    weights *= scale[:, None] / scale[few]
+    weights *= unit[:, None] / unit[few]
     return times[few], jnp.asarray(weights, dtype)
 
 

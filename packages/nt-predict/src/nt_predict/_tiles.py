@@ -4,6 +4,8 @@ Vectors are NumPy arrays in double precision in the memory of the CPU, and a til
 precision on the device that the tile is on, whatever precision the kernel is in.
 """
 
+import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -13,6 +15,8 @@ from nt_core.grid import Cell, Grid, evenly
 from nt_core.products import products
 from nt_core.progress import one_ahead, with_progress
 
+# A pass that takes so many seconds is long, and a disk is read at so many bytes per second at least.
+_LONG, _READ_PER_SECOND = 60, 1e8
 # Rows and columns of a tile at most: large enough to keep a device busy, and small enough for any memory.
 _TILE = 2048
 _products = jax.jit(products)
@@ -29,6 +33,7 @@ class Tiles:
       hold: whether tiles are kept once they are known: half a matrix.
       progress: whether to show a bar during a pass that takes longer than a second.
       multiple: tiles begin at multiples of so many samples, where what is read begins.
+      computed: whether `block` computes the kernel, and does not read it.
     """
 
     def __init__(
@@ -39,9 +44,11 @@ class Tiles:
         hold: bool,
         progress: bool,
         multiple: int = 1,
+        computed: bool = False,
     ):
         self._block = block
         self._progress = progress
+        self._computed = computed
         self._kept: dict[Cell, jax.Array] | None = {} if hold else None
         self._positions = positions
         size = multiple * -(-evenly(n, max(1, _TILE // positions)) // multiple)
@@ -62,13 +69,15 @@ class Tiles:
         """
         padded = np.zeros((self._grid.padded[0] * self._positions, vectors.shape[1]))
         padded[: len(vectors)] = vectors
-        result = shift * padded
+        result, began = shift * padded, time.monotonic()
         cells = with_progress(self._grid.cells(), self._progress, f"pass {self.passes + 1}", "tile")
         for (rows, columns), (direct, mirrored) in one_ahead((cell, self._products(cell, padded)) for cell in cells):
             result[self._slice(rows)] += np.asarray(direct)
             if rows != columns:
                 result[self._slice(columns)] += np.asarray(mirrored)
         self.passes += 1
+        if self._computed and self.passes == 1:
+            self._advise(time.monotonic() - began)
         if not np.isfinite(result).all():
             raise ValueError("The kernel, or `diag_reg`, is infinite or not a number somewhere.")
         return result[: len(vectors)]
@@ -98,6 +107,16 @@ class Tiles:
         for i in range(self._grid.shape[0]):
             blocks.append(np.asarray(self._block(self._samples(i), samples), np.float64)[:, at])
         return np.concatenate(blocks)[: self.dimension]
+
+    def _advise(self, seconds: float) -> None:
+        """Warns, after the first pass, where to compute the kernel again takes longer than to read it."""
+        size = 0.5 * self.dimension**2 * self.dtype.itemsize
+        if self._kept is None and seconds > _LONG and size < _READ_PER_SECOND * seconds:
+            warnings.warn(
+                f"The first pass over the kernel took {seconds:.0f} s, and each of the next ones computes it again. "
+                "Write it to disk once, by `KernelStore`, and give `Gram(store, get=...)`.",
+                stacklevel=2,
+            )
 
     def _products(self, cell: Cell, vectors: np.ndarray) -> tuple[jax.Array, jax.Array]:
         tile = self._tile(cell)

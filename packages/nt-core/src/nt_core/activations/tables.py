@@ -95,7 +95,7 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
 def _columns(
     activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and how many count."""
+    """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and the counts."""
     nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
     std, orders = np.sqrt(variances), np.arange(terms)[:, None]
     values, slopes = _values(activation, nodes[:, None] * std)
