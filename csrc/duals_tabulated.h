@@ -50,9 +50,9 @@ class Tabulated {
     const V plus = one + c, square_c = c * c;
     const bool by_two = table_.step == 2;
     const V power = by_two ? square_c : c, one_minus_power = by_two ? w * plus : w;
-    // With p_m the a_k b_k of the orders k = start + step m, x = c^step and P_j the sum of the p_m for m >= j: the sum R
-    // of P_(j + 1) x^j, for which (1 - x) R is the sum of p_m (1 - x^m), and its derivative, from the last term to the
-    // first. Each pair has as many terms as its samples need; those that another one needs do not change it.
+    // With p_m the a_k b_k of the orders k = start + step m, x = c^step and P_j the sum of the p_m for m >= j: the sum
+    // R of P_(j + 1) x^j, for which (1 - x) R is the sum of p_m (1 - x^m), and its derivative, from the last term to
+    // the first. Each pair has as many terms as its samples need; those that another one needs do not change it.
     const V terms = max(first[kTerms], second[kTerms]);
     const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
     V suffix = zero, sum = zero, derivative = zero, square = zero;

@@ -110,10 +110,8 @@ template <class T>
 ProductsJob<T> products_job(ffi::AnyBuffer matrix, Doubles right, Doubles left, ffi::Result<Doubles> direct,
                             ffi::Result<Doubles> transposed) {
   const auto shape = matrix.dimensions();
-  return {shape[0],           shape[1],
-          right.dimensions()[1], static_cast<const T*>(matrix.untyped_data()),
-          right.typed_data(), left.typed_data(),
-          direct->typed_data(), transposed->typed_data()};
+  return {shape[0],           shape[1],          right.dimensions()[1], static_cast<const T*>(matrix.untyped_data()),
+          right.typed_data(), left.typed_data(), direct->typed_data(),  transposed->typed_data()};
 }
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer matrix, Doubles right, Doubles left,
