@@ -53,6 +53,7 @@ def main():
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--size", type=int, default=32, help="pixels along an axis")
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -69,7 +70,7 @@ def main():
         print("| nonlinearity | ms for an entry | of ReLU's | first call, s |\n|---|---|---|---|")
         of_relu = None
         for name in ("Relu", "Gelu", "Erf", "Silu", "Mish", "Sigmoid", "Tanh"):
-            took, first = measure(getattr(stax, name)(), 32, 4, 16)
+            took, first = measure(getattr(stax, name)(), options.size, 4, 16)
             of_relu = of_relu or took
             print(f"| {name} | {took:.1f} | {took / of_relu:.1f} | {first:.2f} |", flush=True)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py cholesky --sizes 500 1000 2000 4000
     python benchmarks/predict.py large --n 50000
+    python benchmarks/predict.py tiles --n 2000
     python benchmarks/predict.py precision --n 2000
 
 The kernel is the NTK of a network of three ReLU layers in float32, the labels are ten outputs of a smooth function with
@@ -17,6 +18,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
+import nt_core.products
 import nt_predict._tiles
 import numpy as np
 from neural_tangents import stax
@@ -109,6 +111,22 @@ def large(args) -> None:
     )
 
 
+def tiles(args) -> None:
+    """A tile times vectors, and its transpose: as on CPU, and by XLA alone."""
+    random, seconds = np.random.default_rng(0), {}
+    tile = jnp.asarray(random.normal(size=(args.n, args.n)), jnp.float32)
+    ways = {"native": jax.jit(nt_core.products.products), "XLA": jax.jit(nt_core.products._by_xla)}
+    with jax.enable_x64(True):
+        vectors = jnp.asarray(random.normal(size=(args.n, OUTPUTS)))
+        for _ in range(30):
+            for name, multiply in ways.items():
+                start = time.perf_counter()
+                jax.block_until_ready(multiply(tile, vectors, vectors))
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"{name}: median {1e3 * np.median(times):.2f} ms, quartiles {1e3 * np.quantile(times, [0.25, 0.75])}")
+
+
 def precision(args) -> None:
     """The residual that is reached with products of tiles in double and in single precision."""
     x, y, _ = data(args.n)
@@ -135,7 +153,7 @@ def precision(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command in (cholesky, large, precision):
+    for command in (cholesky, large, tiles, precision):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(run=command)
         sub.add_argument("--diag-reg", type=float, default=1e-3)
