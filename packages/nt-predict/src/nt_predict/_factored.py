@@ -30,7 +30,8 @@ from nt_predict._spectral import (
 # point that occurs twice it is 0 to 2.5 ulp (sizes 4 to 1500, both precisions).
 _NULL_PIVOT_ULPS = 4.0
 # Larger matrices are factored in parts: the LAPACK that comes with SciPy 1.17, which JAX uses on CPU, dies of a
-# segmentation fault in double precision from some size between 15500 and 17000 on, unless it has a single thread.
+# segmentation fault in double precision from some size between 15500 and 17000 on, unless it has a single thread:
+# `scipy.linalg.cholesky(2 * np.eye(17000) + 0.5)`.
 _LARGEST = 15000
 # Of no more times than this, none is left out.
 _FEW = 8
