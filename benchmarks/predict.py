@@ -3,6 +3,7 @@
     python benchmarks/predict.py cholesky --sizes 500 1000 2000 4000
     python benchmarks/predict.py large --n 50000
     python benchmarks/predict.py tiles --n 2000
+    python benchmarks/predict.py kept --n 2000
     python benchmarks/predict.py precision --n 2000
 
 The kernel is the NTK of a network of three ReLU layers in float32, the labels are ten outputs of a smooth function with
@@ -127,6 +128,18 @@ def tiles(args) -> None:
         print(f"{name}: median {1e3 * np.median(times):.2f} ms, quartiles {1e3 * np.quantile(times, [0.25, 0.75])}")
 
 
+def kept(args) -> None:
+    """Where `PCG(hold=None)` keeps kernels that do not fit in memory, as if these did not."""
+    nt_predict._tiles.fits_in_memory = lambda *args, **kwargs: False
+    layers = [layer for _ in range(5) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
+    pooled = stax.serial(*layers, stax.GlobalAvgPool(), stax.Dense(1))[2]
+    x, y, _ = data(args.n)
+    images = np.random.default_rng(0).normal(size=(64, 8, 8, 3)).astype(np.float32)
+    for name, kernel_fn, inputs in (("fully connected", network(), x), ("pooled", pooled, images)):
+        fitted = nt.predict.fit(nt.predict.Gram(kernel_fn, inputs, "ntk", 1e-1), y[: len(inputs)], nt.predict.PCG())
+        print(f"{name}, {len(inputs)} points: {fitted.stats.kept}, {fitted.stats.status}")
+
+
 def precision(args) -> None:
     """The residual that is reached with products of tiles in double and in single precision."""
     x, y, _ = data(args.n)
@@ -153,7 +166,7 @@ def precision(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command in (cholesky, large, tiles, precision):
+    for command in (cholesky, large, tiles, kept, precision):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(run=command)
         sub.add_argument("--diag-reg", type=float, default=1e-3)

@@ -1,7 +1,7 @@
 """Conjugate gradients over tiles, against Cholesky."""
 
 import functools
-import warnings
+import types
 
 import jax
 import jax.numpy as jnp
@@ -209,16 +209,41 @@ def test_the_solver_is_chosen_by_memory(x64, monkeypatch):
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "PCG"
 
 
-@pytest.mark.parametrize("hold", [False, True])
-def test_long_passes_that_compute_the_kernel_again_are_announced(hold, monkeypatch, x64):
-    monkeypatch.setattr("nt_predict._tiles._LONG", -1)
-    expected = [] if hold else ["The first pass over the kernel took 0 s, and each of the next ones computes it again."]
-    for rate, messages in ((1e30, expected), (0, [])):
-        monkeypatch.setattr("nt_predict._tiles._READ_PER_SECOND", rate)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            fit(Gram(kernel_fn, X, diag_reg=NOISE), Y, PCG(hold=hold))
-        assert [str(w.message).split(" Write")[0] for w in caught] == messages
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit(Gram(kernel_fn(X, None, "nngp"), diag_reg=NOISE), Y, PCG())  # which is read
+@pytest.mark.parametrize(
+    "hold, fits, read_per_second, kept",
+    [
+        (None, True, 1e30, "in memory"),
+        (None, False, 1e30, "on disk"),
+        (None, False, 0, "nowhere"),
+        (True, False, 1e30, "in memory"),
+        (False, True, 1e30, "nowhere"),
+    ],
+)
+@pytest.mark.parametrize("function", [kernel_fn, over_space])
+def test_where_kernels_are_between_passes(function, hold, fits, read_per_second, kept, monkeypatch, dtype):
+    monkeypatch.setattr("nt_predict._tiles.fits_in_memory", lambda *args, **kwargs: fits)
+    monkeypatch.setattr("nt_predict._tiles._READ_PER_SECOND", read_per_second)
+    y = (Y if function is kernel_fn else np.stack([Y, Y], 1)).astype(dtype)
+    fitted = fit(Gram(function, X.astype(dtype), diag_reg=NOISE), y, PCG(rank=5, hold=hold))
+    expected = fit(Gram(function, X.astype(dtype), diag_reg=NOISE), y, Cholesky())
+    np.testing.assert_allclose(fitted.mean(X_TEST.astype(dtype)), expected.mean(X_TEST.astype(dtype)), atol=1e-4)
+    assert fitted.stats.kept == kept
+    computed, compute = [], fitted._tiles._compute
+    monkeypatch.setattr(fitted._tiles, "_compute", lambda cell: computed.append(cell) or compute(cell))
+    fitted._tiles.multiply(np.ones((fitted._tiles.dimension, 1)))
+    assert bool(computed) == (kept == "nowhere")
+
+
+def test_disks_without_room_are_announced(monkeypatch, x64):
+    monkeypatch.setattr("nt_predict._tiles.fits_in_memory", lambda *args, **kwargs: False)
+    monkeypatch.setattr("nt_predict._tiles._READ_PER_SECOND", 1e30)
+    monkeypatch.setattr("nt_predict._tiles_on_disk.shutil.disk_usage", lambda _: types.SimpleNamespace(free=2**10))
+    with pytest.warns(UserWarning, match="computed again in every pass.* has room for 9.54e-07 GB.*TMPDIR"):
+        fitted = fit(Gram(kernel_fn, X, diag_reg=NOISE), Y, PCG())
+    assert fitted.stats.kept == "nowhere"
+
+
+def test_kernels_that_are_read_are_not_written_again(monkeypatch, x64):
+    monkeypatch.setattr("nt_predict._tiles.fits_in_memory", lambda *args, **kwargs: False)
+    monkeypatch.setattr("nt_predict._tiles._READ_PER_SECOND", 1e30)
+    assert fit(Gram(kernel_fn(X, None, "nngp"), diag_reg=NOISE), Y, PCG()).stats.kept == "nowhere"

@@ -16,7 +16,6 @@ from nt_core.tracing import evaluate_now
 
 from nt_predict._factored import Factored
 from nt_predict._layout import OutputLayout, as_array
-from nt_predict._memory import fits_in_memory
 from nt_predict._tiles import Tiles
 
 # Kernels between test points and training points are computed, used and forgotten in blocks of this size.
@@ -89,7 +88,7 @@ class Gram:
 
         Args:
           layout: of the labels.
-          hold: whether to keep what `kernel_fn` returns between passes; None: if it fits in memory.
+          hold: whether to keep what `kernel_fn` returns between passes, see `Tiles`.
           progress: whether to show bars.
         """
         if not callable(self.kernel):
@@ -104,8 +103,7 @@ class Gram:
 
         layout.check_points(n_samples(self.x_train), kernel_fn(samples(self.x_train, slice(1)), None, get))
         positions = math.prod(layout.train_positions[1:])
-        hold = fits_in_memory(layout.n_points * positions, copies=0.5) if hold is None else hold
-        return Tiles(layout.n_points, positions, block, hold, progress, computed=True)
+        return Tiles(layout.n_points, positions, block, hold, progress)
 
     def joined(self, layout: OutputLayout, test: Any, k_test_test: Any) -> tuple["Gram", OutputLayout]:
         """Returns the kernel of training points followed by test points, without regularisation, and its layout."""

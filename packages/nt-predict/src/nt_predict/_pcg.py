@@ -38,7 +38,8 @@ class PCG:
       max_passes: the most passes over the kernel for a system.
       seed: of the preconditioner, and of estimates of the evidence.
       probes: vectors from which the evidence is estimated.
-      hold: whether the kernel of a function is kept between passes, half a matrix; None: if that fits in memory.
+      hold: whether the kernel of a function is kept in memory between passes, half a matrix. None chooses: in memory if
+        that fits, else in a temporary file if it is read from there sooner than it is computed again, else nowhere.
       progress: whether to show a bar during passes that take longer than a second.
     """
 
@@ -79,7 +80,8 @@ class PCGFit(Fit):
     @property
     def stats(self) -> Stats:
         """How it was solved."""
-        return Stats("PCG", self._status, self._tiles.passes, self._residuals, self._preconditioner.rank)
+        tiles, rank = self._tiles, self._preconditioner.rank
+        return Stats("PCG", self._status, tiles.passes, self._residuals, rank, tiles.kept)
 
     @property
     def _weights(self) -> np.ndarray:

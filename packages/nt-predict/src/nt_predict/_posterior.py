@@ -49,6 +49,8 @@ class Stats(NamedTuple):
       passes: how often all of the kernel was gone through.
       residuals: (columns,), of an iteration the true relative residuals of the labels.
       rank: of an iteration, that of its preconditioner.
+      kept: of an iteration, where the kernel was between passes: `'in memory'`, `'on disk'`, or `'nowhere'` where it
+        was computed, or read from where it was given, in every pass.
     """
 
     solver: str
@@ -56,6 +58,7 @@ class Stats(NamedTuple):
     passes: int = 0
     residuals: np.ndarray | None = None
     rank: int = 0
+    kept: str = ""
 
 
 class Fit(abc.ABC):

@@ -5,7 +5,6 @@ precision on the device that the tile is on, whatever precision the kernel is in
 """
 
 import time
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -15,8 +14,11 @@ from nt_core.grid import Cell, Grid, evenly
 from nt_core.products import products
 from nt_core.progress import one_ahead, with_progress
 
-# A pass that takes so many seconds is long, and a disk is read at so many bytes per second at least.
-_LONG, _READ_PER_SECOND = 60, 1e8
+from nt_predict._memory import fits_in_memory
+from nt_predict._tiles_on_disk import TilesOnDisk, has_room_for
+
+# How fast a disk is read at least.
+_READ_PER_SECOND = 1e8
 # Rows and columns of a tile at most: large enough to keep a device busy, and small enough for any memory.
 _TILE = 2048
 _products = jax.jit(products)
@@ -30,10 +32,10 @@ class Tiles:
       positions: rows of the matrix that belong to one sample.
       block: `(samples, samples) -> (rows, columns)`, the kernel between some samples and others, of which None stands
         for the same.
-      hold: whether tiles are kept once they are known: half a matrix.
+      hold: whether tiles are kept in memory once they are known, half a matrix. None chooses: in memory if they fit,
+        else on disk if they are read from there sooner than they are computed, else nowhere.
       progress: whether to show a bar during a pass that takes longer than a second.
       multiple: tiles begin at multiples of so many samples, where what is read begins.
-      computed: whether `block` computes the kernel, and does not read it.
     """
 
     def __init__(
@@ -41,20 +43,23 @@ class Tiles:
         n: int,
         positions: int,
         block: Callable[[np.ndarray, np.ndarray | None], jax.Array],
-        hold: bool,
+        hold: bool | None,
         progress: bool,
         multiple: int = 1,
-        computed: bool = False,
     ):
         self._block = block
         self._progress = progress
-        self._computed = computed
-        self._kept: dict[Cell, jax.Array] | None = {} if hold else None
         self._positions = positions
         size = multiple * -(-evenly(n, max(1, _TILE // positions)) // multiple)
         self._grid = Grid(n, n, size, size, symmetric=True)
         self.passes = 0
         self.dtype = block(np.zeros(1, int), None).dtype
+        self._kept = self._place(hold)
+
+    @property
+    def kept(self) -> str:
+        """Where tiles are between passes."""
+        return "nowhere" if self._kept is None else "on disk" if isinstance(self._kept, TilesOnDisk) else "in memory"
 
     @property
     def dimension(self) -> int:
@@ -69,15 +74,13 @@ class Tiles:
         """
         padded = np.zeros((self._grid.padded[0] * self._positions, vectors.shape[1]))
         padded[: len(vectors)] = vectors
-        result, began = shift * padded, time.monotonic()
+        result = shift * padded
         cells = with_progress(self._grid.cells(), self._progress, f"pass {self.passes + 1}", "tile")
         for (rows, columns), (direct, mirrored) in one_ahead((cell, self._products(cell, padded)) for cell in cells):
             result[self._slice(rows)] += np.asarray(direct)
             if rows != columns:
                 result[self._slice(columns)] += np.asarray(mirrored)
         self.passes += 1
-        if self._computed and self.passes == 1:
-            self._advise(time.monotonic() - began)
         if not np.isfinite(result).all():
             raise ValueError("The kernel, or `diag_reg`, is infinite or not a number somewhere.")
         return result[: len(vectors)]
@@ -108,15 +111,21 @@ class Tiles:
             blocks.append(np.asarray(self._block(self._samples(i), samples), np.float64)[:, at])
         return np.concatenate(blocks)[: self.dimension]
 
-    def _advise(self, seconds: float) -> None:
-        """Warns, after the first pass, where to compute the kernel again takes longer than to read it."""
-        size = 0.5 * self.dimension**2 * self.dtype.itemsize
-        if self._kept is None and seconds > _LONG and size < _READ_PER_SECOND * seconds:
-            warnings.warn(
-                f"The first pass over the kernel took {seconds:.0f} s, and each of the next ones computes it again. "
-                "Write it to disk once, by `KernelStore`, and give `Gram(store, get=...)`.",
-                stacklevel=2,
-            )
+    def _place(self, hold: bool | None) -> "dict[Cell, jax.Array] | TilesOnDisk | None":
+        """Returns where tiles are kept."""
+        if hold is None and not fits_in_memory(self.dimension, copies=0.5):
+            return self._place_on_disk()
+        return None if hold is False else {}
+
+    def _place_on_disk(self) -> TilesOnDisk | None:
+        """Returns a place on disk, where tiles are read from there sooner than they are computed again."""
+        cell, began = (0, min(1, self._grid.shape[1] - 1)), 0.0
+        for _ in range(2):  # the first one compiles
+            began = time.monotonic()
+            tile = jax.block_until_ready(self._compute(cell))
+        seconds = time.monotonic() - began
+        is_dear = tile.nbytes < _READ_PER_SECOND * seconds
+        return TilesOnDisk() if is_dear and has_room_for(len(self._grid.cells()) * tile.nbytes) else None
 
     def _products(self, cell: Cell, vectors: np.ndarray) -> tuple[jax.Array, jax.Array]:
         tile = self._tile(cell)
@@ -127,11 +136,14 @@ class Tiles:
     def _tile(self, cell: Cell) -> jax.Array:
         if self._kept is not None and cell in self._kept:
             return self._kept[cell]
-        rows, columns = (self._samples(i) for i in cell)
-        tile = self._block(rows, None if cell[0] == cell[1] else columns)
+        tile = self._compute(cell)
         if self._kept is not None:
             self._kept[cell] = tile
         return tile
+
+    def _compute(self, cell: Cell) -> jax.Array:
+        rows, columns = (self._samples(i) for i in cell)
+        return self._block(rows, None if cell[0] == cell[1] else columns)
 
     def _samples(self, i: int) -> np.ndarray:
         """Returns the samples of a row of tiles; beyond the last one it, repeated, which vectors of zeros meet."""
