@@ -152,6 +152,7 @@ UNBIASED = {
             stax.FanInProd(),
         )
     ),
+    "GLU": Case(lambda width: stax.serial(dense(2 * width), stax.GLU(stax.Erf()))),
     "FanInConcat, channels": Case(
         lambda width: stax.serial(
             stax.FanOut(2),
@@ -207,6 +208,7 @@ BIASED = {
         IMAGES,
     ),
     "LayerNorm": Case(lambda width: stax.serial(dense(width), stax.LayerNorm(), stax.Relu())),
+    "RMSNorm": Case(lambda width: stax.serial(dense(width), stax.Relu(), stax.RMSNorm())),
     "LayerNorm, positions": Case(
         lambda width: stax.serial(conv(width), stax.LayerNorm((1, -1), eps=0.1), stax.Relu()), IMAGES
     ),

@@ -70,7 +70,7 @@ CHAINS = {
     "pooled output": ((6, 4), [conv(padding="VALID"), RELU, pool((2, 2), (2, 2), "SAME")]),
     "normalised": (
         (4, 4),
-        [conv(), steps.Normalize(1e-3, ()), RELU, conv(), steps.Normalize(0.0, (1,)), RELU, steps.GlobalPool(MEAN)],
+        [conv(), steps.Normalize(1e-3, ()), RELU, conv(), RELU, steps.Normalize(0.0, (1,)), steps.GlobalPool(MEAN)],
     ),
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
     "gather": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), ABS]),
@@ -124,11 +124,12 @@ def residual(spec):
 
 
 def products(spec):
-    """Products of two and of three branches, before and after a nonlinearity."""
+    """Products of halves of the channels, of two and of three branches, before and after a nonlinearity."""
     builder = Builder()
     x = builder.add(conv(), builder.source(spec))
     gate = builder.add(RELU, builder.add(conv((1, 1)), x))
-    x = builder.add(conv(), builder.add(steps.Multiply(), x, gate))
+    x = builder.add(steps.TakeChannels(8), builder.add(conv(), builder.add(steps.Multiply(), x, gate)))
+    x = builder.add(conv(), builder.add(steps.Multiply(), x, builder.add(RELU, x)))
     y = builder.add(ABS, x)
     x = builder.add(steps.Multiply(), y, builder.add(RELU, builder.add(dense(), y)), builder.add(conv(b_var=None), y))
     return builder.build(builder.add(dense(), builder.add(steps.GlobalPool(MEAN), x)))

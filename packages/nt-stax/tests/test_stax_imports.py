@@ -87,15 +87,19 @@ REFERENCE = {
 
 
 NEW = {
+    "GEGLU",
+    "GLU",
     "LogSigmoid",
     "Mish",
     "QuickGelu",
+    "RMSNorm",
     "Scale",
     "Sigmoid",
     "Silu",
     "Softplus",
     "SquaredRelu",
     "Squareplus",
+    "SwiGLU",
     "Swish",
     "Tanh",
 }

@@ -1,4 +1,4 @@
-"""LayerNorm: the finite function, and covariances divided by standard deviations."""
+"""LayerNorm and RMSNorm: the finite functions, and covariances divided by standard deviations."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
-from nt_stax import Dense, LayerNorm, Relu, serial, unmask_fn
+from nt_stax import Dense, LayerNorm, Relu, RMSNorm, serial, unmask_fn
 from stax_samples import normal
 
 # Inputs have 2 or 3 samples, height 3, width 2 and 4 channels, in these orders. H comes before W in all of them.
@@ -23,33 +23,38 @@ def axes_of(order, names, negative=()):
     return tuple(order.index(n) - (len(order) if n in negative else 0) for n in names)
 
 
-def normalized(x, axes, eps, valid):
-    """`(x - mean) / sqrt(eps + var)`, entry by entry in plain loops. `valid` marks the entries that count."""
+def normalized(layer, x, axes, eps, valid):
+    """`(x - mean) / sqrt(eps + var)`, or `x / sqrt(eps + mean square)`, entry by entry in plain loops.
+
+    `valid` marks the entries that count.
+    """
     out = np.zeros_like(x)
     for index in np.ndindex(*x.shape):
         group = tuple(slice(None) if a in axes else i for a, i in enumerate(index))
         values = x[group][valid[group]]
         if valid[index]:
-            out[index] = (x[index] - values.mean()) / np.sqrt(eps + values.var())
+            mean = values.mean() if layer is LayerNorm else 0
+            out[index] = (x[index] - mean) / np.sqrt(eps + np.mean((values - mean) ** 2))
     return out
 
 
 @pytest.mark.parametrize(("order", "names"), CASES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_finite_function(order, names, masked, dtype):
+@pytest.mark.parametrize("layer", [LayerNorm, RMSNorm])
+def test_finite_function(layer, order, names, masked, dtype):
     x = np.asarray(normal(1, (2, 3, 2, 4), dtype)).transpose(ORDERS[order])
     valid = np.ones(x.shape, bool)
     if masked:
         valid = np.asarray(random.bernoulli(random.key(2), 0.7, x.shape))
     axes = axes_of(order, names)
     kwargs = {"batch_axis": order.index("N"), "channel_axis": order.index("C")}
-    init_fn, apply_fn, kernel_fn = LayerNorm(axes, eps=0.1, **kwargs)
-    assert apply_fn.__name__ == kernel_fn.__name__ == "LayerNorm"
+    init_fn, apply_fn, kernel_fn = layer(axes, eps=0.1, **kwargs)
+    assert apply_fn.__name__ == kernel_fn.__name__ == layer.__name__
     assert init_fn(random.key(0), (-1, 3, -1, 4)) == ((-1, 3, -1, 4), ())
     inputs = np.where(valid, x, 100).astype(dtype)
     outputs = jax.jit(lambda x: unmask_fn(apply_fn)((), x, mask_constant=100.0 if masked else None, rng=None))(inputs)
     assert outputs.dtype == dtype
-    np.testing.assert_allclose(outputs, normalized(x, axes, 0.1, valid), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs, normalized(layer, x, axes, 0.1, valid), rtol=1e-5, atol=1e-5)
 
 
 def test_an_axis_named_twice_counts_once(x64):
@@ -103,6 +108,20 @@ def check_kernel(kernel, before, names, valid1, valid2):
         letters = letters.replace("H", "h").replace("W", "w") + "hw" if kernel.diagonal_spatial else letters + "hHwW"
         actual = getattr(kernel.reverse() if kernel.is_reversed else kernel, field)
         np.testing.assert_allclose(actual, np.einsum(letters, expected), rtol=1e-11, atol=1e-13, err_msg=field)
+
+
+@pytest.mark.parametrize("names", ["C", "HC", "NCW"])
+def test_root_mean_squares_of_what_is_not_gaussian(names, x64):
+    """Inputs, and what a nonlinearity leaves, of which the mean is not zero."""
+    x1, x2 = (normal(n, (n, 3, 2, 4)) for n in (2, 3))
+    valid = (np.ones((n, 3, 2), bool) for n in (2, 3))
+    before = serial(Dense(5, 1.3, 0.2), Relu())
+    norm = RMSNorm(axes_of("NHWC", names), eps=0.1)
+    check_kernel(serial(before, norm)[2](x1, x2), before[2](x1, x2, diagonal_batch=False), names, *valid)
+    kernel, inputs = norm[2](x1, None, ("nngp", "cov1")), np.asarray(norm[1]((), x1))
+    np.testing.assert_allclose(kernel.nngp, np.einsum("ihwc,jHWc->ijhHwW", inputs, inputs) / 4, rtol=1e-12)
+    with pytest.raises(NotImplementedError, match="take RMSNorm"):
+        serial(before, LayerNorm(axes_of("NHWC", names)))[2](x1, x2)
 
 
 @pytest.mark.parametrize(("order", "names"), CASES)

@@ -92,6 +92,8 @@ def _step(step: steps.Step, inputs: Sequence[Covariances], spec: Spec, same: Arr
             return _dropout(step.rate, k, spec.space, same)
         case steps.Combine():
             return Covariances(*(_weighted(step.weights, parts) for parts in zip(*inputs, strict=True)))
+        case steps.TakeChannels():
+            return k
         case steps.Multiply():
             for other in inputs[1:]:
                 ntk = k.ntk * other.nngp + k.nngp * other.ntk

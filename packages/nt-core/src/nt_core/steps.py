@@ -250,7 +250,7 @@ class Flatten(Step):
 
 @step
 class Normalize(Step):
-    """Layer normalisation over the channels and the spatial axes numbered in `space_axes`.
+    """Division by the root of the mean square over the channels and the spatial axes numbered in `space_axes`.
 
     Attributes:
       first, second: weights of the variances in their mean, `(n, *space)`, for images with masked positions: the number
@@ -265,11 +265,7 @@ class Normalize(Step):
 
     def infer(self, *specs: Spec) -> Spec:
         (spec,) = specs
-        if not spec.is_gaussian:
-            raise NotImplementedError(
-                "LayerNorm of non-Gaussian inputs has no kernel here: put a Dense or Conv layer before LayerNorm."
-            )
-        return spec.replace(is_input=False)
+        return spec
 
 
 @step
@@ -331,6 +327,26 @@ class Combine(Step):
             is_reversed=reversals > len(specs) / 2,
             is_input=False,
         )
+
+
+@step
+class TakeChannels(Step):
+    """Some of the channels: their covariance is that of all, if channels are independent and alike.
+
+    Attributes:
+      n_channels: how many.
+    """
+
+    n_channels: int = static()
+
+    def infer(self, *specs: Spec) -> Spec:
+        (spec,) = specs
+        if not spec.is_gaussian:
+            raise ValueError(
+                "Different channels of activations are alike and independent only if a random affine transformation "
+                "made them: put a Dense or Conv layer before the layer that parts the channels."
+            )
+        return spec.with_shape(spec.space, self.n_channels)
 
 
 @step

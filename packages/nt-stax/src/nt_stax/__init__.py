@@ -35,11 +35,12 @@ from nt_stax.elementwise import (
     Sign,
     Sin,
 )
+from nt_stax.gated import GEGLU, GLU, SwiGLU
 from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
 from nt_stax.linear import Dense, Dropout, Flatten, Identity, Scale
 from nt_stax.linear_maps import DotGeneral, ImageResize
-from nt_stax.normalization import LayerNorm
+from nt_stax.normalization import LayerNorm, RMSNorm
 from nt_stax.pooling import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
 from nt_stax.smooth import (
     LogSigmoid,
@@ -58,6 +59,8 @@ from nt_stax.windows import Padding
 __version__ = "0.1.0"
 
 __all__ = [
+    "GEGLU",
+    "GLU",
     "ABRelu",
     "Abs",
     "Aggregate",
@@ -103,6 +106,7 @@ __all__ = [
     "Polynomial",
     "PositionalEmbedding",
     "QuickGelu",
+    "RMSNorm",
     "Rbf",
     "RectifiedMonomial",
     "Relu",
@@ -117,6 +121,7 @@ __all__ = [
     "SquaredRelu",
     "Squareplus",
     "SumPool",
+    "SwiGLU",
     "Swish",
     "Tanh",
     "layer",

@@ -1,6 +1,6 @@
-"""Layer normalisation."""
+"""Layer normalisation, and that by the root mean square alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -35,49 +35,95 @@ def LayerNorm(axis: int | Sequence[int] = -1, eps: float = 1e-12, batch_axis: in
     [[1.]]
     """
 
+    return _normalization("LayerNorm", axis, eps, batch_axis, channel_axis, subtracts_mean=True)
+
+
+@layer
+@supports_masking(remask_kernel=False)
+def RMSNorm(axis: int | Sequence[int] = -1, eps: float = 1e-6, batch_axis: int = 0, channel_axis: int = -1):
+    """Division by the root mean square, `x / sqrt(eps + mean(x^2))` over some axes (arXiv:1910.07467).
+
+    In kernels it is what `LayerNorm` is: a covariance of two samples, and their tangent kernel, are divided by
+    `sqrt((eps + v1) (eps + v2))`, with `v` the average over the normalised positions of a sample's covariance with
+    itself. Inputs need not be Gaussian: it may follow a nonlinearity, or be the first layer. Masked entries do not
+    count for the mean.
+
+    Args:
+      axis: the axes to be normalised over, in any order. The channel axis must be among them. With the batch axis, the
+        statistics are those of all samples of a batch together.
+      eps: added to the mean square.
+      batch_axis: batch axis of the inputs.
+      channel_axis: channel axis of the inputs.
+
+    Raises:
+      ValueError: the channel axis is not in `axis`, or `axis` does not fit the inputs.
+      NotImplementedError: the kernel of inputs that are masked in some channels only.
+
+    >>> from nt_stax import Dense, RMSNorm, Relu, serial
+    >>> _, _, kernel_fn = serial(Dense(512, W_std=3.0), Relu(), RMSNorm())
+    >>> print(kernel_fn(jnp.ones((1, 3)), 2 * jnp.ones((1, 3)), "nngp").round(4))
+    [[1.]]
+    """
+    return _normalization("RMSNorm", axis, eps, batch_axis, channel_axis, subtracts_mean=False)
+
+
+def _normalization(
+    name: str, axis: int | Sequence[int], eps: float, batch_axis: int, channel_axis: int, subtracts_mean: bool
+) -> tuple[Callable, Callable, Rule]:
+    """Returns the layer of this name. The mean matters to the finite network alone: it is 0 in the limit."""
+
+    def axes_of(ndim: int) -> tuple[int, ...]:
+        return _normalized_axes(name, axis, ndim, channel_axis)
+
     def init_fn(rng, input_shape):
-        _normalized_axes(axis, len(input_shape), channel_axis)
+        axes_of(len(input_shape))
         return input_shape, ()
 
     def apply_fn(params, inputs, *, mask=None, **kwargs):
-        axes = _normalized_axes(axis, inputs.ndim, channel_axis)
-        mean = _mean(inputs, axes, mask)
-        variance = _mean((inputs - mean) ** 2, axes, mask)
-        return (inputs - mean) / jnp.sqrt(eps + variance)
+        axes = axes_of(inputs.ndim)
+        if subtracts_mean:
+            inputs = inputs - _mean(inputs, axes, mask)
+        return inputs / jnp.sqrt(eps + _mean(inputs**2, axes, mask))
+
+    def step_for(spec: Spec, *weights: Array | None) -> steps.Normalize:
+        if subtracts_mean and not spec.is_gaussian:
+            raise NotImplementedError(
+                f"{name} of non-Gaussian inputs, whose mean is not zero, has no kernel here: put a Dense or Conv layer "
+                "before it, or take RMSNorm."
+            )
+        return steps.Normalize(eps, space_axes(spec), *weights)
 
     def space_axes(spec: Spec) -> tuple[int, ...]:
-        axes = _normalized_axes(axis, spec.ndim, channel_axis)
+        axes = axes_of(spec.ndim)
         return tuple(i for i, a in enumerate(spec.spatial_axes) if a in axes)
 
-    def is_over_batch(spec: Spec) -> bool:
-        return spec.batch_axis in _normalized_axes(axis, spec.ndim, channel_axis)
-
     def emit(builder: Builder, value: Value) -> Value:
-        if is_over_batch(value.spec):
+        if value.spec.batch_axis in axes_of(value.spec.ndim):
             raise NoStep
-        axes, masks = space_axes(value.spec), (None, None)
+        masks = (None, None)
         if value.masks is not None:  # which the mean over positions leaves out
             masks = value.masks.unmasked(value.spec)
+        axes = space_axes(value.spec)
         weights = [None if unmasked is None or not axes else _weights(unmasked, axes) for unmasked in masks]
-        return builder.add(steps.Normalize(eps, axes, *weights), value)
+        return builder.add(step_for(value.spec, *weights), value)
 
     def over_batch(kernel: Kernel, run: Run) -> Kernel:
         if kernel.is_reversed:
             return over_batch(kernel.reverse(), run).reverse()
-        return _normalize_over_batch(kernel, steps.Normalize(eps, space_axes(kernel.spec)))
+        return _normalize_over_batch(kernel, step_for(kernel.spec))
 
     requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    return init_fn, apply_fn, Rule("LayerNorm", requirements, emit, over_batch)
+    return init_fn, apply_fn, Rule(name, requirements, emit, over_batch)
 
 
-def _normalized_axes(axis: int | Sequence[int], ndim: int, channel_axis: int) -> tuple[int, ...]:
+def _normalized_axes(name: str, axis: int | Sequence[int], ndim: int, channel_axis: int) -> tuple[int, ...]:
     """Returns the axes to be normalised over, non-negative and checked."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(f"LayerNorm: axis={axis} must name axes of inputs of rank {ndim}.")
+        raise ValueError(f"{name}: axis={axis} must name axes of inputs of rank {ndim}.")
     if channel_axis % ndim not in (a % ndim for a in axes):
         raise ValueError(
-            f"LayerNorm: axis={axis} does not include the channel axis {channel_axis} of inputs of rank {ndim}, and "
+            f"{name}: axis={axis} does not include the channel axis {channel_axis} of inputs of rank {ndim}, and "
             "only averages over infinitely many channels have a limit. Add it to `axis`."
         )
     return tuple(sorted({a % ndim for a in axes}))
@@ -99,7 +145,6 @@ def _weights(unmasked: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _normalize_over_batch(kernel: Kernel, step: steps.Normalize) -> Kernel:
-    step.infer(kernel.spec)  # checks it
     axes = (0, *(1 + i for i in step.space_axes))
 
     def scale(cov: Array, masked: Array | None) -> Array:
@@ -109,4 +154,4 @@ def _normalize_over_batch(kernel: Kernel, step: steps.Normalize) -> Kernel:
         positive = total > 0  # with eps = 0, zero inputs stay zero
         return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
 
-    return kernel.rescale(*kernel.per_sample(scale)).replace(is_input=False)
+    return kernel.rescale(*kernel.per_sample(scale))

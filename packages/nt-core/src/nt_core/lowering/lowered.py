@@ -174,6 +174,8 @@ def _primitive(step: steps.Step, spec: Spec) -> Primitive:
             return Dropout(step.rate)
         case steps.Combine():
             return Sum(step.weights)
+        case steps.TakeChannels():
+            return Sum((1.0,))
         case steps.Multiply():
             return Product()
     return step.primitive(spec)
