@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -15,7 +16,8 @@ namespace NT_LEVEL {
 
 // With a_k and b_k the coefficients at the variances of u and v, w = 1 - c for a correlation c, and e_k = 1 - c^k, the
 // deficit after is the sum of (a_k - b_k)^2 / 2 + a_k b_k e_k. What is beyond the terms, of the even and of the odd
-// part of the function, is taken for one term each: see nt_core/activations/numerical.py.
+// part of the function, is taken for terms that decay like a power of their order: see
+// nt_core/activations/numerical.py.
 template <class T>
 class Tabulated {
   using V = Vec<T>;
@@ -164,20 +166,37 @@ class Tabulated {
     if (!any_positive(max(root1, root2))) return;
     const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
     const V is_negative = w - one, both = root1 * root2, apart = root1 - root2;
-    const V order = half * (first[root(parity) + 2] + second[root(parity) + 2]);
+    const V mean_order = half * (first[root(parity) + 2] + second[root(parity) + 2]);
     // Uncorrelated pairs have no rest.
     const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
     V log;
     for (int l = 0; l < kL; ++l) log[l] = std::log1p(-away[l]);
-    const V complement = -exp_pair<T>(order * log).expm1;  // 1 - |c|^order
+    // The number of all terms, with those that are zero, is even.
+    const V least = broadcast(static_cast<T>(table_.order(table_.terms) / 2 * 2 - 1 + parity));
+    const V spread = one - least / mean_order;
+    constexpr int kNodes = std::size(kRest);
+    V orders[kNodes], mean{};
+    for (int k = 0; k < kNodes; ++k) {
+      orders[k] = exp_pair<T>(broadcast(static_cast<T>(-kRest[k][0])) * spread).exp;
+      mean = fma(broadcast(static_cast<T>(kRest[k][1])), orders[k], mean);
+    }
+    V complement{}, power{};  // the mean of 1 - |c|^order, and of order |c|^(order - 1)
+    for (int k = 0; k < kNodes; ++k) {
+      const V order = mean_order / mean * orders[k], share = broadcast(static_cast<T>(kRest[k][1]));
+      complement = fma(-share, exp_pair<T>(order * log).expm1, complement);
+      if constexpr (kNtk) power = fma(share * order, exp_pair<T>((order - one) * log).exp, power);
+    }
     const bool odd = parity == 1;
     const V mirrored = odd ? two - complement : complement;
     after = fma(both, if_positive(is_negative, mirrored, complement), fma(half * apart, apart, after));
-    if constexpr (kNtk) {
-      const V power = both * order * exp_pair<T>((order - one) * log).exp;
-      slope += odd ? power : if_positive(is_negative, -power, power);
-    }
+    if constexpr (kNtk) slope = fma(both, odd ? power : if_positive(is_negative, -power, power), slope);
   }
+
+  // As in numerical.py: log v^3 at nodes of Gauss-Legendre quadrature on [0, 1], and 3 v^2 times their weights.
+  static constexpr double kRest[][2] = {
+      {-10.164969966564319, 0.0002929884291465835}, {-5.3265606065525235, 0.015527955520636258},
+      {-2.8973064430179774, 0.10171877096492274},   {-1.4374499430644678, 0.26919863430200541},
+      {-0.55680389216500115, 0.37333636308428264},  {-0.1030453635607588, 0.23992528769900631}};
 
   // In the place of deviations of zero: the factor divides by them.
   static constexpr T kSmallest = sizeof(T) == sizeof(float) ? T(0x1p-55) : T(0x1p-500);

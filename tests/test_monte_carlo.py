@@ -93,6 +93,13 @@ NONLINEARITIES = {
     "Mish": stax.Mish(),
     "Squareplus": stax.Squareplus(),
     "QuickGelu": stax.QuickGelu(),
+    "HardTanh": stax.HardTanh(),
+    "HardSigmoid": stax.HardSigmoid(),
+    "Relu6": stax.Relu6(),
+    "Elu": stax.Elu(0.8),
+    "Selu": stax.Selu(),
+    "Celu": stax.Celu(0.6),
+    "HardSilu": stax.HardSilu(),
     "ElementwiseNumerical": stax.ElementwiseNumerical(jnp.tanh, 25, lambda x: 1 - jnp.tanh(x) ** 2),
 }
 

@@ -243,10 +243,10 @@ class Conformance:
             program = masked(spec_of(x1, x2), mask1, mask2)
             expected = definition.propagate(program, (x1, x2))
             self.agree(run(program, x1, x2, implementation=self.implementation), expected, 1e-12)
-            own = run(masked(spec_of(x1, x1), mask1, None), x1, None, implementation=self.implementation)
-            copied = run(masked(spec_of(x1, x1), mask1, mask1), x1, x1.copy(), implementation=self.implementation)
-            np.testing.assert_array_equal(own.ntk, own.ntk.T)
-            np.testing.assert_allclose(own.ntk, copied.ntk, rtol=1e-12)
+        own = run(masked(spec_of(x1, x1), mask1, None), x1, None, implementation=self.implementation)
+        copied = run(masked(spec_of(x1, x1), mask1, mask1), x1, x1.copy(), implementation=self.implementation)
+        np.testing.assert_array_equal(own.ntk, own.ntk.T)
+        np.testing.assert_allclose(own.ntk, copied.ntk, rtol=1e-12)
 
     def test_dropout(self, x64):
         x1, x2 = inputs((6, 6), 3, 3, "float64")

@@ -87,13 +87,21 @@ REFERENCE = {
 
 
 NEW = {
+    "Celu",
+    "Elu",
     "GEGLU",
     "GLU",
+    "HardSigmoid",
+    "HardSilu",
+    "HardSwish",
+    "HardTanh",
     "LogSigmoid",
     "Mish",
     "QuickGelu",
     "RMSNorm",
+    "Relu6",
     "Scale",
+    "Selu",
     "Sigmoid",
     "Silu",
     "Softplus",

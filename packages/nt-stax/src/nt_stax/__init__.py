@@ -38,6 +38,7 @@ from nt_stax.elementwise import (
 from nt_stax.gated import GEGLU, GLU, SwiGLU
 from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
+from nt_stax.kinked import Celu, Elu, HardSigmoid, HardSilu, HardSwish, HardTanh, Relu6, Selu
 from nt_stax.linear import Dense, Dropout, Flatten, Identity, Scale
 from nt_stax.linear_maps import DotGeneral, ImageResize
 from nt_stax.normalization import LayerNorm, RMSNorm
@@ -68,6 +69,7 @@ __all__ = [
     "AttentionMechanism",
     "AvgPool",
     "Bool",
+    "Celu",
     "Conv",
     "ConvLocal",
     "ConvTranspose",
@@ -78,6 +80,7 @@ __all__ = [
     "Dropout",
     "Elementwise",
     "ElementwiseNumerical",
+    "Elu",
     "Erf",
     "Exp",
     "ExpNormalized",
@@ -92,6 +95,10 @@ __all__ = [
     "GlobalAvgPool",
     "GlobalSelfAttention",
     "GlobalSumPool",
+    "HardSigmoid",
+    "HardSilu",
+    "HardSwish",
+    "HardTanh",
     "Hermite",
     "Identity",
     "ImageResize",
@@ -110,7 +117,9 @@ __all__ = [
     "Rbf",
     "RectifiedMonomial",
     "Relu",
+    "Relu6",
     "Scale",
+    "Selu",
     "Sigmoid",
     "Sigmoid_like",
     "Sign",

@@ -1,6 +1,7 @@
 """Activations: what a nonlinearity does to the covariance of Gaussian pre-activations."""
 
 from nt_core.activations.base import Activation, activation, static
+from nt_core.activations.clip import Clip
 from nt_core.activations.elementwise import Elementwise
 from nt_core.activations.erf import Erf, Gelu
 from nt_core.activations.exponential import Exp, ExpNormalized, Rbf, Sin
@@ -13,6 +14,7 @@ from nt_core.activations.relu import ABRelu
 __all__ = [
     "ABRelu",
     "Activation",
+    "Clip",
     "Elementwise",
     "ElementwiseNumerical",
     "Erf",

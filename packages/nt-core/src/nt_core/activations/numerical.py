@@ -17,6 +17,11 @@ from nt_core.activations.elementwise import ScalarFunction, check_function
 _MAX_TERMS = 300
 # What remains of the mean square beyond the terms is noise below this, in units of the precision.
 _NOISE = 2**6
+# What is beyond the terms, see `_sum_of_rest`: log v^3 at nodes of Gauss-Legendre quadrature, and 3 v^2 times their weights.
+_REST = [
+    (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
+    for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
+]
 # The relative error that coefficients may have where they are divided by a standard deviation.
 _VARIES = 1e-6
 
@@ -27,9 +32,10 @@ class ElementwiseNumerical(Activation):
 
     With `a_k` the coefficients at one variance and `b_k` those at the other, the covariance is `sum_k a_k b_k c^k` for
     a correlation of `c`. There are `2 deg` terms, 300 at most. What is beyond them is known at `c = 1` and `c = -1`,
-    from the mean squares of `fn` and `df` and their even and odd parts, and is taken for one term of the mean order
-    that it has there. So polynomials of a degree below `2 deg` are exact, smooth functions converge quickly, and with
-    kinks the variance and the factor of the tangent kernel of equal inputs still are right.
+    from the mean squares of `fn` and `df` and their even and odd parts, and is taken for terms that decay like a power
+    of their order, with the mean order that is known. So polynomials of a degree below `2 deg` are exact, smooth
+    functions converge quickly, kinks at 0 are nearly exact, and with other kinks the variance and the factor of the
+    tangent kernel of equal inputs still are right.
 
     The coefficients depend on one sample only; for a pair of samples `2 deg` terms are added, whatever `fn` costs.
 
@@ -65,7 +71,7 @@ class ElementwiseNumerical(Activation):
         _, scale, w = one_minus_correlation(var1, var2, deficit)
         value, factor = _sum_of_terms(first, second, w)
         for parity, (rest1, rest2) in enumerate(zip(first.rest, second.rest, strict=True)):
-            more, slope = _sum_of_rest(parity, rest1, rest2, w)
+            more, slope = _sum_of_rest(parity, len(first.values), rest1, rest2, w)
             value, factor = value + more, factor + slope / jnp.where(scale > 0, scale, 1)
         # At variances of 0 there is no correlation, but the derivative is the factor as elsewhere.
         value = _with_slope(value, deficit, jnp.where(scale > 0, 0, factor))
@@ -159,13 +165,26 @@ def _sum_of_terms(first: _Coefficients, second: _Coefficients, w: Array) -> tupl
     return value, factor
 
 
-def _sum_of_rest(parity: int, first: _Rest, second: _Rest, w: Array) -> tuple[Array, Array]:
-    """Returns the share of the rest in the deficit, and that in the factor times the standard deviations."""
+def _sum_of_rest(parity: int, n_terms: int, first: _Rest, second: _Rest, w: Array) -> tuple[Array, Array]:
+    """Returns the share of the rest in the deficit, and that in the factor times the standard deviations.
+
+    Terms in proportion to a power of their order k, for k from k0 on: with v = (k / k0)^(-1 / (3 spread)) they are the
+    integral of 3 v^2 c^k over v from 0 to 1, and their mean order is k0 / (1 - spread).
+    """
     is_negative = w > 1
     # An uncorrelated pair has no rest; the derivatives of powers stay finite.
     away = jnp.minimum(jnp.where(is_negative, 2 - w, w), 1 - float(jnp.finfo(w.dtype).eps))
-    order, both, log = 0.5 * (first.order + second.order), first.root * second.root, jnp.log1p(-away)
-    one_minus_power, slope = -jnp.expm1(order * log), both * order * jnp.exp((order - 1) * log)
+    mean_order, both, log = 0.5 * (first.order + second.order), first.root * second.root, jnp.log1p(-away)
+    least = n_terms - 1 + parity  # every second order, each in the middle of its interval
+    spread = 1 - least / mean_order
+    relative = [jnp.exp(-spread * at) for at, _ in _REST]
+    scale = mean_order / sum(share * order for (_, share), order in zip(_REST, relative, strict=True))
+    one_minus_power, slope = jnp.zeros_like(w), jnp.zeros_like(w)
+    for (_, share), order in zip(_REST, relative, strict=True):
+        order = scale * order  # their mean is the mean order, whatever few nodes make of the integral
+        one_minus_power = one_minus_power - share * jnp.expm1(order * log)
+        slope = slope + share * order * jnp.exp((order - 1) * log)
+    slope = both * slope
     if parity == 1:
         one_minus_power = jnp.where(is_negative, 2 - one_minus_power, one_minus_power)
     else:

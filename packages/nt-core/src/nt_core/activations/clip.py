@@ -1,0 +1,183 @@
+"""What is linear between two bounds, and constant beyond: hard tanh, hard sigmoid, ReLU6.
+
+With `u`, `v` of standard deviations `s1`, `s2` and a correlation `c`, the mean `E f'(u) f'(v)` is the probability that
+both are within the bounds, and its derivative in `c` is the sum over pairs of bounds of their joint density. So it and
+the deficit are integrals of that density, over the angle between `u` and `v`: docs/numerics.md.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from nt_core.activations.arcs import horner, one_minus_correlation, safe_sqrt
+from nt_core.activations.base import Activation, Scalar, activation, cast
+
+# Nodes on the way from coincident to orthogonal variables, and the power of the angle in which they are even: the
+# density may change abruptly at small angles.
+_NODES = {"float32": (32, 5), "float64": (128, 10)}
+# Nodes between two standard deviations, and up to which relative difference they serve.
+_NODES_BETWEEN = 12
+_NEAR = 0.25
+# Beyond so many standard deviations there is nothing.
+_FAR = 40.0
+# Up to this square the second moment is a Taylor series, of the integral of z^2 exp(-z^2 / 2).
+_SERIES_UP_TO = 0.25
+_SERIES = tuple((-0.5) ** k / (math.factorial(k) * (2 * k + 3)) for k in range(11))
+
+
+@activation
+class Clip(Activation):
+    """`f(x) = a min(max(x, low), high) + c`, for `low <= 0 <= high`.
+
+    Derivatives of the deficit are exact; those of `E f'(u) f'(v)` are infinite where `u = v`, and taken for 0 there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nt_core.activations import Clip
+      >>> one = jnp.ones(())
+      >>> f"{Clip(1., -1., 1., 0.).variance(one):.6f}"  # 1 - sqrt(2 / (pi e))
+      '0.516059'
+    """
+
+    a: Scalar
+    low: Scalar
+    high: Scalar
+    c: Scalar
+
+    def variance(self, var):
+        a, c = cast(self.a, var), cast(self.c, var)
+        std = safe_sqrt(var)
+        square, mean = jnp.zeros_like(var), jnp.zeros_like(var)
+        for sign, bound in self._bounds(var):
+            square = square + _product(bound, std, std)
+            mean = mean + sign * _mean(bound, std)
+        return a * a * square + c * (2 * a * mean + c)
+
+    def dual(self, var1, var2, deficit):
+        square = cast(self.a, deficit) ** 2
+        _, scale, w = one_minus_correlation(var1, var2, deficit)
+        std1, std2 = safe_sqrt(var1), safe_sqrt(var2)
+        smaller, larger, total = jnp.minimum(std1, std2), jnp.maximum(std1, std2), std1 + std2
+        difference = jnp.abs(var1 - var2) / jnp.where(total > 0, total, 1)  # std1 - std2 has lost digits
+        coincident = sum(_inside(bound, larger) for _, bound in self._bounds(var1))
+        apart = sum(_deficit_of_parallel(bound, smaller, larger, difference) for _, bound in self._bounds(var1))
+        crossing = self._crossing(std1, std2, w)
+        deficit_out = apart + scale * (w * coincident - crossing.moment)
+        return square * deficit_out, square * (coincident - crossing.probability)
+
+    def _bounds(self, like: Array) -> list[tuple[int, Array]]:
+        """The distances of both bounds from 0, with their signs."""
+        return [(-1, -cast(self.low, like)), (1, cast(self.high, like))]
+
+    def _crossing(self, std1: Array, std2: Array, w: Array) -> "_Crossing":
+        first, second = ([sign * _relative(bound, std) for sign, bound in self._bounds(w)] for std in (std1, std2))
+        # Angles up to a right one from where both coincide, and beyond, from where they are opposite.
+        opening = 2 * jnp.arcsin(safe_sqrt(0.5 * jnp.minimum(w, 1)))
+        remaining = 2 * jnp.arcsin(safe_sqrt(0.5 * jnp.minimum(2 - w, 1)))
+        beyond = jnp.where(w > 1, 0.5 * math.pi - remaining, 0)
+
+        @jax.checkpoint
+        def add(total: _Crossing, node: Any) -> tuple[_Crossing, None]:
+            at, weight = node
+            for sign, start, length in ((1, 0.0, opening), (-1, remaining, beyond)):
+                t = start + length * at
+                density = weight * length * _density(first, [sign * x for x in second], t)
+                chord = 2 * jnp.sin(0.5 * t) ** 2  # 1 - cos t
+                until = w - chord if sign > 0 else w - 2 + chord
+                total = _Crossing(total.probability + density, total.moment + until * density)
+            return total, None
+
+        zero = jnp.zeros_like(w)
+        return lax.scan(add, _Crossing(zero, zero), _nodes(w.dtype))[0]
+
+
+class _Crossing(NamedTuple):
+    """Integrals over correlations, from that of `u` and `v` to 1, of the joint density at the bounds.
+
+    Attributes:
+      probability: the integral.
+      moment: that of the density times the difference of the correlations.
+    """
+
+    probability: Array
+    moment: Array
+
+
+def _density(first: list[Array], second: list[Array], angle: Array) -> Array:
+    """The joint density at pairs of bounds, per angle between the variables; negative for unlike bounds."""
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    half_inverse = 0.5 / jnp.maximum(sin * sin, float(jnp.finfo(angle.dtype).eps) ** 1.75)
+    total = jnp.zeros_like(angle)
+    for i, h in enumerate(first):
+        for j, k in enumerate(second):
+            exponent = (h - k) ** 2 * half_inverse + h * k / (1 + cos)
+            total = total + (1 if i == j else -1) * jnp.exp(-exponent)
+    return total / (2 * math.pi)
+
+
+def _product(bound: Array, smaller: Array, larger: Array) -> Array:
+    """`E f(s z) f(t z)` for positive `z`, with `s` and `t` the smaller and the larger deviation."""
+    inner, outer = _relative(bound, larger), _relative(bound, smaller)
+    between = bound * smaller * (_normal(inner) - _normal(outer))
+    return smaller * larger * _second_moment(inner) + between + bound * bound * _beyond(outer)
+
+
+def _mean(bound: Array, std: Array) -> Array:
+    """`E f(s z)` for positive `z`."""
+    at = _relative(bound, std)
+    return std * (_normal(jnp.zeros_like(at)) - _normal(at)) + bound * _beyond(at)
+
+
+def _deficit_of_parallel(bound: Array, smaller: Array, larger: Array, difference: Array) -> Array:
+    """`E (f(s z) - f(t z))^2 / 2` for positive `z`."""
+    own = 0.5 * (_product(bound, smaller, smaller) + _product(bound, larger, larger))
+    direct = own - _product(bound, smaller, larger)
+    # Nearly equal ones: the integral of (std - smaller) E z^2 f'(std z)^2 from the smaller to the larger deviation.
+    at, weights = np.polynomial.legendre.leggauss(_NODES_BETWEEN)
+    integral = jnp.zeros_like(smaller)
+    for x, weight in zip(0.5 * (at + 1), 0.5 * weights, strict=True):
+        integral = integral + float(weight * x) * _second_moment(_relative(bound, smaller + float(x) * difference))
+    return jnp.where(difference < _NEAR * larger, difference * difference * integral, direct)
+
+
+def _relative(bound: Array, std: Array) -> Array:
+    is_near = bound < _FAR * std
+    return jnp.where(is_near, bound / jnp.where(is_near, std, 1), _FAR) * (bound > 0)
+
+
+def _inside(bound: Array, std: Array) -> Array:
+    """The probability of `0 < s z < bound`."""
+    return 0.5 * lax.erf(math.sqrt(0.5) * _relative(bound, std))
+
+
+def _beyond(x: Array) -> Array:
+    return 0.5 * lax.erfc(math.sqrt(0.5) * x)
+
+
+def _normal(x: Array) -> Array:
+    return math.sqrt(0.5 / math.pi) * jnp.exp(-0.5 * x * x)
+
+
+def _second_moment(x: Array) -> Array:
+    """`E z^2` for `z` from 0 to `x`."""
+    square = jnp.minimum(x * x, _SERIES_UP_TO)
+    series = math.sqrt(0.5 / math.pi) * square * safe_sqrt(square) * horner(_SERIES, square)
+    return jnp.where(x * x < _SERIES_UP_TO, series, 0.5 * lax.erf(math.sqrt(0.5) * x) - x * _normal(x))
+
+
+@lru_cache
+def _quadrature(precision: str) -> tuple[np.ndarray, np.ndarray]:
+    n_nodes, power = _NODES[precision]
+    at, weights = np.polynomial.legendre.leggauss(n_nodes)
+    at, weights = 0.5 * (at + 1), 0.5 * weights
+    return at**power, weights * power * at ** (power - 1)
+
+
+def _nodes(dtype: Any) -> tuple[Array, Array]:
+    at, weights = _quadrature("float64" if dtype == jnp.float64 else "float32")
+    return jnp.asarray(at, dtype), jnp.asarray(weights, dtype)
