@@ -30,6 +30,8 @@ IMAGES = random.normal(random.key(2), (3, 3, 2, 2))
 GRAPHS = random.uniform(random.key(3), (3, 3, 3))
 MASKED = IMAGES.at[0, 2].set(jnp.nan).at[1, :, 1].set(jnp.nan)
 
+TOKENS = np.array([[0, 3, 1], [3, 3, 2], [1, 0, 1]])[..., None]
+
 MAX_Z = 5.0
 CHUNK = 250  # samples at a time
 
@@ -159,6 +161,7 @@ UNBIASED = {
             stax.FanInProd(),
         )
     ),
+    "Embedding": Case(lambda width: stax.serial(stax.Embedding(4, width, 1.2), stax.Relu()), TOKENS),
     "GLU": Case(lambda width: stax.serial(dense(2 * width), stax.GLU(stax.Erf()))),
     "FanInConcat, channels": Case(
         lambda width: stax.serial(

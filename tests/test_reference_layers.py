@@ -33,7 +33,7 @@ CASES = HEADLINE + LAYERS
 SLOW = {f"deepnet-{n}" for n in ("0057", "0096", "0174", "0213", "0252", "0291", "0330", "0447", "0525")}
 
 
-NEW_MODULES = ("nt_stax.smooth", "nt_stax.kinked", "nt_stax.gated")
+NEW_MODULES = ("nt_stax.smooth", "nt_stax.kinked", "nt_stax.gated", "nt_stax.embedding")
 
 
 def test_every_layer_is_in_a_case():

@@ -87,6 +87,7 @@ REFERENCE = {
 
 
 NEW = {
+    "Embedding",
     "Celu",
     "Elu",
     "GEGLU",

@@ -45,6 +45,8 @@ class Rule:
       mask_fn: `mask_fn(mask, shape) -> mask` of the outputs; None leaves masks to `emit` and `function`.
       remask: the kernel has to be zeroed at masked positions afterwards.
       init_fn: gives the output shape where `function` cannot know it.
+      of_inputs: `of_inputs(inputs) -> kernel`, the covariance that the layer starts from if inputs are not vectors, and
+        it is the first one.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Rule:
     mask_fn: Callable[[Any, Any], Any] | None = None
     remask: bool = False
     init_fn: Callable[..., Any] | None = None
+    of_inputs: Callable[[Inputs], Kernel] | None = None
 
 
 def step_rule(step: Step, requirements: Requirements = NO_REQUIREMENTS) -> Rule:
@@ -131,6 +134,9 @@ def apply_rules(rules: Sequence[Rule], state: Any, run: Run) -> Any:
 
 def first_segment(rules: Sequence[Rule], state: Any, run: Run) -> tuple[Segment, Sequence[Rule]]:
     """Returns the layers that are to be applied first, as many as there can be, and those that remain."""
+    of_inputs = rules[0].of_inputs
+    if of_inputs is not None:
+        state = nt_tree_map(lambda source: of_inputs(source) if isinstance(source, Inputs) else source, state)
     collected = _collect(rules, state, run)
     if not collected.n_rules:
         collected = None

@@ -35,6 +35,7 @@ from nt_stax.elementwise import (
     Sign,
     Sin,
 )
+from nt_stax.embedding import Embedding
 from nt_stax.gated import GEGLU, GLU, SwiGLU
 from nt_stax.graphs import Aggregate, AggregateImplementation
 from nt_stax.indexing import Index, Slice
@@ -81,6 +82,7 @@ __all__ = [
     "Elementwise",
     "ElementwiseNumerical",
     "Elu",
+    "Embedding",
     "Erf",
     "Exp",
     "ExpNormalized",

@@ -17,7 +17,7 @@ from nt_core.activations.elementwise import ScalarFunction, check_function
 _MAX_TERMS = 300
 # What remains of the mean square beyond the terms is noise below this, in units of the precision.
 _NOISE = 2**6
-# What is beyond the terms, see `_sum_of_rest`: log v^3 at nodes of Gauss-Legendre quadrature, and 3 v^2 times their weights.
+# For what is beyond the terms, see `_sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
 _REST = [
     (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
     for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
