@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nt_core import _native
 from nt_core.activations import ABRelu, Clip
+from nt_core.backends.cpu.duals import encode_activation
 from scipy.special import ndtr
 
 CLIPS = {"hard tanh": (1.0, -1.0, 1.0, 0.0), "hard sigmoid": (1 / 6, -3.0, 3.0, 0.5), "relu 6": (-0.8, 0.0, 6.0, 0.3)}
@@ -53,18 +55,35 @@ def expectations(clip, var1, var2, correlation):
     return value, a * a * (weights @ (((u > low) & (u < high)) * inside))
 
 
+def in_jax(clip, arguments):
+    """Returns the variances after, the deficit and the factor."""
+    activation = Clip(*clip)
+    return *map(activation.variance, arguments[:2]), *jax.jit(activation.dual)(*arguments)
+
+
+def in_c(clip, arguments):
+    arguments = [np.asarray(x) for x in arguments]
+    activation, coefficients = encode_activation(Clip(*clip), arguments[0].dtype.name)
+    coefficients = np.array(coefficients, arguments[0].dtype)
+    variance, deficit, factor = _native.dual(activation, coefficients, *arguments)
+    return variance, _native.dual(activation, coefficients, *arguments[1::-1], arguments[2])[0], deficit, factor
+
+
+both = pytest.mark.parametrize("dual", [in_jax, in_c])
+
+
+@both
 @pytest.mark.parametrize("name", CLIPS)
-def test_dual_is_its_definition(name, dtype):
+def test_dual_is_its_definition(dual, name, dtype):
     clip = CLIPS[name]
     pairs = [(v1, v2, c) for v1, v2 in VARIANCES for c in CORRELATIONS]
     var1, var2, correlation = (np.array(x) for x in zip(*pairs, strict=True))
     deficit = 0.5 * (np.sqrt(var1) - np.sqrt(var2)) ** 2 + np.sqrt(var1 * var2) * (1 - correlation)
     arguments = [jnp.asarray(x, dtype) for x in (var1, var2, deficit)]
-    found, factor = (np.asarray(x, float) for x in jax.jit(Clip(*clip).dual)(*arguments))
+    *variances, found, factor = (np.asarray(x, float) for x in dual(clip, arguments))
     own1, own2 = (np.array([expectations(clip, v, v, 1.0)[0] for v in var]) for var in (var1, var2))
     value, dot = np.array([expectations(clip, *pair) for pair in pairs]).T
     tolerance = 4e-6 if dtype == "float32" else 3e-12
-    variances = [np.asarray(Clip(*clip).variance(x), float) for x in arguments[:2]]
     np.testing.assert_allclose(variances, [own1, own2], rtol=tolerance)
     np.testing.assert_array_less(np.abs(found - 0.5 * (own1 + own2) + value), tolerance * np.maximum(own1, own2))
     # Where the factor is steep, arguments that are rounded tell nothing of its last digits.
@@ -74,8 +93,9 @@ def test_dual_is_its_definition(name, dtype):
     np.testing.assert_allclose(factor, dot, rtol=0, atol=steep)
 
 
+@both
 @pytest.mark.parametrize("name", CLIPS)
-def test_nearly_equal_inputs_keep_the_relative_accuracy_of_the_deficit(name):
+def test_nearly_equal_inputs_keep_the_relative_accuracy_of_the_deficit(dual, name):
     correlation, ratio = (x.ravel() for x in np.meshgrid(1 - np.logspace(-12, -2, 11), 1 + np.logspace(-6, -2, 5)))
     var1 = np.full(ratio.shape, 1.5)
     var2 = ratio * var1
@@ -84,7 +104,7 @@ def test_nearly_equal_inputs_keep_the_relative_accuracy_of_the_deficit(name):
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
             rounded = [jnp.asarray(np.float32(x), dtype) for x in (var1, var2, deficit)]
-            results[dtype] = np.asarray(Clip(*CLIPS[name]).dual(*rounded)[0], float)
+            results[dtype] = np.asarray(dual(CLIPS[name], rounded)[2], float)
     np.testing.assert_allclose(results["float32"], results["float64"], rtol=1e-5)
 
 
@@ -104,7 +124,11 @@ def test_degenerate_inputs(dtype):
     deficit = jnp.array([0.0, 2.0, 0.25, 0.0, 0.5, 0.0], dtype)
     clip = Clip(1.0, -1.0, 2.0, 0.1)
     found, factor = clip.dual(var1, var2, deficit)
-    np.testing.assert_array_equal(found[jnp.array([0, 3, 5])], 0)
+    natively = in_c((1.0, -1.0, 2.0, 0.1), (var1, var2, deficit))
+    for value in (found, natively[2]):
+        np.testing.assert_array_equal(np.asarray(value)[[0, 3, 5]], 0)
+    tolerance = 1e-6 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(natively[2:], [found, factor], rtol=tolerance, atol=tolerance)
     for output in range(2):
         derivatives = jax.grad(lambda *x, output=output: jnp.sum(clip.dual(*x)[output]), (0, 1, 2))(var1, var2, deficit)
         assert all(np.isfinite(d).all() for d in derivatives)

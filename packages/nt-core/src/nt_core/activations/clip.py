@@ -17,12 +17,11 @@ from jax import Array, lax
 from nt_core.activations.arcs import horner, one_minus_correlation, safe_sqrt
 from nt_core.activations.base import Activation, Scalar, activation, cast
 
-# Nodes on the way from coincident to orthogonal variables, and the power of the angle in which they are even: the
-# density may change abruptly at small angles.
+# Nodes on the way from coincident to orthogonal variables, and the power of the tangent of half the angle in which they
+# are even: the density may change abruptly at small angles.
 _NODES = {"float32": (32, 5), "float64": (128, 10)}
-# Nodes between two standard deviations, and up to which relative difference they serve.
-_NODES_BETWEEN = 12
-_NEAR = 0.25
+# Up to this relative difference, what is between two standard deviations is interpolated.
+_NEAR = {"float32": 2**-3, "float64": 2**-8}
 # Beyond so many standard deviations there is nothing.
 _FAR = 40.0
 # Up to this square the second moment is a Taylor series, of the integral of z^2 exp(-z^2 / 2).
@@ -76,18 +75,20 @@ class Clip(Activation):
 
     def _crossing(self, std1: Array, std2: Array, w: Array) -> "_Crossing":
         first, second = ([sign * _relative(bound, std) for sign, bound in self._bounds(w)] for std in (std1, std2))
-        # Angles up to a right one from where both coincide, and beyond, from where they are opposite.
-        opening = 2 * jnp.arcsin(safe_sqrt(0.5 * jnp.minimum(w, 1)))
-        remaining = 2 * jnp.arcsin(safe_sqrt(0.5 * jnp.minimum(2 - w, 1)))
-        beyond = jnp.where(w > 1, 0.5 * math.pi - remaining, 0)
+        # Tangents of half the angle: from coincident variables up to a right angle, and beyond, to opposite ones.
+        near, far = jnp.minimum(w, 1), jnp.minimum(2 - w, 1)
+        opening, remaining = safe_sqrt(near / (2 - near)), safe_sqrt(far / (2 - far))
+        beyond = jnp.where(w > 1, 1 - remaining, 0)
 
         @jax.checkpoint
         def add(total: _Crossing, node: Any) -> tuple[_Crossing, None]:
             at, weight = node
             for sign, start, length in ((1, 0.0, opening), (-1, remaining, beyond)):
-                t = start + length * at
-                density = weight * length * _density(first, [sign * x for x in second], t)
-                chord = 2 * jnp.sin(0.5 * t) ** 2  # 1 - cos t
+                tangent = start + length * at
+                square = tangent * tangent
+                angle = 2 / (1 + square) * weight * length
+                density = angle * _density(first, [sign * x for x in second], square)
+                chord = 2 * square / (1 + square)  # 1 - the cosine
                 until = w - chord if sign > 0 else w - 2 + chord
                 total = _Crossing(total.probability + density, total.moment + until * density)
             return total, None
@@ -108,14 +109,18 @@ class _Crossing(NamedTuple):
     moment: Array
 
 
-def _density(first: list[Array], second: list[Array], angle: Array) -> Array:
-    """The joint density at pairs of bounds, per angle between the variables; negative for unlike bounds."""
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    half_inverse = 0.5 / jnp.maximum(sin * sin, float(jnp.finfo(angle.dtype).eps) ** 1.75)
-    total = jnp.zeros_like(angle)
+def _density(first: list[Array], second: list[Array], square: Array) -> Array:
+    """The joint density at pairs of bounds, per angle between the variables; negative for unlike bounds.
+
+    Args:
+      square: of the tangent of half the angle.
+    """
+    half_sum = 0.5 * (1 + square)  # 1 / (1 + cos)
+    half_inverse = 0.5 * half_sum * half_sum / jnp.maximum(square, float(jnp.finfo(square.dtype).eps) ** 1.75)
+    total = jnp.zeros_like(square)
     for i, h in enumerate(first):
         for j, k in enumerate(second):
-            exponent = (h - k) ** 2 * half_inverse + h * k / (1 + cos)
+            exponent = (h - k) ** 2 * half_inverse + h * k * half_sum
             total = total + (1 if i == j else -1) * jnp.exp(-exponent)
     return total / (2 * math.pi)
 
@@ -137,12 +142,20 @@ def _deficit_of_parallel(bound: Array, smaller: Array, larger: Array, difference
     """`E (f(s z) - f(t z))^2 / 2` for positive `z`."""
     own = 0.5 * (_product(bound, smaller, smaller) + _product(bound, larger, larger))
     direct = own - _product(bound, smaller, larger)
-    # Nearly equal ones: the integral of (std - smaller) E z^2 f'(std z)^2 from the smaller to the larger deviation.
-    at, weights = np.polynomial.legendre.leggauss(_NODES_BETWEEN)
-    integral = jnp.zeros_like(smaller)
-    for x, weight in zip(0.5 * (at + 1), 0.5 * weights, strict=True):
-        integral = integral + float(weight * x) * _second_moment(_relative(bound, smaller + float(x) * difference))
-    return jnp.where(difference < _NEAR * larger, difference * difference * integral, direct)
+    # Nearly equal ones: the integral of (std - smaller) E z^2 f'(std z)^2 from the smaller to the larger deviation, of
+    # the polynomial that has the same values and two derivatives at both ends.
+    (a, slope_a, bend_a), (b, slope_b, bend_b) = (_moment_and_derivatives(bound, std) for std in (smaller, larger))
+    slopes = difference * (4 / 105 * slope_a - 13 / 210 * slope_b)
+    bends = difference * difference * (bend_a / 280 + bend_b / 210)
+    interpolated = difference * difference * (a / 7 + 5 / 14 * b + slopes + bends)
+    return jnp.where(difference < _NEAR[_precision(smaller.dtype)] * larger, interpolated, direct)
+
+
+def _moment_and_derivatives(bound: Array, std: Array) -> tuple[Array, Array, Array]:
+    """`E z^2 f'(std z)^2` for positive `z`, and its derivatives in the deviation."""
+    at, inverse = _relative(bound, std), 1 / jnp.where(std > 0, std, 1)
+    cube = at * at * at * _normal(at)
+    return _second_moment(at), -cube * inverse, (4 - at * at) * cube * inverse * inverse
 
 
 def _relative(bound: Array, std: Array) -> Array:
@@ -179,5 +192,9 @@ def _quadrature(precision: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nodes(dtype: Any) -> tuple[Array, Array]:
-    at, weights = _quadrature("float64" if dtype == jnp.float64 else "float32")
+    at, weights = _quadrature(_precision(dtype))
     return jnp.asarray(at, dtype), jnp.asarray(weights, dtype)
+
+
+def _precision(dtype: Any) -> str:
+    return "float64" if dtype == jnp.float64 else "float32"

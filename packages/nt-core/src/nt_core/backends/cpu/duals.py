@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from nt_core.activations import (
     ABRelu,
     Activation,
+    Clip,
     ElementwiseNumerical,
     Erf,
     Exp,
@@ -61,6 +62,8 @@ def encode_activation(activation: Activation, precision: str) -> tuple[list[int]
             name, coefficients = "Gaussian", [a * a, -2 * b]
         case Gabor():
             name, coefficients = "Gabor", []
+        case Clip(a, low, high, c):
+            name, coefficients = "Clip", [a * a, 2 * a * c, c * c, -low, high]
         case Series():
             name, coefficients = "Polynomial", _table(activation.expansion())
         case RectifiedMonomial(degree):
