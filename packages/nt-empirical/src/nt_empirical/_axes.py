@@ -11,6 +11,7 @@ from nt_core.cells import NotCut
 from nt_core.grid import swapped
 
 from nt_empirical._batches import check_same_structure
+from nt_empirical._parameters import labelled
 
 Axes = int | Sequence[int]
 
@@ -43,20 +44,22 @@ class OutputAxes:
             )
         return cls(ndim, traced, diagonal)
 
-    def contract(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def contract(self, a: jax.Array, b: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """Returns the mean over traced axes, and the sum over all axes that follow the outputs', of products.
 
         Args:
           a, b: arrays with the axes of the outputs, then any axes that both share, such as those of parameters.
+          scale: broadcasts to the axes that they share; what the products are multiplied by.
 
         Returns:
           The kernel, in float32 if `a` and `b` have less precision; exactly symmetric if `b` is `a`.
         """
         self.check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
         following = range(2 * self.ndim, self.ndim + a.ndim)
-        products = sum_of_products(
-            [(a, [*self.labels1, *following]), (b, [*self.labels2, *following])], self.labels_of_kernel
-        )
+        factors = [(a, [*self.labels1, *following]), (b, [*self.labels2, *following])]
+        if scale is not None:
+            factors.append(labelled(scale, a.shape[self.ndim :], following))
+        products = sum_of_products(factors, self.labels_of_kernel)
         kernel = products / self.size_of_traced(a.shape)
         return self.symmetric(kernel) if b is a else kernel
 
