@@ -1,6 +1,7 @@
 """Linearisation and empirical kernels of finite neural networks."""
 
 from nt_empirical._expansion import linearize, taylor_expand
+from nt_empirical._frameworks import from_equinox, from_haiku, from_linen, from_nnx
 from nt_empirical._kernel import empirical_kernel_fn
 from nt_empirical._monte_carlo import monte_carlo_kernel_fn
 from nt_empirical._nngp import empirical_nngp_fn
@@ -14,6 +15,10 @@ __all__ = [
     "empirical_nngp_fn",
     "empirical_ntk_fn",
     "empirical_ntk_vp_fn",
+    "from_equinox",
+    "from_haiku",
+    "from_linen",
+    "from_nnx",
     "linearize",
     "monte_carlo_kernel_fn",
     "taylor_expand",
