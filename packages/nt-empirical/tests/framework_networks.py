@@ -1,7 +1,7 @@
 """An MLP with batch normalisation, a residual CNN, and a transformer with scanned layers, in every framework.
 
-`NETWORKS[framework, kind]()` returns `f, params, x, judge`: `judge(params, x)` is the framework's own evaluation. Arrays
-are random numbers of NumPy, which need no compilation: vectors (biases, scales, batch statistics) are positive.
+`NETWORKS[framework, kind]()` returns `f, params, x, judge`: `judge(params, x)` is the framework's own evaluation.
+Arrays are random numbers of NumPy, which need no compilation: vectors (biases, scales, batch statistics) are positive.
 """
 
 import equinox as eqx

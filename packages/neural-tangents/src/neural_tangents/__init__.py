@@ -1,7 +1,7 @@
 """Infinitely wide neural networks as kernels, in JAX.
 
-`stax` builds networks, `predict` draws conclusions from their kernels; the functions here, and more of them in `empirical`,
-deal with finite networks.
+`stax` builds networks, `predict` draws conclusions from their kernels; the functions here, and more of them in
+`empirical`, deal with finite networks.
 """
 
 from importlib.metadata import version
@@ -11,10 +11,12 @@ from nt_empirical import (
     NtkImplementation,
     empirical_kernel_fn,
     empirical_nngp_fn,
+    empirical_ntk_diagonal_fn,
     empirical_ntk_fn,
     empirical_ntk_vp_fn,
     linearize,
     monte_carlo_kernel_fn,
+    ntk_operator,
     taylor_expand,
 )
 
@@ -31,10 +33,12 @@ __all__ = [
     "empirical",
     "empirical_kernel_fn",
     "empirical_nngp_fn",
+    "empirical_ntk_diagonal_fn",
     "empirical_ntk_fn",
     "empirical_ntk_vp_fn",
     "linearize",
     "monte_carlo_kernel_fn",
+    "ntk_operator",
     "predict",
     "stax",
     "taylor_expand",

@@ -29,13 +29,15 @@ class OutputAxes:
     diagonal: tuple[int, ...]
 
     @classmethod
-    def of(cls, ndim: int, trace_axes: Axes, diagonal_axes: Axes) -> "OutputAxes":
-        """Resolves negative and repeated axes of outputs with `ndim` axes.
+    def of(cls, ndim: int, trace_axes: Axes, diagonal_axes: Axes | None) -> "OutputAxes":
+        """Resolves negative and repeated axes of outputs with `ndim` axes; None for all that are not traced.
 
         Raises:
           ValueError: an axis does not exist, or is both a trace and a diagonal axis.
         """
         traced = _non_negative(trace_axes, ndim, "trace_axes")
+        if diagonal_axes is None:
+            return cls(ndim, traced, tuple(axis for axis in range(ndim) if axis not in traced))
         diagonal = _non_negative(diagonal_axes, ndim, "diagonal_axes")
         if set(traced) & set(diagonal):
             raise ValueError(
@@ -138,10 +140,10 @@ def sum_of_products(operands: Sequence[tuple[jax.Array, Sequence[int]]], labels:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of outputs that are traced or diagonal in kernels, as a user names them."""
+    """The axes of outputs that are traced or diagonal in kernels, as a user names them, or None for all others."""
 
     trace_axes: Axes
-    diagonal_axes: Axes
+    diagonal_axes: Axes | None
 
     def axes_of(self, outputs1: Any, outputs2: Any) -> list[OutputAxes]:
         """Returns the axes of every output of a network, for outputs for `x1` and for `x2` that must fit.

@@ -17,8 +17,8 @@ def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[Function, An
       variables: what ``module.init`` returned, or training. The collection ``"params"`` is trainable; all others, such
         as ``"batch_stats"``, are held fixed.
       **kwargs: keywords of all calls, among them what switches the module to evaluation: ``train=False``,
-        ``deterministic=True``, as the module calls it. A module that is left in training mode and has batch statistics is
-        refused by flax when it is called, one with dropout if it gets no random keys.
+        ``deterministic=True``, as the module calls it. In training mode flax refuses calls of modules with batch
+        statistics, and of those with dropout that get no random keys.
 
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` is ``module.apply`` with these parameters, and ``params`` are those of

@@ -12,6 +12,7 @@ from nt_empirical._auto import cheapest
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
 from nt_empirical._jacobian import ntk_by_jacobians
+from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised, counted
 from nt_empirical._structured import ntk_by_structure
 from nt_empirical._vector_products import ntk_by_columns
@@ -128,6 +129,9 @@ def ntk(
     per_leaf: bool = False,
 ) -> Any:
     """Returns the empirical NTK of two batches."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        outputs = [jax.eval_shape(lambda b=batch: outputs_of(f, params, b, batch_axes)) for batch in (batch1, batch2)]
+        params = varying(params, varying_axes(outputs))
     whole, numbers = Parametrised.of(f, params, scale), counted(scale, params)
     network = whole.only(numbers)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nt_empirical._axes import Layout, OutputAxes, sum_of_products
 from nt_empirical._batches import Batch
 from nt_empirical._jacobian import Differentiated, Function, differentiate, kernels_of
+from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised, labelled
 from nt_empirical._perturbation import Perturbed
 from nt_empirical._uses import Factor, Labels, Use
@@ -182,7 +183,8 @@ def _jacobian(path: Path, ndim: int, shape: tuple[int, ...]) -> jax.Array:
     jacobian = jnp.broadcast_to(jacobian, (*of_output, *use.weight_shape))
     if not use.steps:
         return jacobian
-    put_back = jax.linear_transpose(functools.partial(_taken, use), jax.ShapeDtypeStruct(shape, jacobian.dtype))
+    example = varying(jnp.zeros(shape, jacobian.dtype), varying_axes(jacobian))
+    put_back = jax.linear_transpose(functools.partial(_taken, use), example)
     rows = jax.vmap(lambda entries: put_back(entries)[0])(jacobian.reshape(-1, *use.weight_shape))
     return rows.reshape(*of_output, *shape)
 

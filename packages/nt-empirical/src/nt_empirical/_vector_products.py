@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nt_empirical._axes import Layout
 from nt_empirical._batches import Batch
+from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, outputs_of, sample_outputs
 
@@ -49,7 +50,7 @@ def _kernels(network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout
         def column(which: int, position: jax.Array) -> jax.Array:
             unit = (jnp.arange(leaves[which].size) == position).astype(leaves[which].dtype)
             vector = [jnp.zeros_like(y) for y in leaves]
-            vector[which] = unit.reshape(leaves[which].shape)
+            vector[which] = varying(unit.reshape(leaves[which].shape), varying_axes(leaves[which]))
             (gradients,) = pull_back(structure.unflatten(vector))
             (derivatives,) = push_forward((network.scaled(gradients),))
             rows = jax.tree.leaves(derivatives)[which]
@@ -60,7 +61,7 @@ def _kernels(network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout
                 rows = jax.lax.dynamic_index_in_dim(rows, places[axis], axis, keepdims=False)
             return rows
 
-        found = [_map_numbers(functools.partial(column, which), y.size) for which, y in enumerate(leaves)]
+        found = [map_numbers(functools.partial(column, which), y.size) for which, y in enumerate(leaves)]
         return [k.reshape(*y.shape, *k.shape[1:]) for k, y in zip(found, leaves, strict=True)]
 
     if batch_axes is None:
@@ -76,7 +77,7 @@ def _kernels(network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout
     return structure.unflatten(kernels)
 
 
-def _map_numbers(fn: Callable[[jax.Array], jax.Array], n: int) -> jax.Array:
+def map_numbers(fn: Callable[[jax.Array], jax.Array], n: int) -> jax.Array:
     """Calls `fn` with the numbers below `n`, some at once."""
     if n <= COLUMNS_AT_ONCE:
         return jax.vmap(fn)(jnp.arange(n))
