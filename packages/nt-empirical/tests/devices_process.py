@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from empirical_networks import assert_close, mlp, mlp_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from nt_empirical import NtkImplementation, empirical_ntk_diagonal_fn, empirical_ntk_fn, ntk_operator
+from nt_empirical import (
+    NtkImplementation,
+    empirical_ntk_diagonal_fn,
+    empirical_ntk_fn,
+    monte_carlo_kernel_fn,
+    ntk_operator,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 RNG = np.random.default_rng(0)
@@ -51,6 +57,22 @@ def check_operator():
     np.testing.assert_allclose(operator.eigenpairs(2).values, np.linalg.eigvalsh(kernel)[::-1][:2], rtol=1e-5)
 
 
+def check_monte_carlo():
+    """The same estimate on one device and on four, of which not all have a network in the last round."""
+
+    def init_fn(key, shape):
+        return shape, jax.random.normal(key, (shape[-1], 8))
+
+    def kernel_fn(device_count, n):
+        options = {"device_count": device_count, "standard_errors": True}
+        return monte_carlo_kernel_fn(init_fn, lambda w, x, rng: jnp.tanh(x @ w), jax.random.key(0), n, **options)
+
+    for one, four in zip(kernel_fn(1, [6, 9])(X), kernel_fn(-1, [6, 9])(X), strict=True):
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), four, one)
+        assert len(four.value.ntk.devices()) == 1
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), kernel_fn(4, 2)(X), kernel_fn(1, 2)(X))  # too few: in cells
+
+
 for implementation in NtkImplementation:
     check_shard_map(mlp, PARAMS, X, implementation, 0)
 check_shard_map(mlp, PARAMS, X, NtkImplementation.JACOBIAN_CONTRACTION, None)
@@ -58,3 +80,4 @@ overlapping, shape, _ = empirical_functions.TABLE["arrangements"]["overlapping p
 weights = jnp.asarray(RNG.normal(size=shape), "float32")
 check_shard_map(overlapping, weights, X[:, :3], NtkImplementation.STRUCTURED_DERIVATIVES, 0)
 check_operator()
+check_monte_carlo()

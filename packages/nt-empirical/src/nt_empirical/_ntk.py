@@ -15,6 +15,7 @@ from nt_empirical._jacobian import ntk_by_jacobians
 from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised, counted
 from nt_empirical._structured import ntk_by_structure
+from nt_empirical._tiles import in_tiles
 from nt_empirical._vector_products import ntk_by_columns
 from nt_empirical._vmap import BatchAxes, VMapAxes, check_first, outputs_of
 
@@ -55,6 +56,7 @@ def empirical_ntk_fn(
     *,
     scale: Any = None,
     per_leaf: bool = False,
+    max_bytes: int | None = None,
 ) -> Callable[..., Any]:
     r"""Empirical NTK of a function, :math:`J(x_1) J(x_2)^\top` with :math:`J = \partial f / \partial \theta`.
 
@@ -78,6 +80,9 @@ def empirical_ntk_fn(
         structure or that of their first levels. ``{"body": 0, "head": 1}`` is the kernel of the head alone (where a
         number is 0, nothing is computed); other diagonals are those of Adam, or of a Laplace approximation.
       per_leaf: return a pytree as ``params`` with a kernel for each of its arrays in the place of their sum.
+      max_bytes: how much memory may be taken at once, by an estimate that counts all arrays but the whole kernel. If it
+        is less than needed, tiles of samples are computed one after another, as by :func:`nt_core.batch`: samples must
+        be along the first axis of everything, and ``vmap_axes`` say that they are independent. None is no bound.
 
     Returns:
       ``ntk_fn(x1, x2, params, **kwargs)``. Each axis of the outputs becomes two axes side by side, a diagonal axis
@@ -91,7 +96,7 @@ def empirical_ntk_fn(
 
     Raises:
       ValueError: axes do not exist or overlap, outputs for ``x1`` and ``x2`` do not fit, ``vmap_axes`` does not
-        hold, or ``scale`` does not broadcast to ``params``.
+        hold, ``scale`` does not broadcast to ``params``, or ``max_bytes`` is not enough for one sample.
       TypeError: parameters or outputs are not real floating-point arrays.
 
     Example:
@@ -111,10 +116,17 @@ def empirical_ntk_fn(
     layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
-        return ntk(f, params, *make_batches(x1, x2, kwargs), layout, batch_axes, implementation, scale, per_leaf)
+        batches = make_batches(x1, x2, kwargs)
+        return ntk(f, params, *batches, layout, batch_axes, implementation, scale, per_leaf, max_bytes)
 
-    ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
-    return ntk_fn
+    pairs = ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
+    if max_bytes is None:
+        return ntk_fn
+    if batch_axes is None:
+        raise ValueError("`max_bytes` cuts batches into tiles: `vmap_axes` must say that samples are independent.")
+    bounded = in_tiles(ntk_fn, max_bytes)
+    bounded.axis_pairs = pairs  # type: ignore[attr-defined]
+    return bounded
 
 
 def ntk(
@@ -127,6 +139,7 @@ def ntk(
     implementation: NtkImplementation,
     scale: Any = None,
     per_leaf: bool = False,
+    max_bytes: int | None = None,
 ) -> Any:
     """Returns the empirical NTK of two batches."""
     if jax.sharding.get_abstract_mesh().manual_axes:
@@ -141,7 +154,7 @@ def ntk(
     if not numbers:
         found = []
     elif implementation == NtkImplementation.AUTO:
-        found = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], network.weights)
+        found = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], network.weights, max_bytes)
     else:
         found = by(_IMPLEMENTATIONS[implementation])(network.weights)
 
