@@ -136,6 +136,16 @@ def test_leading_eigenpairs(dtype):
         assert np.max(np.abs(residuals)) < 30 * TOLERANCE[dtype] * values[0]
 
 
+def test_half_precision():
+    """Vectors have single precision."""
+    x, w = X.astype("bfloat16"), jnp.ones((6, 2), "bfloat16")
+    operator = ntk_operator(lambda w, x: x @ w, w, x)
+    assert (operator @ np.ones(7)).dtype == operator.dtype == "float32"
+    kernel = x.astype("float32") @ x.astype("float32").T
+    assert_close(operator @ np.ones(7), kernel @ np.ones(7), 0.03)
+    assert operator.frobenius_norm(KEY, 21).value == pytest.approx(np.linalg.norm(kernel), rel=0.03)
+
+
 @pytest.mark.parametrize("implementation", list(NtkImplementation)[1:])
 @pytest.mark.parametrize("vmap_axes", [None, 0])
 def test_diagonal(vmap_axes, implementation, dtype):
@@ -178,6 +188,8 @@ def test_what_is_refused():
         operator.alignment(np.ones(6), KEY)
     with pytest.raises(ValueError, match="Labels are the same for all samples"):
         operator.alignment(np.ones(7), KEY)
+    with pytest.raises(ValueError, match="The kernel is 0"):
+        ntk_operator(mlp, params, x, scale=np.zeros(())).effective_rank(KEY, 6)
     with pytest.raises(ValueError, match="`n_products` must be at least 6, got 5"):
         operator.frobenius_norm(KEY, 5)
     with pytest.raises(TypeError, match="must return one array"):

@@ -94,7 +94,7 @@ def ntk_operator(
         lambda v: product(network.weights, Mixed((batch.x, batch.kwargs)), v),
         lambda: diagonal(x, params, **kwargs),
         shape,
-        outputs.dtype,
+        jnp.promote_types(outputs.dtype, jnp.float32),
     )
 
 
@@ -103,7 +103,7 @@ class NTKOperator:
 
     Attributes:
       shape: of the vectors.
-      dtype: of the vectors.
+      dtype: of the vectors, that of the outputs, or float32 if they have less precision.
     """
 
     def __init__(self, product: Product, diagonal: Callable[[], jax.Array], shape: tuple[int, ...], dtype: Any):
@@ -144,7 +144,7 @@ class NTKOperator:
 
         It is the number of eigenvalues if they are equal. Arguments are those of `frobenius_norm`.
         """
-        square, error = self._squared_norm(self._product, key, n_products)
+        square, error = _not_zero(self._squared_norm(self._product, key, n_products))
         rank = self.trace() ** 2 / square
         return Estimate(rank, rank * error / square)
 
@@ -172,9 +172,13 @@ class NTKOperator:
             raise ValueError("Labels are the same for all samples: they have no alignment.")
         products = jax.lax.map(self._product, columns)
         overlap = jnp.sum(columns * products)
-        centred, error = self._squared_norm(lambda v: _centred(self._product(_centred(v))), key, n_products)
-        value = overlap / (norm * jnp.sqrt(centred))
-        return Estimate(value, jnp.abs(value) * error / (2 * centred))
+
+        def centred_product(v: jax.Array) -> jax.Array:
+            return _centred(self._product(_centred(v)))
+
+        square, error = _not_zero(self._squared_norm(centred_product, key, n_products))
+        value = overlap / (norm * jnp.sqrt(square))
+        return Estimate(value, jnp.abs(value) * error / (2 * square))
 
     def eigenpairs(self, k: int, tolerance: float = 0.0) -> Eigenpairs:
         """Returns the `k` largest eigenvalues and their vectors, by Lanczos iterations (ARPACK). Not under `jax.jit`.
@@ -190,13 +194,12 @@ class NTKOperator:
         size = math.prod(self.shape)
         if not 1 <= k < size:
             raise ValueError(f"`k` must be from 1 to {size - 1}, less than the size of the operator, got {k}.")
-        dtype = np.promote_types(self.dtype, np.float32)
 
         def product(v: np.ndarray) -> np.ndarray:
-            return np.asarray(self(jnp.asarray(v.reshape(self.shape))), dtype).ravel()
+            return np.asarray(self(jnp.asarray(v.reshape(self.shape)))).ravel()
 
-        operator: Any = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=dtype)  # type: ignore[call-arg]
-        start = np.random.default_rng(0).normal(size=size).astype(dtype)
+        operator: Any = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=self.dtype)  # type: ignore[call-arg]
+        start = np.random.default_rng(0).normal(size=size).astype(self.dtype)
         values, vectors = scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, tol=tolerance)  # type: ignore[arg-type]
         return Eigenpairs(values[::-1], vectors.T[::-1].reshape(k, *self.shape))
 
@@ -228,7 +231,7 @@ def _product(network: Parametrised, axes: OutputAxes, weights: list[Any], inputs
     # Not by forward-mode differentiation, which functions with a `custom_vjp` do not have.
     push_forward = jax.linear_transpose(pull_back, outputs)
     traced_shape = [outputs.shape[axis] for axis in axes.traced]
-    v = jnp.expand_dims(v, axes.traced)
+    dtype, v = v.dtype, jnp.expand_dims(v, axes.traced).astype(outputs.dtype)
 
     def at(index: jax.Array) -> jax.Array:
         unit = (jnp.arange(math.prod(traced_shape)) == index).astype(v.dtype).reshape(traced_shape)
@@ -236,7 +239,7 @@ def _product(network: Parametrised, axes: OutputAxes, weights: list[Any], inputs
         chosen = jnp.expand_dims(unit, others)
         (gradients,) = pull_back(v * chosen)
         (derivatives,) = push_forward((network.scaled(gradients),))
-        return jnp.sum(derivatives * chosen, axes.traced)
+        return jnp.sum(derivatives * chosen, axes.traced, dtype)
 
     products = map_numbers(at, math.prod(traced_shape))
     return jnp.mean(products, 0)
@@ -248,6 +251,13 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def _centred(v: jax.Array) -> jax.Array:
     return v - jnp.mean(v, 0, keepdims=True)
+
+
+def _not_zero(square: Estimate) -> Estimate:
+    """Raises a ValueError for a kernel that is known to be 0, by which others cannot be divided."""
+    if not is_traced(square.value) and square.value == 0:
+        raise ValueError("The kernel is 0, or the same for all pairs of samples: this has no value.")
+    return square
 
 
 def _root(square: Estimate) -> Estimate:
