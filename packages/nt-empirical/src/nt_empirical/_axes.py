@@ -134,8 +134,15 @@ def sum_of_products(operands: Sequence[tuple[jax.Array, Sequence[int]]], labels:
     semi-definite.
     """
     dtype = jnp.promote_types(jnp.result_type(*(array for array, _ in operands)), jnp.float32)
-    arguments = [argument for operand in operands for argument in operand]
-    return jnp.einsum(*arguments, labels, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+    # An einsum takes the last operands first, and sums over axes in the order of their labels: where that is the order
+    # in which products have them, nothing is transposed.
+    appearing = dict.fromkeys(label for _, of_operand in reversed(operands) for label in of_operand)
+    number = {label: i for i, label in enumerate(appearing)}
+    arguments = [
+        argument for array, of_array in operands for argument in (array, [number[label] for label in of_array])
+    ]
+    arguments.append([number[label] for label in labels])
+    return jnp.einsum(*arguments, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
