@@ -194,9 +194,18 @@ def test_other_generators_draw_each_network_from_its_key():
 
 
 def test_what_does_not_fit_at_once_is_computed_one_by_one(monkeypatch):
-    expected = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 3)(X1, X2, "ntk")
+    """A bar counts what is computed at once."""
+    bars = []
+
+    def with_progress(items, *arguments):
+        bars.append((len(items), *arguments))
+        return items
+
+    monkeypatch.setattr("nt_empirical._monte_carlo.with_progress", with_progress)
+    expected = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 3, progress=False)(X1, X2, "ntk")
     monkeypatch.setattr("nt_empirical._monte_carlo._memory", lambda: 1)
     assert_close(monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 3)(X1, X2, "ntk"), expected, 1e-6)
+    assert bars == [(1, False, "networks", "chunk"), (3, True, "networks", "chunk")]
 
 
 # Blocks

@@ -123,9 +123,8 @@ def monte_carlo_kernel_fn(
         leaves, structure = jax.tree.flatten(arguments)
         kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if kind not in known:
-            program, shapes = jax.make_jaxpr(functools.partial(kernels_of, empirical), return_shape=True)(
-                key, arguments
-            )
+            trace = jax.make_jaxpr(functools.partial(kernels_of, empirical), return_shape=True)
+            program, shapes = trace(key, arguments)
             finish = jax.jit(functools.partial(_estimate, shapes=shapes))
             known[kind] = _Network(cost_of(program.jaxpr).peak_bytes, finish)
         return known[kind]
@@ -153,8 +152,8 @@ def monte_carlo_kernel_fn(
             arguments = jax.device_put(arguments, NamedSharding(_mesh(n_devices), PartitionSpec()))
         for start, stop in with_progress(_chunks(counts, size), progress and not traced, "networks", "chunk"):
             if whole:
-                numbers = np.arange(start, start + size)
-                part = compiled(n_devices)(keys[np.minimum(numbers, stop - 1)], numbers < stop, arguments)
+                drawn = np.arange(start, start + size)
+                part = compiled(n_devices)(keys[np.minimum(drawn, stop - 1)], drawn < stop, arguments)
             else:
                 kernels = kernels_of(in_cells, keys[start], arguments)
                 part = moments(jax.tree.map(lambda k: jnp.expand_dims(k, 0), kernels), np.ones(1), standard_errors)
