@@ -15,6 +15,7 @@ from nt_empirical import (
     NtkImplementation,
     empirical_ntk_diagonal_fn,
     empirical_ntk_fn,
+    empirical_ntk_vp_fn,
     monte_carlo_kernel_fn,
     ntk_operator,
 )
@@ -40,6 +41,19 @@ def check_shard_map(f, params, x, implementation, vmap_axes):
     kernel, diagonal = rows(params, x)
     assert_close(kernel, 0.5 * empirical_ntk_fn(f, (), vmap_axes=0)(x, x, params), 1e-6)
     assert_close(diagonal, 2 * np.einsum("aabb->ab", kernel), 1e-6)
+
+
+def check_products_under_shard_map():
+    """A product with a vector that is cut is with all of it."""
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(WHOLE, CUT, CUT), out_specs=CUT)
+    def product(params, x, v):
+        return empirical_ntk_vp_fn(mlp, x, None, params)(v)
+
+    v = RNG.normal(size=(8, 2)).astype("float32")
+    kernel = empirical_ntk_fn(mlp, ())(X, None, PARAMS)
+    assert_close(product(PARAMS, X, v), np.einsum("nmab,mb->na", kernel, v), 1e-6)
 
 
 def check_operator():
@@ -79,5 +93,6 @@ check_shard_map(mlp, PARAMS, X, NtkImplementation.JACOBIAN_CONTRACTION, None)
 overlapping, shape, _ = empirical_functions.TABLE["arrangements"]["overlapping parts"]
 weights = jnp.asarray(RNG.normal(size=shape), "float32")
 check_shard_map(overlapping, weights, X[:, :3], NtkImplementation.STRUCTURED_DERIVATIVES, 0)
+check_products_under_shard_map()
 check_operator()
 check_monte_carlo()
