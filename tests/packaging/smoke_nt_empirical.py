@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from nt_empirical import empirical_ntk_fn, linearize
+from nt_empirical import empirical_ntk_fn, linearize, ntk_operator
 
 
 def model(params, x):
@@ -12,3 +12,4 @@ def model(params, x):
 x, params = jnp.arange(6.0).reshape(3, 2), jnp.ones((2, 1))
 np.testing.assert_allclose(empirical_ntk_fn(model)(x, None, params), x @ x.T)
 np.testing.assert_allclose(linearize(model, params)(2 * params, x), model(2 * params, x))
+np.testing.assert_allclose(ntk_operator(model, params, x).trace(), np.trace(x @ x.T))

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from empirical_networks import assert_close
+from nt_core import batch
 from nt_empirical import empirical_kernel_fn, monte_carlo_kernel_fn
+from nt_empirical._monte_carlo import _chunks, _networks_at_once
 
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(5, 4)).astype("float32"), RNG.normal(size=(3, 4)).astype("float32")
@@ -82,11 +84,8 @@ def test_several_numbers_give_a_generator_of_estimates_on_the_way():
     estimates = list(estimates)
     assert len(estimates) == 3
     for n, estimate in zip((2, 3, 5), estimates, strict=True):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            estimate,
-            monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n)(X1, X2, ("ntk",)),
-        )
+        alone = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n)(X1, X2, ("ntk",))
+        jax.tree.map(lambda a, e: assert_close(a, e, 1e-6), estimate, alone)
     (only,) = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, [4])(X1, None, "nngp")
     np.testing.assert_array_equal(only, monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 4)(X1, None, "nngp"))
 
@@ -95,7 +94,7 @@ def test_get():
     kernel_fn = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 2)
     both = kernel_fn(X1, X2)
     assert both._fields == ("nngp", "ntk")
-    np.testing.assert_array_equal(kernel_fn(X1, X2, "NTK"), both.ntk)
+    assert_close(kernel_fn(X1, X2, "NTK"), both.ntk, 1e-6)
     assert kernel_fn(X1, X2, ["ntk", "nngp"])._fields == ("ntk", "nngp")
     with pytest.raises(KeyError, match="cov1"):
         monte_carlo_kernel_fn(init_fn, apply_fn, KEY, [2])(X1, X2, "cov1")  # at once, not when iterated over
@@ -152,6 +151,61 @@ def test_half_precision_is_summed_in_single():
     kernel = monte_carlo_kernel_fn(lambda rng, shape: (shape, ()), constant, KEY, 300)(X1, None, "nngp")
     assert kernel.dtype == "bfloat16"
     np.testing.assert_array_equal(kernel.astype("float32"), np.ones((5, 5)))
+
+
+# Many at once
+
+
+def test_numbers_at_once():
+    """One size of the chunks, few networks in vain, and chunks end where estimates are wanted."""
+    assert 997 <= _networks_at_once([997], 64, 1) * 20 <= 1000
+    assert _networks_at_once([10, 100, 1000], 1000, 1) >= 10
+    assert _networks_at_once([1, 2, 3, 4], 64, 1) == 1
+    assert _networks_at_once([1000], 64, 4) % 4 == 0
+    for counts in ([2, 3, 5], [10, 100, 1000], [997]):
+        for size in (1, 4, 50):
+            chunks = _chunks(counts, size)
+            assert [n for start, stop in chunks for n in range(start, stop)] == list(range(counts[-1]))
+            assert max(stop - start for start, stop in chunks) <= size
+            assert {stop for _, stop in chunks} >= set(counts)
+
+
+def test_standard_errors(monkeypatch):
+    """As by hand, of networks that are computed one by one, three at once, and in blocks; of named kernels."""
+    kernels = samples(lambda n: monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n), 7, X1, None, "ntk")
+    monkeypatch.setattr("nt_empirical._monte_carlo._networks_at_once", lambda *_: 3)
+    kernel_fn = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, [2, 7], standard_errors=True)
+    for fn in (kernel_fn, batch(kernel_fn, 3)):
+        for n, estimate in zip((2, 7), fn(X1, None, ("ntk",)), strict=True):
+            assert estimate.value._fields == estimate.standard_error._fields == ("ntk",)
+            assert_close(estimate.value.ntk, np.mean(kernels[:n], axis=0), 1e-5)
+            assert_close(estimate.standard_error.ntk, np.std(kernels[:n], axis=0, ddof=1) / np.sqrt(n), 1e-5)
+
+
+def test_other_generators_draw_each_network_from_its_key():
+    """Under `jax.vmap` they draw from the first of several keys."""
+    key, kernels = jax.random.key(0, impl="unsafe_rbg"), []
+    next_key = key
+    for _ in range(3):
+        next_key, split = jax.random.split(next_key)
+        _, params = init_fn(jax.random.split(split)[0], X1.shape)
+        kernels.append(empirical_kernel_fn(apply_fn)(X1, X2, "nngp", params))
+    assert_close(monte_carlo_kernel_fn(init_fn, apply_fn, key, 3)(X1, X2, "nngp"), np.mean(kernels, axis=0), 1e-6)
+
+
+def test_what_does_not_fit_at_once_is_computed_one_by_one(monkeypatch):
+    """A bar counts what is computed at once."""
+    bars = []
+
+    def with_progress(items, *arguments):
+        bars.append((len(items), *arguments))
+        return items
+
+    monkeypatch.setattr("nt_empirical._monte_carlo.with_progress", with_progress)
+    expected = monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 3, progress=False)(X1, X2, "ntk")
+    monkeypatch.setattr("nt_empirical._monte_carlo._memory", lambda: 1)
+    assert_close(monte_carlo_kernel_fn(init_fn, apply_fn, KEY, 3)(X1, X2, "ntk"), expected, 1e-6)
+    assert bars == [(1, False, "networks", "chunk"), (3, True, "networks", "chunk")]
 
 
 # Blocks
@@ -240,6 +294,9 @@ def test_numbers_of_samples_are_checked():
     for n_samples in (0, -1, [1, 0], [1.5], [], ["a"]):
         with pytest.raises(ValueError, match="`n_samples` must consist of positive integers"):
             monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n_samples)
+    for n_samples in (1, [1, 5]):
+        with pytest.raises(ValueError, match="Standard errors need at least 2 networks"):
+            monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n_samples, standard_errors=True)
     for n_samples in (1.5, None):
         with pytest.raises(TypeError, match="`n_samples` must be a positive integer or an iterable"):
             monte_carlo_kernel_fn(init_fn, apply_fn, KEY, n_samples)

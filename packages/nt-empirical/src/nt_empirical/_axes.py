@@ -11,6 +11,7 @@ from nt_core.cells import NotCut
 from nt_core.grid import swapped
 
 from nt_empirical._batches import check_same_structure
+from nt_empirical._parameters import labelled
 
 Axes = int | Sequence[int]
 
@@ -28,13 +29,15 @@ class OutputAxes:
     diagonal: tuple[int, ...]
 
     @classmethod
-    def of(cls, ndim: int, trace_axes: Axes, diagonal_axes: Axes) -> "OutputAxes":
-        """Resolves negative and repeated axes of outputs with `ndim` axes.
+    def of(cls, ndim: int, trace_axes: Axes, diagonal_axes: Axes | None) -> "OutputAxes":
+        """Resolves negative and repeated axes of outputs with `ndim` axes; None for all that are not traced.
 
         Raises:
           ValueError: an axis does not exist, or is both a trace and a diagonal axis.
         """
         traced = _non_negative(trace_axes, ndim, "trace_axes")
+        if diagonal_axes is None:
+            return cls(ndim, traced, tuple(axis for axis in range(ndim) if axis not in traced))
         diagonal = _non_negative(diagonal_axes, ndim, "diagonal_axes")
         if set(traced) & set(diagonal):
             raise ValueError(
@@ -43,20 +46,22 @@ class OutputAxes:
             )
         return cls(ndim, traced, diagonal)
 
-    def contract(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def contract(self, a: jax.Array, b: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """Returns the mean over traced axes, and the sum over all axes that follow the outputs', of products.
 
         Args:
           a, b: arrays with the axes of the outputs, then any axes that both share, such as those of parameters.
+          scale: broadcasts to the axes that they share; what the products are multiplied by.
 
         Returns:
           The kernel, in float32 if `a` and `b` have less precision; exactly symmetric if `b` is `a`.
         """
         self.check_sizes(a.shape[: self.ndim], b.shape[: self.ndim])
         following = range(2 * self.ndim, self.ndim + a.ndim)
-        products = sum_of_products(
-            [(a, [*self.labels1, *following]), (b, [*self.labels2, *following])], self.labels_of_kernel
-        )
+        factors = [(a, [*self.labels1, *following]), (b, [*self.labels2, *following])]
+        if scale is not None:
+            factors.append(labelled(scale, a.shape[self.ndim :], following))
+        products = sum_of_products(factors, self.labels_of_kernel)
         kernel = products / self.size_of_traced(a.shape)
         return self.symmetric(kernel) if b is a else kernel
 
@@ -129,16 +134,23 @@ def sum_of_products(operands: Sequence[tuple[jax.Array, Sequence[int]]], labels:
     semi-definite.
     """
     dtype = jnp.promote_types(jnp.result_type(*(array for array, _ in operands)), jnp.float32)
-    arguments = [argument for operand in operands for argument in operand]
-    return jnp.einsum(*arguments, labels, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+    # An einsum takes the last operands first, and sums over axes in the order of their labels: where that is the order
+    # in which products have them, nothing is transposed.
+    appearing = dict.fromkeys(label for _, of_operand in reversed(operands) for label in of_operand)
+    number = {label: i for i, label in enumerate(appearing)}
+    arguments = [
+        argument for array, of_array in operands for argument in (array, [number[label] for label in of_array])
+    ]
+    arguments.append([number[label] for label in labels])
+    return jnp.einsum(*arguments, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of outputs that are traced or diagonal in kernels, as a user names them."""
+    """The axes of outputs that are traced or diagonal in kernels, as a user names them, or None for all others."""
 
     trace_axes: Axes
-    diagonal_axes: Axes
+    diagonal_axes: Axes | None
 
     def axes_of(self, outputs1: Any, outputs2: Any) -> list[OutputAxes]:
         """Returns the axes of every output of a network, for outputs for `x1` and for `x2` that must fit.

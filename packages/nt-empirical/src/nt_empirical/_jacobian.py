@@ -1,7 +1,6 @@
 """Jacobians of networks with respect to their parameters."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 
 from nt_empirical._axes import Layout, OutputAxes
 from nt_empirical._batches import Batch
+from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, sample_outputs
 
-Network = Callable[[list[Any]], tuple[Any, Any]]
+Function = Callable[[list[Any]], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +38,23 @@ class Differentiated:
 
 
 def ntk_by_jacobians(
-    f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None
-) -> Any:
-    """Returns the tangent kernels of two batches, a pytree as the outputs: products of their Jacobians."""
-    weights, structure = jax.tree.flatten(params)
+    network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None, per_leaf: bool
+) -> list[Any]:
+    """Returns, of every array of the parameters, the tangent kernels of two batches: products of their Jacobians."""
 
-    def network_of(batch: Batch) -> tuple[Network, list[Any]]:
-        return lambda w: (sample_outputs(f, structure.unflatten(w), batch, batch_axes), ()), weights
+    def function_of(batch: Batch) -> tuple[Function, list[Any]]:
+        return lambda w: (sample_outputs(network.f, w, batch, batch_axes), ()), network.weights
 
-    def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
-        return functools.reduce(jnp.add, map(output.contract, y1.jacobian, y2.jacobian))
+    outputs1, _ = differentiate(function_of, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(function_of, batch2, batch_axes)[0]
 
-    outputs1, _ = differentiate(network_of, batch1, batch_axes)
-    outputs2 = outputs1 if batch2 is batch1 else differentiate(network_of, batch2, batch_axes)[0]
-    return kernels_of(kernel, outputs1, outputs2, layout)
+    def of_array(number: int) -> Any:
+        def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
+            return output.contract(y1.jacobian[number], y2.jacobian[number], network.scales[number])
+
+        return kernels_of(kernel, outputs1, outputs2, layout)
+
+    return [of_array(number) for number in range(len(network.weights))]
 
 
 def kernels_of(
@@ -67,12 +70,12 @@ def kernels_of(
 
 
 def differentiate(
-    network_of: Callable[[Batch], tuple[Network, list[Any]]], batch: Batch, axes: BatchAxes | None
+    function_of: Callable[[Batch], tuple[Function, list[Any]]], batch: Batch, axes: BatchAxes | None
 ) -> tuple[Any, Any]:
     """Differentiates a network, for a batch, by what is given with it.
 
     Args:
-      network_of: returns a function of arrays, for a batch or a sample, and the arrays. The function returns outputs,
+      function_of: returns a function of arrays, for a batch or a sample, and the arrays. The function returns outputs,
         and anything else that is to be returned.
       batch: inputs.
       axes: with these, samples are differentiated one by one, and not each output of a sample through the whole batch.
@@ -82,10 +85,10 @@ def differentiate(
     """
 
     def outputs_and_jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]], Any]:
-        network, arrays = network_of(batch)
+        function, arrays = function_of(batch)
 
         def outputs_twice(arrays: list[Any]) -> tuple[Any, Any]:
-            outputs, rest = network(arrays)
+            outputs, rest = function(arrays)
             return outputs, (outputs, rest)
 
         if not arrays:  # `jax.jacrev` needs some
@@ -102,14 +105,3 @@ def differentiate(
     samples_at = [None] * len(values) if axes is None else output_axes(outputs, axes)
     differentiated = [Differentiated.of(*arguments) for arguments in zip(values, jacobians, samples_at, strict=True)]
     return structure.unflatten(differentiated), rest
-
-
-def check_parameters(params: Any) -> None:
-    """Raises a TypeError for parameters that are not real floating-point arrays."""
-    for path, weights in jax.tree_util.tree_leaves_with_path(params):
-        kind = getattr(weights, "dtype", type(weights))
-        if not (kind is float or jnp.issubdtype(kind, jnp.floating)):
-            raise TypeError(
-                f"Parameters must be real floating-point arrays, got {kind} in params{jax.tree_util.keystr(path)}. "
-                "Hold what is not trained fixed inside the function."
-            )

@@ -24,12 +24,15 @@ def empirical_kernel_fn(
     _j_rules: bool = True,
     _s_rules: bool = True,
     _fwd: bool | None = None,
+    *,
+    scale: Any = None,
 ) -> Callable[..., Any]:
     """Empirical NNGP and NTK of a function.
 
     Args:
       f: ``f(params, x, **kwargs)``, returns an array or a pytree of arrays.
       trace_axes, diagonal_axes, vmap_axes, implementation: as for :func:`empirical_ntk_fn`; so are the private ones.
+      scale: of the NTK, as there.
 
     Returns:
       ``kernel_fn(x1, x2, get, params, **kwargs)``. ``get`` is ``'nngp'`` or ``'ntk'``, for the bare kernel; or a
@@ -59,7 +62,7 @@ def empirical_kernel_fn(
         batch1, batch2 = make_batches(x1, x2, kwargs)
         kernel_fns = {
             "nngp": lambda: nngp(f, params, batch1, batch2, layout),
-            "ntk": lambda: ntk(f, params, batch1, batch2, layout, batch_axes, implementation),
+            "ntk": lambda: ntk(f, params, batch1, batch2, layout, batch_axes, implementation, scale),
         }
         kernels = [kernel_fns[name]() for name in names]
         return jax.tree.map(

@@ -1,6 +1,7 @@
 """The tangent kernel of a finite network."""
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from nt_empirical._auto import cheapest
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
-from nt_empirical._jacobian import check_parameters, ntk_by_jacobians
+from nt_empirical._jacobian import ntk_by_jacobians
+from nt_empirical._manual import varying, varying_axes
+from nt_empirical._parameters import Parametrised, counted
 from nt_empirical._structured import ntk_by_structure
+from nt_empirical._tiles import in_tiles
 from nt_empirical._vector_products import ntk_by_columns
 from nt_empirical._vmap import BatchAxes, VMapAxes, check_first, outputs_of
 
@@ -49,10 +53,15 @@ def empirical_ntk_fn(
     _j_rules: bool = True,
     _s_rules: bool = True,
     _fwd: bool | None = None,
+    *,
+    scale: Any = None,
+    per_leaf: bool = False,
+    max_bytes: int | None = None,
 ) -> Callable[..., Any]:
     r"""Empirical NTK of a function, :math:`J(x_1) J(x_2)^\top` with :math:`J = \partial f / \partial \theta`.
 
-    It governs gradient descent on the parameters (Jacot et al., 2018, arXiv:1806.07572).
+    It governs gradient descent on the parameters (Jacot et al., 2018, arXiv:1806.07572). With a `scale` it is
+    :math:`J(x_1) S J(x_2)^\top`, which governs descent with a learning rate for each parameter.
 
     Args:
       f: ``f(params, x, **kwargs)``, of arrays or pytrees of arrays, returns an array or a pytree of arrays.
@@ -67,6 +76,13 @@ def empirical_ntk_fn(
         share theirs. None promises nothing.
       implementation: how to compute it; the results are the same.
       _j_rules, _s_rules, _fwd: accepted for compatibility, of no effect.
+      scale: the diagonal matrix :math:`S`: a pytree of numbers or arrays that broadcast to the parameters, with their
+        structure or that of their first levels. ``{"body": 0, "head": 1}`` is the kernel of the head alone (where a
+        number is 0, nothing is computed); other diagonals are those of Adam, or of a Laplace approximation.
+      per_leaf: return a pytree as ``params`` with a kernel for each of its arrays in the place of their sum.
+      max_bytes: how much memory may be taken at once, by an estimate that counts all arrays but the whole kernel. If it
+        is less than needed, tiles of samples are computed one after another, as by :func:`nt_core.batch`: samples must
+        be along the first axis of everything, and ``vmap_axes`` say that they are independent. None is no bound.
 
     Returns:
       ``ntk_fn(x1, x2, params, **kwargs)``. Each axis of the outputs becomes two axes side by side, a diagonal axis
@@ -79,8 +95,8 @@ def empirical_ntk_fn(
       get the same key, different inputs get different keys.
 
     Raises:
-      ValueError: axes do not exist or overlap, outputs for ``x1`` and ``x2`` do not fit, or ``vmap_axes`` does not
-        hold.
+      ValueError: axes do not exist or overlap, outputs for ``x1`` and ``x2`` do not fit, ``vmap_axes`` does not
+        hold, ``scale`` does not broadcast to ``params``, or ``max_bytes`` is not enough for one sample.
       TypeError: parameters or outputs are not real floating-point arrays.
 
     Example:
@@ -91,15 +107,26 @@ def empirical_ntk_fn(
       >>> print(ntk_fn(x, None, jnp.ones((2, 3))))
       [[1. 1.]
        [1. 2.]]
+      >>> second_input = jnp.array([[0.0], [1.0]])
+      >>> print(empirical_ntk_fn(lambda w, x: x @ w, scale=second_input)(x, None, jnp.ones((2, 3))))
+      [[0. 0.]
+       [0. 1.]]
     """
     implementation = NtkImplementation(implementation)
     layout, batch_axes = Layout(trace_axes, diagonal_axes), BatchAxes.of(vmap_axes)
 
     def ntk_fn(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
-        return ntk(f, params, *make_batches(x1, x2, kwargs), layout, batch_axes, implementation)
+        batches = make_batches(x1, x2, kwargs)
+        return ntk(f, params, *batches, layout, batch_axes, implementation, scale, per_leaf, max_bytes)
 
-    ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
-    return ntk_fn
+    pairs = ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
+    if max_bytes is None:
+        return ntk_fn
+    if batch_axes is None:
+        raise ValueError("`max_bytes` cuts batches into tiles: `vmap_axes` must say that samples are independent.")
+    bounded = in_tiles(ntk_fn, max_bytes)
+    bounded.axis_pairs = pairs  # type: ignore[attr-defined]
+    return bounded
 
 
 def ntk(
@@ -110,22 +137,41 @@ def ntk(
     layout: Layout,
     batch_axes: BatchAxes | None,
     implementation: NtkImplementation,
+    scale: Any = None,
+    per_leaf: bool = False,
+    max_bytes: int | None = None,
 ) -> Any:
     """Returns the empirical NTK of two batches."""
-    check_parameters(params)
-    weights = jax.tree.leaves(params)
-    if not weights:
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        outputs = [jax.eval_shape(lambda b=batch: outputs_of(f, params, b, batch_axes)) for batch in (batch1, batch2)]
+        params = varying(params, varying_axes(outputs))
+    whole, numbers = Parametrised.of(f, params, scale), counted(scale, params)
+    network = whole.only(numbers)
+
+    def by(implement: Callable[..., list[Any]]) -> Callable[[list[Any]], list[Any]]:
+        return lambda weights: implement(network.at(weights), batch1, batch2, layout, batch_axes, per_leaf)
+
+    if not numbers:
+        found = []
+    elif implementation == NtkImplementation.AUTO:
+        found = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], network.weights, max_bytes)
+    else:
+        found = by(_IMPLEMENTATIONS[implementation])(network.weights)
+
+    def nothing() -> Any:
         outputs1, outputs2 = (outputs_of(f, params, batch, batch_axes) for batch in (batch1, batch2))
         return _no_kernel(outputs1, outputs2, layout)
 
-    def by(implement: Callable[..., Any]) -> Callable[[Any], Any]:
-        return lambda params: implement(f, params, batch1, batch2, layout, batch_axes)
-
-    if implementation == NtkImplementation.AUTO:
-        kernels = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], params)
+    if per_leaf:
+        of_array = dict(zip(numbers, found, strict=True))
+        kernels = jax.tree.structure(params).unflatten(
+            of_array[number] if number in of_array else nothing() for number in range(len(whole.weights))
+        )
     else:
-        kernels = by(_IMPLEMENTATIONS[implementation])(params)
-    return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*weights)), kernels)
+        kernels = functools.reduce(functools.partial(jax.tree.map, jnp.add), found) if found else nothing()
+    if not whole.weights:
+        return kernels
+    return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*whole.weights)), kernels)
 
 
 def _no_kernel(outputs1: Any, outputs2: Any, layout: Layout) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from nt_empirical._manual import varying, varying_axes
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
 
@@ -38,7 +39,7 @@ class Perturbed:
             found.extend(jax.typeof(value) for value in self._evaluate(None).perturbed)
 
         jax.eval_shape(collect)
-        self.zeros = [jnp.zeros(value.shape, value.dtype) for value in found]
+        self.zeros = [varying(jnp.zeros(v.shape, v.dtype), varying_axes(v)) for v in found]
 
     def __call__(self, perturbations: list[jax.Array]) -> tuple[Any, list[tuple[Use, ...]]]:
         """Returns the outputs, and for every perturbation how changes of parameters change the value it is added to."""

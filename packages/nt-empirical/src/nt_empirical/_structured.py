@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from nt_empirical._axes import Layout, OutputAxes, sum_of_products
 from nt_empirical._batches import Batch
-from nt_empirical._jacobian import Differentiated, Network, differentiate, kernels_of
+from nt_empirical._jacobian import Differentiated, Function, differentiate, kernels_of
+from nt_empirical._manual import varying, varying_axes
+from nt_empirical._parameters import Parametrised, labelled
 from nt_empirical._perturbation import Perturbed
 from nt_empirical._uses import Factor, Labels, Use
 from nt_empirical._vmap import BatchAxes, sample_outputs
@@ -49,27 +51,52 @@ class Path(NamedTuple):
         return found
 
 
+class Array(NamedTuple):
+    """An array of the parameters.
+
+    Attributes:
+      shape: its shape.
+      scale: broadcasts to it, see `Parametrised`.
+    """
+
+    shape: tuple[int, ...]
+    scale: jax.Array | None
+
+    def scale_at(self, use: Use, weight_labels: list[int]) -> list[Factor]:
+        """Returns the scale of what enters at a use, whose axes have these labels; none if it is 1."""
+        if self.scale is None:
+            return []
+        scale = self.scale
+        if use.steps and scale.ndim:
+            scale = _taken(use, jnp.broadcast_to(scale, self.shape))
+        scale, labels = labelled(scale, use.weight_shape, weight_labels)
+        return [Factor(scale, tuple(labels))]
+
+
 def ntk_by_structure(
-    f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None
-) -> Any:
-    """Returns the tangent kernels of two batches, a pytree as the outputs, as sums over the uses of parameters."""
-    weights, structure = jax.tree.flatten(params)
+    network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None, per_leaf: bool
+) -> list[Any]:
+    """Returns, of every array of the parameters, the tangent kernels of two batches: sums over its uses."""
 
-    def network_of(batch: Batch) -> tuple[Network, list[Any]]:
-        network = Perturbed(lambda w: sample_outputs(f, structure.unflatten(w), batch, batch_axes), weights)
-        return network, network.zeros
+    def function_of(batch: Batch) -> tuple[Function, list[Any]]:
+        perturbed = Perturbed(lambda w: sample_outputs(network.f, w, batch, batch_axes), network.weights)
+        return perturbed, perturbed.zeros
 
-    outputs1, uses1 = differentiate(network_of, batch1, batch_axes)
-    outputs2, uses2 = (outputs1, uses1) if batch2 is batch1 else differentiate(network_of, batch2, batch_axes)
+    outputs1, uses1 = differentiate(function_of, batch1, batch_axes)
+    outputs2, uses2 = (outputs1, uses1) if batch2 is batch1 else differentiate(function_of, batch2, batch_axes)
 
-    def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
-        total = output.contract(jnp.zeros_like(y1.value), jnp.zeros_like(y2.value))
-        for parameter, array in enumerate(weights):
-            paths1, paths2 = _paths(y1, uses1, parameter), _paths(y2, uses2, parameter)
-            total += _of_parameter(output, paths1, paths2, jnp.shape(array))
-        return output.symmetric(total) if batch2 is batch1 else total
+    def of_array(number: int) -> Any:
+        array = Array(jnp.shape(network.weights[number]), network.scales[number])
 
-    return kernels_of(kernel, outputs1, outputs2, layout)
+        def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
+            total = _of_array(output, _paths(y1, uses1, number), _paths(y2, uses2, number), array)
+            if total is None:
+                return output.contract(jnp.zeros_like(y1.value), jnp.zeros_like(y2.value))
+            return output.symmetric(total) if batch2 is batch1 else total
+
+        return kernels_of(kernel, outputs1, outputs2, layout)
+
+    return [of_array(number) for number in range(len(network.weights))]
 
 
 def _paths(y: Differentiated, uses: list[tuple[Use, ...]], parameter: int) -> list[Path]:
@@ -82,32 +109,32 @@ def _paths(y: Differentiated, uses: list[tuple[Use, ...]], parameter: int) -> li
     ]
 
 
-def _of_parameter(
-    output: OutputAxes, paths1: list[Path], paths2: list[Path], shape: tuple[int, ...]
-) -> jax.Array | float:
-    """Returns the part of a kernel that is due to one parameter."""
-    if not paths1 or not paths2:
-        return 0.0
+def _of_array(output: OutputAxes, paths1: list[Path], paths2: list[Path], array: Array) -> jax.Array | None:
+    """Returns the part of a kernel that is due to one array of the parameters, None if that is 0."""
     pairs = [(a, b) for a, b in itertools.product(paths1, paths2) if not a.use.apart(b.use)]
+    if not pairs:
+        return None
     alike = all(a.use.steps == b.use.steps for a, b in pairs)
     # A parameter with many uses, as in a loop, has too many pairs of them.
     if alike and len(pairs) <= 2 * max(len(paths1), len(paths2)):
-        return sum(_of_pair(output, a, b) for a, b in pairs)
+        return functools.reduce(jnp.add, (_of_pair(output, a, b, array) for a, b in pairs))
     jacobian1, jacobian2 = (
-        functools.reduce(jnp.add, (_jacobian(path, output.ndim, shape) for path in paths)) for paths in (paths1, paths2)
+        functools.reduce(jnp.add, (_jacobian(path, output.ndim, array.shape) for path in paths))
+        for paths in (paths1, paths2)
     )
-    return output.contract(jacobian1, jacobian2)
+    return output.contract(jacobian1, jacobian2, array.scale)
 
 
-def _of_pair(output: OutputAxes, path1: Path, path2: Path) -> jax.Array:
-    """Returns the part of a kernel that is due to two uses of a parameter; the einsum finds the order of products."""
-    unused = itertools.count(2 * output.ndim)
-    weight_labels = list(itertools.islice(unused, len(path1.use.weight_axes)))
+def _of_pair(output: OutputAxes, path1: Path, path2: Path, array: Array) -> jax.Array:
+    """Returns the part of a kernel that is due to two uses of an array; the einsum finds the order of products."""
+    unused, use = itertools.count(2 * output.ndim), path1.use
+    weight_labels = list(itertools.islice(unused, len(use.weight_axes)))
     factors1 = path1.factors(output.labels1, weight_labels, unused)
     factors2 = path2.factors(output.labels2, weight_labels, unused)
+    factors2 += array.scale_at(use, weight_labels)
     equal_terms = math.prod(
         size
-        for label, size in zip(weight_labels, path1.use.weight_shape, strict=True)
+        for label, size in zip(weight_labels, use.weight_shape, strict=True)
         if not any(factor.has(label) for factor in (*factors1, *factors2))
     )
     factors = _with_equalities(factors1, factors2)
@@ -121,12 +148,27 @@ def _with_equalities(factors1: list[Factor], factors2: list[Factor]) -> list[Fac
     for a, b in itertools.product(factors1, factors2):
         if a.chosen is None or a.chosen != b.chosen:
             continue
-        others = [factor for factor in factors if factor is not a and factor is not b]
-        if not any(factor.has(a.chosen[0]) for factor in others):
+        label, others = a.chosen[0], [factor for factor in factors if factor is not a and factor is not b]
+        if all(_can_be_at(label, a, factor) for factor in others):
             rows1 = jnp.expand_dims(a.array, range(a.array.ndim, a.array.ndim + b.array.ndim))
             rows2 = jnp.expand_dims(b.array, range(a.array.ndim))
-            factors = [Factor((rows1 == rows2) & (rows1 >= 0), (*a.labels, *b.labels)), *others]
+            equal = Factor((rows1 == rows2) & (rows1 >= 0), (*a.labels, *b.labels))
+            factors = [equal, *(_at(label, a, factor) for factor in others)]
     return [factor.written_out() for factor in factors]
+
+
+def _can_be_at(label: int, rows: Factor, factor: Factor) -> bool:
+    """Whether a factor has, at some rows of a table, no more axes than its own and those of the rows."""
+    return not factor.has(label) or (factor.chosen is None and not set(factor.labels) & set(rows.labels))
+
+
+def _at(label: int, rows: Factor, factor: Factor) -> Factor:
+    """Returns a factor at some rows of a table."""
+    if label not in factor.labels:
+        return factor
+    axis = factor.labels.index(label)
+    array = jnp.take(factor.array, rows.array, axis=axis, mode="clip")
+    return Factor(array, (*factor.labels[:axis], *rows.labels, *factor.labels[axis + 1 :]))
 
 
 def _jacobian(path: Path, ndim: int, shape: tuple[int, ...]) -> jax.Array:
@@ -141,10 +183,12 @@ def _jacobian(path: Path, ndim: int, shape: tuple[int, ...]) -> jax.Array:
     jacobian = jnp.broadcast_to(jacobian, (*of_output, *use.weight_shape))
     if not use.steps:
         return jacobian
-
-    def taken(array: jax.Array) -> jax.Array:
-        return functools.reduce(lambda entries, step: step(entries), use.steps, array)
-
-    put_back = jax.linear_transpose(taken, jax.ShapeDtypeStruct(shape, jacobian.dtype))
+    example = varying(jnp.zeros(shape, jacobian.dtype), varying_axes(jacobian))
+    put_back = jax.linear_transpose(functools.partial(_taken, use), example)
     rows = jax.vmap(lambda entries: put_back(entries)[0])(jacobian.reshape(-1, *use.weight_shape))
     return rows.reshape(*of_output, *shape)
+
+
+def _taken(use: Use, array: jax.Array) -> jax.Array:
+    """Returns what of an array enters at a use."""
+    return functools.reduce(lambda entries, step: step(entries), use.steps, array)

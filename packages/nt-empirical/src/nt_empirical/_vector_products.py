@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from nt_empirical._axes import Layout
 from nt_empirical._batches import Batch
+from nt_empirical._manual import varying, varying_axes
+from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, outputs_of, sample_outputs
 
 # Columns at once: so many gradients of all parameters are in memory.
@@ -16,13 +18,21 @@ COLUMNS_AT_ONCE = 32
 
 
 def ntk_by_columns(
-    f: Callable[..., Any], params: Any, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None
-) -> Any:
-    """Returns the tangent kernels of two batches, a pytree as the outputs, without a Jacobian.
+    network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None, per_leaf: bool
+) -> list[Any]:
+    """Returns the tangent kernels of two batches, without a Jacobian: of every array of the parameters, or of all."""
+    arrays = range(len(network.weights))
+    networks = [network.only([number]) for number in arrays] if per_leaf else [network]
+    return [_kernels(alone, batch1, batch2, layout, batch_axes) for alone in networks]
+
+
+def _kernels(network: Parametrised, batch1: Batch, batch2: Batch, layout: Layout, batch_axes: BatchAxes | None) -> Any:
+    """Returns the tangent kernels of two batches, a pytree as the outputs.
 
     A column of the kernel belongs to one number among the outputs for `batch2`. It takes the gradient of that number,
     and the derivative of the outputs for `batch1` along it.
     """
+    f, params = network.f, network.weights
     outputs1, pull_back1 = jax.vjp(lambda p: outputs_of(f, p, batch1, batch_axes), params)
     # Not by forward-mode differentiation, which functions with a `custom_vjp` do not have.
     push_forward = jax.linear_transpose(pull_back1, outputs1)
@@ -40,8 +50,9 @@ def ntk_by_columns(
         def column(which: int, position: jax.Array) -> jax.Array:
             unit = (jnp.arange(leaves[which].size) == position).astype(leaves[which].dtype)
             vector = [jnp.zeros_like(y) for y in leaves]
-            vector[which] = unit.reshape(leaves[which].shape)
-            (derivatives,) = push_forward(pull_back(structure.unflatten(vector)))
+            vector[which] = varying(unit.reshape(leaves[which].shape), varying_axes(leaves[which]))
+            (gradients,) = pull_back(structure.unflatten(vector))
+            (derivatives,) = push_forward((network.scaled(gradients),))
             rows = jax.tree.leaves(derivatives)[which]
             places: list[Any] = list(jnp.unravel_index(position, leaves[which].shape))
             if samples_at[which] is not None:
@@ -50,7 +61,7 @@ def ntk_by_columns(
                 rows = jax.lax.dynamic_index_in_dim(rows, places[axis], axis, keepdims=False)
             return rows
 
-        found = [_map_numbers(functools.partial(column, which), y.size) for which, y in enumerate(leaves)]
+        found = [map_numbers(functools.partial(column, which), y.size) for which, y in enumerate(leaves)]
         return [k.reshape(*y.shape, *k.shape[1:]) for k, y in zip(found, leaves, strict=True)]
 
     if batch_axes is None:
@@ -66,7 +77,7 @@ def ntk_by_columns(
     return structure.unflatten(kernels)
 
 
-def _map_numbers(fn: Callable[[jax.Array], jax.Array], n: int) -> jax.Array:
+def map_numbers(fn: Callable[[jax.Array], jax.Array], n: int) -> jax.Array:
     """Calls `fn` with the numbers below `n`, some at once."""
     if n <= COLUMNS_AT_ONCE:
         return jax.vmap(fn)(jnp.arange(n))

@@ -1,0 +1,213 @@
+"""Networks of other libraries as functions of parameters and inputs."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Function = Callable[..., Any]
+
+
+def from_linen(module: Any, variables: Any, **kwargs: Any) -> tuple[Function, Any]:
+    """A network of `flax.linen` as a function of its parameters.
+
+    Args:
+      module: a ``flax.linen.Module``.
+      variables: what ``module.init`` returned, or training. The collection ``"params"`` is trainable; all others, such
+        as ``"batch_stats"``, are held fixed.
+      **kwargs: keywords of all calls, among them what switches the module to evaluation: ``train=False``,
+        ``deterministic=True``, as the module calls it. In training mode flax refuses calls of modules with batch
+        statistics, and of those with dropout that get no random keys.
+
+    Returns:
+      ``(f, params)``: ``f(params, x, **more)`` is ``module.apply`` with these parameters, and ``params`` are those of
+      ``variables``, by their names.
+
+    Raises:
+      TypeError: ``module`` is of another kind.
+      ValueError: ``variables`` has no ``"params"``.
+      ImportError: flax is not installed.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_ntk_fn, from_linen
+      >>> variables = {"params": {"kernel": jnp.ones((2, 1))}}  # as nn.Dense(1, use_bias=False).init makes them
+      >>> f, params = from_linen(nn.Dense(1, use_bias=False), variables)
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> print(empirical_ntk_fn(f)(x, None, params))
+      [[1. 1.]
+       [1. 2.]]
+    """
+    linen = _imported("flax.linen", "flax")
+    _check_type(module, linen.Module, "from_linen", "a flax.linen.Module")
+    if "params" not in variables:
+        raise ValueError(
+            f"`variables` must have the collection 'params', got {sorted(variables)}. Give what `module.init` returns."
+        )
+    collections = importlib.import_module("flax.core").unfreeze(variables)
+    params = collections.pop("params")
+
+    def f(params: Any, x: Any, **more: Any) -> Any:
+        return module.apply({**collections, "params": params}, x, **kwargs, **more)
+
+    return f, params
+
+
+def from_nnx(model: Any, **kwargs: Any) -> tuple[Function, Any]:
+    """A network of `flax.nnx` as a function of its parameters.
+
+    Args:
+      model: a ``flax.nnx.Module``, which is not changed. Every ``nnx.Param`` is trainable; all other variables, such as
+        batch statistics and random state, are held fixed at their present values. A copy is used, in evaluation mode
+        (``model.eval()``).
+      **kwargs: keywords of all calls.
+
+    Returns:
+      ``(f, params)``: ``f(params, x, **more)`` is the model with these parameters, and ``params`` are those of the
+      model, dicts by the names of attributes.
+
+    Raises:
+      TypeError: ``model`` is of another kind.
+      ImportError: flax is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from nt_empirical import empirical_ntk_fn, from_nnx
+      >>> f, params = from_nnx(nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0)))
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> print(empirical_ntk_fn(f)(x, None, params))
+      [[1. 1.]
+       [1. 2.]]
+    """
+    nnx = _imported("flax.nnx", "flax")
+    _check_type(model, nnx.Module, "from_nnx", "a flax.nnx.Module")
+    model = nnx.merge(*nnx.split(model))
+    model.eval()
+    graph, trainable, fixed = nnx.split(model, nnx.Param, ...)
+    params = nnx.to_pure_dict(trainable)
+    structure = jax.tree.structure(params)
+
+    def f(params: Any, x: Any, **more: Any) -> Any:
+        if jax.tree.structure(params) != structure:  # flax would take what is missing from the model
+            raise ValueError(f"Parameters must have the structure {structure}, got {jax.tree.structure(params)}.")
+        state = jax.tree.map(lambda a: a, trainable)  # a copy
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state, fixed)(x, **kwargs, **more)
+
+    return f, params
+
+
+def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function, Any]:
+    """A network of Equinox as a function of its parameters.
+
+    Args:
+      model: an ``equinox.Module`` that is called with one sample, ``model(x)``, or ``model(x, state)``. All arrays of
+        floating-point numbers are trainable (for others, see ``scale`` of the kernels); anything else is held fixed. It
+        is put into evaluation mode (``equinox.nn.inference_mode``).
+      state: an ``equinox.nn.State``, of models that have one, such as those with batch statistics; is held fixed.
+      **kwargs: keywords of all calls.
+
+    Returns:
+      ``(f, params)``: ``f(params, x, **more)`` calls the model with these parameters on each sample along the first
+      axis of ``x``, and ``params`` is the model with None in the place of what is fixed.
+
+    Raises:
+      TypeError: ``model`` is of another kind.
+      ImportError: Equinox is not installed.
+
+    Example:
+      >>> import equinox
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_ntk_fn, from_equinox
+      >>> f, params = from_equinox(equinox.nn.Linear(2, 1, use_bias=False, key=jax.random.key(0)))
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> print(empirical_ntk_fn(f)(x, None, params))
+      [[1. 1.]
+       [1. 2.]]
+    """
+    equinox = _imported("equinox", "equinox")
+    _check_type(model, equinox.Module, "from_equinox", "an equinox.Module")
+    params, fixed = equinox.partition(equinox.nn.inference_mode(model), equinox.is_inexact_array)
+
+    def f(params: Any, x: Any, **more: Any) -> Any:
+        network = equinox.combine(params, fixed)
+
+        def of_sample(x: Any) -> Any:
+            if state is None:
+                return network(x, **kwargs, **more)
+            return network(x, state, **kwargs, **more)[0]
+
+        return jax.vmap(of_sample)(x)
+
+    return f, params
+
+
+def from_haiku(transformed: Any, params: Any, state: Any = None, **kwargs: Any) -> tuple[Function, Any]:
+    """A network of Haiku as a function of its parameters.
+
+    Args:
+      transformed: the result of ``haiku.transform`` or ``haiku.transform_with_state`` (not of ``without_apply_rng``).
+      params: what ``transformed.init`` returned, or training.
+      state: the state of a network ``with_state``, such as batch statistics; is held fixed.
+      **kwargs: keywords of all calls, among them what switches the network to evaluation: ``is_training=False``, as
+        the network calls it.
+
+    Returns:
+      ``(f, params)``: ``f(params, x, **more)`` is the network with these parameters and without random keys, and
+      ``params`` are those given. ``f`` raises a ``ValueError`` if the network changes its state, as in training mode.
+
+    Raises:
+      TypeError: ``transformed`` is of another kind.
+      ValueError: the network has a state and none is given, or the other way round.
+      ImportError: Haiku is not installed.
+
+    Example:
+      >>> import haiku as hk
+      >>> import jax.numpy as jnp
+      >>> from nt_empirical import empirical_ntk_fn, from_haiku
+      >>> network = hk.transform(lambda x: hk.Linear(1, with_bias=False)(x))
+      >>> f, params = from_haiku(network, {"linear": {"w": jnp.ones((2, 1))}})
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> print(empirical_ntk_fn(f)(x, None, params))
+      [[1. 1.]
+       [1. 2.]]
+    """
+    haiku = _imported("haiku", "dm-haiku")
+    with_state = isinstance(transformed, haiku.TransformedWithState)
+    if not with_state:
+        _check_type(transformed, haiku.Transformed, "from_haiku", "the result of haiku.transform")
+    if with_state != (state is not None):
+        raise ValueError(
+            "A network of `haiku.transform_with_state` needs its `state`, and one of `haiku.transform` has none; got "
+            f"{type(transformed).__name__} and {'a' if state is not None else 'no'} state."
+        )
+
+    def f(params: Any, x: Any, **more: Any) -> Any:
+        if not with_state:
+            return transformed.apply(params, None, x, **kwargs, **more)
+        outputs, new_state = transformed.apply(params, state, None, x, **kwargs, **more)
+        # Haiku hands on what is not set: the very arrays, or tracers.
+        if any(a is not b for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True)):
+            raise ValueError(
+                "The network changes its state, which is to be held fixed. Switch it to evaluation by a keyword of "
+                "`from_haiku`, such as is_training=False."
+            )
+        return outputs
+
+    return f, params
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"`{module}` does not import: {error}. To install it: pip install {package}") from error
+
+
+def _check_type(network: Any, kind: type, function: str, expected: str) -> None:
+    if not isinstance(network, kind):
+        raise TypeError(f"`{function}` takes {expected}, got {type(network)}.")
