@@ -16,7 +16,7 @@ namespace NT_LEVEL {
 template <class T>
 class PowerQuadrature {
  public:
-  static constexpr int kNodes = std::is_same_v<T, float> ? 32 : 128;
+  static constexpr int kNodes = std::is_same_v<T, float> ? 40 : 160;
 
   PowerQuadrature() {
     constexpr int kPower = std::is_same_v<T, float> ? 5 : 10;

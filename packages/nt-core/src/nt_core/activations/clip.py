@@ -19,7 +19,7 @@ from nt_core.activations.base import Activation, Scalar, activation, cast
 
 # Nodes on the way from coincident to orthogonal variables, and the power of the tangent of half the angle in which they
 # are even: the density may change abruptly at small angles.
-_NODES = {"float32": (32, 5), "float64": (128, 10)}
+_NODES = {"float32": (40, 5), "float64": (160, 10)}
 # Up to this relative difference, what is between two standard deviations is interpolated.
 _NEAR = {"float32": 2**-3, "float64": 2**-8}
 # Beyond so many standard deviations there is nothing.
