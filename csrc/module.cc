@@ -18,6 +18,8 @@ namespace {
 py::dict registrations() {
   py::dict handlers;
   handlers["nt_propagate"] = py::capsule(reinterpret_cast<void*>(&nt_propagate));
+  handlers["nt_backward"] = py::capsule(reinterpret_cast<void*>(&nt_backward));
+  handlers["nt_tangents"] = py::capsule(reinterpret_cast<void*>(&nt_tangents));
   handlers["nt_products"] = py::capsule(reinterpret_cast<void*>(&nt_products));
   return handlers;
 }

@@ -360,7 +360,7 @@ bool prepared_once() {
   const Network network = networks()[0];
   const auto get = [&](int n1) {
     const auto code = encode(network, n1, 1, false);
-    return nt::prepared(code.data(), static_cast<int64_t>(code.size()));
+    return nt::prepared(code.data(), static_cast<int64_t>(code.size()), nt::Direction::kForward);
   };
   const auto first = get(1);
   if (get(1) != first) {

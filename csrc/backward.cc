@@ -1,0 +1,426 @@
+// Derivatives of programs. Compiled once per instruction set, as engine.cc is.
+#include "backward.h"
+
+#include "backward_samples.h"
+
+namespace nt {
+namespace NT_LEVEL {
+namespace {
+
+// Cotangents of samples are added up apart by at most so many tasks, in at most so many bytes. Both are independent of
+// the number of threads, and so are sums.
+constexpr int64_t kMaxTasks = 32;
+constexpr int64_t kBytesOfBars = int64_t{128} << 20;
+
+// Some consecutive samples of a batch, in groups of lanes: their records and inputs, and the cotangents of these.
+template <class T>
+struct Samples {
+  static constexpr int kL = kLanes<T>;
+
+  int which;
+  int64_t begin, end;
+  Buffer<T> wide;
+  Buffer<Vec<T>> bars;
+
+  Samples(const Context<T>& c, int of_batch, int64_t from, int64_t to)
+      : which(of_batch),
+        begin(from),
+        end(to),
+        wide(ceil_div(to - from, kL) * c.wide_size),
+        bars(ceil_div(to - from, kL) * c.cotangent_size) {
+    std::fill(bars.data(), bars.data() + n_groups() * c.cotangent_size, Vec<T>{});
+  }
+
+  int64_t n_groups() const { return ceil_div(end - begin, kL); }
+  int lanes_of(int64_t group) const { return static_cast<int>(std::min<int64_t>(kL, end - begin - group * kL)); }
+};
+
+struct Pair {
+  int64_t i, j;  // in their batches
+};
+
+// Goes through a tile's pairs forward and back.
+template <class T>
+void tile_back(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scratch,
+               const std::vector<Seed<T>>& seeds, Bars<T> bars) {
+  for (const Stage& stage : c.prepared.pairs.stages) {
+    if (stage.end < 0) continue;
+    execute_stage<true>(c, c.prepared.pairs, stage, tile, scratch.forward);
+    finish_deficits<true>(c, c.prepared.pairs, tile, stage.end, scratch.forward);
+  }
+  scratch.clear_tensors();
+  bars.tensors_d = scratch.tensors.data();
+  bars.tensors_t = bars.tensors_d + scratch.n_tensors;
+  const Plan& plan = c.prepared.kept_pairs;
+  for (auto stage = plan.stages.rbegin(); stage != plan.stages.rend(); ++stage) {
+    if (stage->end >= 0) finish_back(c, plan, tile, stage->end, bars);
+    stage_back(c, plan, *stage, tile, scratch, stage->output >= 0 ? seeds[stage->output] : Seed<T>{}, bars);
+  }
+}
+
+// Pairs of samples in lanes, and their cotangents.
+template <class T>
+class PackedPairs {
+  static constexpr int kL = kLanes<T>;
+  using V = Vec<T>;
+
+ public:
+  explicit PackedPairs(const Context<T>& c)
+      : c_(c),
+        wide1_(c.wide_size),
+        wide2_(c.wide_size),
+        bars1_(c.cotangent_size),
+        bars2_(c.cotangent_size),
+        coefficients_(c.program.n_coefficients) {}
+
+  // Lanes beyond the last pair repeat it.
+  Tile<T> load(const Samples<T>& first, const Samples<T>& second, const Pair* pairs, int lanes) {
+    Tile<T> tile;
+    tile.record1 = wide1_.data();
+    tile.record2 = wide2_.data();
+    tile.n_lanes = lanes;
+    for (int l = 0; l < kL; ++l) {
+      const Pair& pair = pairs[std::min(l, lanes - 1)];
+      tile.i[l] = pair.i;
+      tile.j[l] = pair.j;
+      copy(first, pair.i, l, wide1_.data());
+      copy(second, pair.j, l, wide2_.data());
+    }
+    for (int64_t start : c_.input_start) {
+      tile.inputs1.push_back(wide1_.data() + start * kL);
+      tile.inputs2.push_back(wide2_.data() + start * kL);
+    }
+    return tile;
+  }
+
+  Bars<T> cleared_bars() const {
+    std::fill(bars1_.data(), bars1_.data() + c_.cotangent_size, V{});
+    std::fill(bars2_.data(), bars2_.data() + c_.cotangent_size, V{});
+    std::fill(coefficients_.data(), coefficients_.data() + c_.program.n_coefficients, V{});
+    return {bars1_.data(), bars2_.data(), coefficients_.data()};
+  }
+
+  T* wide(int which) const { return (which == 1 ? wide1_ : wide2_).data(); }
+
+ private:
+  void copy(const Samples<T>& samples, int64_t number, int lane, T* wide) const {
+    const int64_t at = number - samples.begin;
+    const T* from = samples.wide.data() + at / kL * c_.wide_size + at % kL;
+    for (int64_t k = 0; k < c_.wide_size; k += kL) wide[k + lane] = from[k];
+  }
+
+  const Context<T>& c_;
+  Buffer<T> wide1_, wide2_;
+  Buffer<V> bars1_, bars2_, coefficients_;
+};
+
+// What both directions share: the records of samples, and which pairs of them there are.
+template <class T>
+class Derivative {
+ protected:
+  static constexpr int kL = kLanes<T>;
+  using V = Vec<T>;
+
+  Derivative(const Job<T>& job, const Parallel& parallel) : c_(job), program_(c_.program), parallel_(parallel) {}
+
+  // Samples that are worked on together: as many as have room for their cotangents, in every task.
+  int64_t block() const {
+    const int64_t group = (c_.wide_size + c_.cotangent_size * kL) * static_cast<int64_t>(sizeof(T));
+    return std::max<int64_t>(kBytesOfBars / (group * kMaxTasks), 1) * kL;
+  }
+
+  void fill_records(const Samples<T>& samples) const {
+    parallel_.run(samples.n_groups(), [&](const auto& next) {
+      Scratch<T> scratch(c_);
+      for (int64_t group = next(); group >= 0; group = next()) {
+        T* wide = samples.wide.data() + group * c_.wide_size;
+        const int64_t begin = samples.begin + group * kL;
+        pack_inputs(c_, wide, begin, samples.lanes_of(group), samples.which);
+        const Tile<T> tile = own_tile(c_, wide, begin, samples.lanes_of(group), samples.which);
+        RecordWriter<T, OwnStages<T>>(c_, tile, wide, OwnStages<T>{c_, tile, scratch}).write();
+      }
+    });
+  }
+
+  // The pairs of a range of first samples with second ones, each once.
+  std::vector<Pair> pairs(int64_t begin1, int64_t end1, const Samples<T>& second) const {
+    std::vector<Pair> pairs;
+    for (int64_t i = begin1; i < end1; ++i) {
+      for (int64_t j = second.begin; j < second.end; ++j) {
+        if (!program_.symmetric || i <= j) pairs.push_back({i, j});
+      }
+    }
+    return pairs;
+  }
+
+  // Calls visit(first samples, second ones) for all blocks; of a symmetric program those that have pairs.
+  template <class Visit>
+  void each_block(const Visit& visit) const {
+    if (program_.n1 == 0 || program_.n2 == 0) return;
+    const int64_t size = block();
+    for (int64_t begin1 = 0; begin1 < program_.n1; begin1 += size) {
+      Samples<T> first(c_, 1, begin1, std::min(program_.n1, begin1 + size));
+      fill_records(first);
+      for (int64_t begin2 = program_.symmetric ? begin1 : 0; begin2 < program_.n2; begin2 += size) {
+        Samples<T> second(c_, program_.symmetric ? 1 : 2, begin2, std::min(program_.n2, begin2 + size));
+        fill_records(second);
+        visit(first, second);
+      }
+    }
+  }
+
+  const Context<T> c_;
+  const Program& program_;
+  const Parallel& parallel_;
+};
+
+template <class T>
+class Backward : Derivative<T> {
+  using Base = Derivative<T>;
+  using typename Base::V;
+  using Base::c_;
+  using Base::kL;
+  using Base::parallel_;
+  using Base::program_;
+
+ public:
+  Backward(const BackwardJob<T>& job, const Parallel& parallel)
+      : Base(job.job, parallel), job_(job), coefficients_(program_.n_coefficients, 0) {}
+
+  void run() {
+    clear_results();
+    this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
+      pairs_back(first, second);
+      samples_back(first);
+      samples_back(second);
+    });
+    std::copy(coefficients_.begin(), coefficients_.end(), job_.results.coefficients);
+  }
+
+ private:
+  using Batches = typename LikeOperands<T>::Batches;
+
+  void clear_results() const {
+    const auto clear = [&](const Batches& both, int64_t per_sample) {
+      if (both.first) std::fill(both.first, both.first + program_.n1 * per_sample, T(0));
+      if (both.second) std::fill(both.second, both.second + program_.n2 * per_sample, T(0));
+    };
+    for (int s = 0; s < program_.n_sources; ++s) {
+      clear(job_.results.sources[s], n_positions(program_.values[s].space) * program_.values[s].channels);
+    }
+    for (size_t i = 0; i < program_.values.size(); ++i) {
+      clear(job_.results.numbers[i], n_positions(program_.values[i].space));
+    }
+  }
+
+  // Cotangents of the outputs of a tile's pairs: a symmetric result holds each of them twice.
+  std::vector<Seed<T>> seeds(const Tile<T>& tile) const {
+    std::vector<Seed<T>> seeds;
+    for (const Result<const T>& cotangents : job_.cotangents) {
+      Seed<T> seed;
+      const auto read = [&](const T* array, V& lanes) {
+        for (int l = 0; array && l < tile.n_lanes; ++l) {
+          const int64_t i = tile.i[l], j = tile.j[l];
+          lanes[l] = array[i * program_.n2 + j];
+          if (program_.symmetric && i != j) lanes[l] += array[j * program_.n2 + i];
+        }
+      };
+      read(cotangents.nngp, seed.nngp);
+      read(cotangents.ntk, seed.ntk);
+      seeds.push_back(seed);
+    }
+    return seeds;
+  }
+
+  void pairs_back(const Samples<T>& first, const Samples<T>& second) {
+    const int64_t n1 = first.end - first.begin, n2 = second.end - second.begin;
+    // A task takes some first samples, such that lanes are full, and adds up cotangents of all the second ones.
+    const int64_t rows = std::max(ceil_div(kL, n2), ceil_div(n1, kMaxTasks)), n_tasks = ceil_div(n1, rows);
+    const int64_t n_coefficients = program_.n_coefficients, n_bars = second.n_groups() * c_.cotangent_size;
+    std::vector<double> coefficients(n_tasks * n_coefficients, 0);
+    Buffer<V> bars(n_tasks * n_bars);
+    parallel_.run(n_tasks, [&](const auto& next) {
+      BackwardScratch<T> scratch(c_);
+      PackedPairs<T> packed(c_);
+      for (int64_t task = next(); task >= 0; task = next()) {
+        V* bars2 = bars.data() + task * n_bars;
+        std::fill(bars2, bars2 + n_bars, V{});
+        const int64_t begin = first.begin + task * rows;
+        const auto pairs = this->pairs(begin, std::min(first.end, begin + rows), second);
+        for (size_t k = 0; k < pairs.size(); k += kL) {
+          const Tile<T> tile = packed.load(first, second, pairs.data() + k, std::min<int64_t>(kL, pairs.size() - k));
+          const Bars<T> of_tile = packed.cleared_bars();
+          tile_back(c_, tile, scratch, seeds(tile), of_tile);
+          for (int l = 0; l < tile.n_lanes; ++l) {
+            add(of_tile.first, l, first, tile.i[l], first.bars.data());
+            add(of_tile.second, l, second, tile.j[l], bars2);
+          }
+          add_lanes(of_tile.coefficients, coefficients.data() + task * n_coefficients);
+        }
+      }
+    });
+    for (int64_t task = 0; task < n_tasks; ++task) {
+      for (int64_t k = 0; k < n_bars; ++k) second.bars.data()[k] += bars.data()[task * n_bars + k];
+      for (int64_t k = 0; k < n_coefficients; ++k) coefficients_[k] += coefficients[task * n_coefficients + k];
+    }
+  }
+
+  // Adds the cotangents of one lane to those of a sample.
+  void add(const V* of_tile, int lane, const Samples<T>& samples, int64_t number, V* bars) const {
+    const int64_t at = number - samples.begin;
+    const T* from = reinterpret_cast<const T*>(of_tile) + lane;
+    T* to = reinterpret_cast<T*>(bars + at / kL * c_.cotangent_size) + at % kL;
+    for (int64_t k = 0; k < c_.cotangent_size * kL; k += kL) to[k] += from[k];
+  }
+
+  void add_lanes(const V* lanes, double* sums) const {
+    for (int64_t k = 0; k < program_.n_coefficients; ++k) {
+      for (int l = 0; l < kL; ++l) sums[k] += lanes[k][l];
+    }
+  }
+
+  void samples_back(const Samples<T>& samples) {
+    const int64_t n_coefficients = program_.n_coefficients;
+    std::vector<double> coefficients(samples.n_groups() * n_coefficients, 0);
+    parallel_.run(samples.n_groups(), [&](const auto& next) {
+      BackwardScratch<T> scratch(c_);
+      Buffer<V> lanes(n_coefficients);
+      for (int64_t group = next(); group >= 0; group = next()) {
+        T* wide = samples.wide.data() + group * c_.wide_size;
+        V* bars = samples.bars.data() + group * c_.cotangent_size;
+        const int64_t begin = samples.begin + group * kL;
+        const Tile<T> tile = own_tile(c_, wide, begin, samples.lanes_of(group), samples.which);
+        std::fill(lanes.data(), lanes.data() + n_coefficients, V{});
+        RecordBack<T>(c_, tile, wide, bars, lanes.data(), scratch).run();
+        add_lanes(lanes.data(), coefficients.data() + group * n_coefficients);
+        write(tile, begin, bars);
+      }
+    });
+    for (size_t k = 0; k < coefficients.size(); ++k) coefficients_[k % n_coefficients] += coefficients[k];
+  }
+
+  // Adds the cotangents of inputs and of numbers to the results.
+  void write(const Tile<T>& tile, int64_t begin, const V* bars) const {
+    const auto add = [&](const Batches& both, const V* from, int64_t n) {
+      T* to = tile.which == 1 ? both.first : both.second;
+      for (int l = 0; to && l < tile.n_lanes; ++l) {
+        for (int64_t k = 0; k < n; ++k) to[(begin + l) * n + k] += from[k][l];
+      }
+    };
+    for (int s = 0; s < program_.n_sources; ++s) {
+      const int64_t n = n_positions(program_.values[s].space) * program_.values[s].channels;
+      add(job_.results.sources[s], bars + c_.cotangent_start[s], n);
+    }
+    for (int i = 0; i < static_cast<int>(program_.values.size()); ++i) {
+      const int64_t start = c_.prepared.cotangents.find(Statistic::kScale, i);
+      if (start >= 0) add(job_.results.numbers[i], bars + start, n_positions(program_.values[i].space));
+    }
+  }
+
+  const BackwardJob<T>& job_;
+  std::vector<double> coefficients_;
+};
+
+// Each pair of samples is carried back on its own, from the cotangent 1 of one of its results, and its cotangents are
+// multiplied by the tangents.
+template <class T>
+class Tangents : Derivative<T> {
+  using Base = Derivative<T>;
+  using typename Base::V;
+  using Base::c_;
+  using Base::kL;
+  using Base::parallel_;
+  using Base::program_;
+
+ public:
+  Tangents(const TangentJob<T>& job, const Parallel& parallel) : Base(job.job, parallel), job_(job) {}
+
+  void run() {
+    this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
+      const auto pairs = this->pairs(first.begin, first.end, second);
+      parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
+        BackwardScratch<T> scratch(c_);
+        PackedPairs<T> packed(c_);
+        for (int64_t k = next(); k >= 0; k = next()) {
+          const int lanes = static_cast<int>(std::min<int64_t>(kL, pairs.size() - k * kL));
+          const Tile<T> tile = packed.load(first, second, pairs.data() + k * kL, lanes);
+          for (size_t output = 0; output < job_.job.results.size(); ++output) {
+            const Result<T>& result = job_.job.results[output];
+            std::vector<Seed<T>> seeds(job_.job.results.size());
+            seeds[output].nngp = broadcast(T(1));
+            write(tile, product(tile, packed, seeds, scratch), result.nngp);
+            if (!result.ntk) continue;
+            seeds[output] = {V{}, broadcast(T(1))};
+            write(tile, product(tile, packed, seeds, scratch), result.ntk);
+          }
+        }
+      });
+    });
+  }
+
+ private:
+  V product(const Tile<T>& tile, const PackedPairs<T>& packed, const std::vector<Seed<T>>& seeds,
+            BackwardScratch<T>& scratch) const {
+    const Bars<T> bars = packed.cleared_bars();
+    tile_back(c_, tile, scratch, seeds, bars);
+    V sum = of_samples(tile, 1, packed.wide(1), bars.first, bars.coefficients, scratch);
+    sum += of_samples(tile, 2, packed.wide(2), bars.second, bars.coefficients, scratch);
+    for (int64_t k = 0; k < program_.n_coefficients; ++k) {
+      sum += bars.coefficients[k] * broadcast(job_.tangents.coefficients[k]);
+    }
+    return sum;
+  }
+
+  // Of the samples on one side of all pairs.
+  V of_samples(const Tile<T>& pairs, int side, T* wide, V* bars, V* coefficients, BackwardScratch<T>& scratch) const {
+    const int which = program_.symmetric ? 1 : side;
+    Tile<T> tile = own_tile(c_, wide, 0, kL, which);
+    std::copy(side == 1 ? pairs.i : pairs.j, (side == 1 ? pairs.i : pairs.j) + kL, tile.i);
+    std::copy(tile.i, tile.i + kL, tile.j);
+    RecordBack<T>(c_, tile, wide, bars, coefficients, scratch).run();
+    V sum{};
+    const auto add = [&](const auto& both, const V* from, int64_t n) {
+      const T* tangents = which == 1 ? both.first : both.second;
+      for (int l = 0; tangents && l < kL; ++l) {
+        for (int64_t k = 0; k < n; ++k) sum[l] += from[k][l] * tangents[tile.i[l] * n + k];
+      }
+    };
+    for (int s = 0; s < program_.n_sources; ++s) {
+      const int64_t n = n_positions(program_.values[s].space) * program_.values[s].channels;
+      add(job_.tangents.sources[s], bars + c_.cotangent_start[s], n);
+    }
+    for (int i = 0; i < static_cast<int>(program_.values.size()); ++i) {
+      const int64_t start = c_.prepared.cotangents.find(Statistic::kScale, i);
+      if (start >= 0) add(job_.tangents.numbers[i], bars + start, n_positions(program_.values[i].space));
+    }
+    return sum;
+  }
+
+  void write(const Tile<T>& tile, V tangents, T* result) const {
+    for (int l = 0; l < tile.n_lanes; ++l) {
+      result[tile.i[l] * program_.n2 + tile.j[l]] = tangents[l];
+      if (program_.symmetric) result[tile.j[l] * program_.n2 + tile.i[l]] = tangents[l];
+    }
+  }
+
+  const TangentJob<T>& job_;
+};
+
+}  // namespace
+
+template <class T>
+void backward(const BackwardJob<T>& job, const Parallel& parallel) {
+  Backward<T>(job, parallel).run();
+}
+template <class T>
+void tangents(const TangentJob<T>& job, const Parallel& parallel) {
+  Tangents<T>(job, parallel).run();
+}
+
+template void backward(const BackwardJob<float>&, const Parallel&);
+template void backward(const BackwardJob<double>&, const Parallel&);
+template void tangents(const TangentJob<float>&, const Parallel&);
+template void tangents(const TangentJob<double>&, const Parallel&);
+
+}  // namespace NT_LEVEL
+}  // namespace nt
