@@ -12,6 +12,27 @@ namespace {
 constexpr int64_t kMaxTasks = 32;
 constexpr int64_t kBytesOfBars = int64_t{128} << 20;
 
+template <class T>
+bool are_zeros(const T* x, int64_t n) {
+  return !x || std::all_of(x, x + n, [](T number) { return number == T(0); });
+}
+
+// Visits arrays like operands, and how many numbers they have: visit(array, size).
+template <class T, class Visit>
+void each_array(const Program& program, const LikeOperands<T>& arrays, const Visit& visit) {
+  const auto batches = [&](const auto& both, int64_t per_sample) {
+    if (both.first) visit(both.first, program.n1 * per_sample);
+    if (both.second) visit(both.second, program.n2 * per_sample);
+  };
+  visit(arrays.coefficients, program.n_coefficients);
+  for (int s = 0; s < program.n_sources; ++s) {
+    batches(arrays.sources[s], n_positions(program.values[s].space) * program.values[s].channels);
+  }
+  for (size_t i = 0; i < program.values.size(); ++i) {
+    batches(arrays.numbers[i], n_positions(program.values[i].space));
+  }
+}
+
 // Some consecutive samples of a batch, in groups of lanes: their records and inputs, and the cotangents of these.
 template <class T>
 struct Samples {
@@ -188,7 +209,12 @@ class Backward : Derivative<T> {
       : Base(job.job, parallel), job_(job), coefficients_(program_.n_coefficients, 0) {}
 
   void run() {
-    clear_results();
+    each_array(program_, job_.results, [](T* array, int64_t size) { std::fill(array, array + size, T(0)); });
+    const int64_t n = program_.n1 * program_.n2;
+    const bool nothing = std::all_of(job_.cotangents.begin(), job_.cotangents.end(), [n](const Result<const T>& bars) {
+      return are_zeros(bars.nngp, n) && are_zeros(bars.ntk, n);
+    });
+    if (nothing) return;
     this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
       pairs_back(first, second);
       samples_back(first);
@@ -199,19 +225,6 @@ class Backward : Derivative<T> {
 
  private:
   using Batches = typename LikeOperands<T>::Batches;
-
-  void clear_results() const {
-    const auto clear = [&](const Batches& both, int64_t per_sample) {
-      if (both.first) std::fill(both.first, both.first + program_.n1 * per_sample, T(0));
-      if (both.second) std::fill(both.second, both.second + program_.n2 * per_sample, T(0));
-    };
-    for (int s = 0; s < program_.n_sources; ++s) {
-      clear(job_.results.sources[s], n_positions(program_.values[s].space) * program_.values[s].channels);
-    }
-    for (size_t i = 0; i < program_.values.size(); ++i) {
-      clear(job_.results.numbers[i], n_positions(program_.values[i].space));
-    }
-  }
 
   // Cotangents of the outputs of a tile's pairs: a symmetric result holds each of them twice.
   std::vector<Seed<T>> seeds(const Tile<T>& tile) const {
@@ -336,6 +349,16 @@ class Tangents : Derivative<T> {
   Tangents(const TangentJob<T>& job, const Parallel& parallel) : Base(job.job, parallel), job_(job) {}
 
   void run() {
+    bool nothing = true;
+    each_array(program_, job_.tangents, [&](const T* array, int64_t size) { nothing &= are_zeros(array, size); });
+    if (nothing) {
+      const int64_t n = program_.n1 * program_.n2;
+      for (const Result<T>& result : job_.job.results) {
+        std::fill(result.nngp, result.nngp + n, T(0));
+        if (result.ntk) std::fill(result.ntk, result.ntk + n, T(0));
+      }
+      return;
+    }
     this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
       const auto pairs = this->pairs(first.begin, first.end, second);
       parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
