@@ -53,6 +53,15 @@ struct Samples {
   }
 
   int64_t n_groups() const { return ceil_div(end - begin, kL); }
+  // Where the numbers of a sample start, and its cotangents in `bars` like `this->bars`: one in kL.
+  const T* record(const Context<T>& c, int64_t number) const {
+    const int64_t at = number - begin;
+    return wide.data() + at / kL * c.wide_size + at % kL;
+  }
+  T* cotangents(const Context<T>& c, int64_t number, Vec<T>* of_all) const {
+    const int64_t at = number - begin;
+    return reinterpret_cast<T*>(of_all + at / kL * c.cotangent_size) + at % kL;
+  }
   int lanes_of(int64_t group) const { return static_cast<int>(std::min<int64_t>(kL, end - begin - group * kL)); }
 };
 
@@ -79,61 +88,75 @@ void tile_back(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scr
   }
 }
 
-// Pairs of samples in lanes, and their cotangents.
+// The samples on one side of a tile's pairs, in lanes, and their cotangents.
 template <class T>
-class PackedPairs {
+class Lanes {
   static constexpr int kL = kLanes<T>;
-  using V = Vec<T>;
 
  public:
-  explicit PackedPairs(const Context<T>& c)
-      : c_(c),
-        wide1_(c.wide_size),
-        wide2_(c.wide_size),
-        bars1_(c.cotangent_size),
-        bars2_(c.cotangent_size),
-        coefficients_(c.program.n_coefficients) {}
+  explicit Lanes(const Context<T>& c) : c_(c), wide_(c.wide_size), bars_(c.cotangent_size) {}
 
-  // Lanes beyond the last pair repeat it.
-  Tile<T> load(const Samples<T>& first, const Samples<T>& second, const Pair* pairs, int lanes) {
-    Tile<T> tile;
-    tile.record1 = wide1_.data();
-    tile.record2 = wide2_.data();
-    tile.n_lanes = lanes;
-    for (int l = 0; l < kL; ++l) {
-      const Pair& pair = pairs[std::min(l, lanes - 1)];
-      tile.i[l] = pair.i;
-      tile.j[l] = pair.j;
-      copy(first, pair.i, l, wide1_.data());
-      copy(second, pair.j, l, wide2_.data());
-    }
-    for (int64_t start : c_.input_start) {
-      tile.inputs1.push_back(wide1_.data() + start * kL);
-      tile.inputs2.push_back(wide2_.data() + start * kL);
-    }
-    return tile;
+  T* wide() const { return wide_.data(); }
+  Vec<T>* bars() const { return bars_.data(); }
+  void clear_bars() const { std::fill(bars(), bars() + c_.cotangent_size, Vec<T>{}); }
+
+  // A sample goes to one lane, or to all.
+  void load(const Samples<T>& samples, int64_t number, int lane) const {
+    const T* from = samples.record(c_, number);
+    for (int64_t k = 0; k < c_.wide_size; k += kL) wide()[k + lane] = from[k];
+  }
+  void fill(const Samples<T>& samples, int64_t number) const {
+    const T* from = samples.record(c_, number);
+    for (int64_t k = 0; k < c_.wide_size; k += kL) store(wide() + k, broadcast(from[k]));
   }
 
-  Bars<T> cleared_bars() const {
-    std::fill(bars1_.data(), bars1_.data() + c_.cotangent_size, V{});
-    std::fill(bars2_.data(), bars2_.data() + c_.cotangent_size, V{});
-    std::fill(coefficients_.data(), coefficients_.data() + c_.program.n_coefficients, V{});
-    return {bars1_.data(), bars2_.data(), coefficients_.data()};
+  // Adds the cotangents of one lane, or of all, to those of a sample.
+  void add_to(T* sample, int lane) const {
+    for (int64_t k = 0; k < c_.cotangent_size; ++k) sample[k * kL] += bars()[k][lane];
   }
-
-  T* wide(int which) const { return (which == 1 ? wide1_ : wide2_).data(); }
+  void add_all_to(T* sample) const {
+    for (int64_t k = 0; k < c_.cotangent_size; ++k) {
+      T sum = 0;
+      for (int l = 0; l < kL; ++l) sum += bars()[k][l];
+      sample[k * kL] += sum;
+    }
+  }
 
  private:
-  void copy(const Samples<T>& samples, int64_t number, int lane, T* wide) const {
-    const int64_t at = number - samples.begin;
-    const T* from = samples.wide.data() + at / kL * c_.wide_size + at % kL;
-    for (int64_t k = 0; k < c_.wide_size; k += kL) wide[k + lane] = from[k];
-  }
-
   const Context<T>& c_;
-  Buffer<T> wide1_, wide2_;
-  Buffer<V> bars1_, bars2_, coefficients_;
+  Buffer<T> wide_;
+  Buffer<Vec<T>> bars_;
 };
+
+template <class T>
+Tile<T> tile_of(const Context<T>& c, const T* wide1, const T* wide2, const Pair* pairs, int lanes) {
+  constexpr int kL = kLanes<T>;
+  Tile<T> tile;
+  tile.record1 = wide1;
+  tile.record2 = wide2;
+  tile.n_lanes = lanes;
+  for (int l = 0; l < kL; ++l) {  // lanes beyond the last pair repeat it
+    tile.i[l] = pairs[std::min(l, lanes - 1)].i;
+    tile.j[l] = pairs[std::min(l, lanes - 1)].j;
+  }
+  for (int64_t start : c.input_start) {
+    tile.inputs1.push_back(wide1 + start * kL);
+    tile.inputs2.push_back(wide2 + start * kL);
+  }
+  return tile;
+}
+
+// Pairs that share no sample.
+template <class T>
+Tile<T> pack(const Context<T>& c, const Samples<T>& first, const Samples<T>& second, const Pair* pairs, int lanes,
+             const Lanes<T>& lanes1, const Lanes<T>& lanes2) {
+  const Tile<T> tile = tile_of(c, lanes1.wide(), lanes2.wide(), pairs, lanes);
+  for (int l = 0; l < kLanes<T>; ++l) {
+    lanes1.load(first, tile.i[l], l);
+    lanes2.load(second, tile.j[l], l);
+  }
+  return tile;
+}
 
 // What both directions share: the records of samples, and which pairs of them there are.
 template <class T>
@@ -226,7 +249,23 @@ class Backward : Derivative<T> {
  private:
   using Batches = typename LikeOperands<T>::Batches;
 
-  // Cotangents of the outputs of a tile's pairs: a symmetric result holds each of them twice.
+  // What a thread needs.
+  struct Worker {
+    BackwardScratch<T> scratch;
+    Lanes<T> first, second;
+    Buffer<V> coefficients;              // cotangents, of one tile
+    double* coefficient_sums = nullptr;  // and of one task
+
+    explicit Worker(const Context<T>& c) : scratch(c), first(c), second(c), coefficients(c.program.n_coefficients) {}
+  };
+
+  void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
+    std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_coefficients, V{});
+    tile_back(c_, tile, worker.scratch, seeds(tile), {bars1, bars2, worker.coefficients.data()});
+    add_lanes(worker.coefficients.data(), worker.coefficient_sums);
+  }
+
+  // Cotangents of the outputs of a tile's pairs: a symmetric result holds those above the diagonal twice.
   std::vector<Seed<T>> seeds(const Tile<T>& tile) const {
     std::vector<Seed<T>> seeds;
     for (const Result<const T>& cotangents : job_.cotangents) {
@@ -234,6 +273,7 @@ class Backward : Derivative<T> {
       const auto read = [&](const T* array, V& lanes) {
         for (int l = 0; array && l < tile.n_lanes; ++l) {
           const int64_t i = tile.i[l], j = tile.j[l];
+          if (program_.symmetric && i > j) continue;
           lanes[l] = array[i * program_.n2 + j];
           if (program_.symmetric && i != j) lanes[l] += array[j * program_.n2 + i];
         }
@@ -252,23 +292,18 @@ class Backward : Derivative<T> {
     const int64_t n_coefficients = program_.n_coefficients, n_bars = second.n_groups() * c_.cotangent_size;
     std::vector<double> coefficients(n_tasks * n_coefficients, 0);
     Buffer<V> bars(n_tasks * n_bars);
+    const bool packs = c_.prepared.pairs.n_planes >= kPlanesWorthPacking;
     parallel_.run(n_tasks, [&](const auto& next) {
-      BackwardScratch<T> scratch(c_);
-      PackedPairs<T> packed(c_);
+      Worker worker(c_);
       for (int64_t task = next(); task >= 0; task = next()) {
         V* bars2 = bars.data() + task * n_bars;
         std::fill(bars2, bars2 + n_bars, V{});
-        const int64_t begin = first.begin + task * rows;
-        const auto pairs = this->pairs(begin, std::min(first.end, begin + rows), second);
-        for (size_t k = 0; k < pairs.size(); k += kL) {
-          const Tile<T> tile = packed.load(first, second, pairs.data() + k, std::min<int64_t>(kL, pairs.size() - k));
-          const Bars<T> of_tile = packed.cleared_bars();
-          tile_back(c_, tile, scratch, seeds(tile), of_tile);
-          for (int l = 0; l < tile.n_lanes; ++l) {
-            add(of_tile.first, l, first, tile.i[l], first.bars.data());
-            add(of_tile.second, l, second, tile.j[l], bars2);
-          }
-          add_lanes(of_tile.coefficients, coefficients.data() + task * n_coefficients);
+        worker.coefficient_sums = coefficients.data() + task * n_coefficients;
+        const int64_t begin = first.begin + task * rows, end = std::min(first.end, begin + rows);
+        if (packs) {
+          packed_back(first, second, begin, end, bars2, worker);
+        } else {
+          for (int64_t i = begin; i < end; ++i) row_back(first, second, i, bars2, worker);
         }
       }
     });
@@ -278,12 +313,38 @@ class Backward : Derivative<T> {
     }
   }
 
-  // Adds the cotangents of one lane to those of a sample.
-  void add(const V* of_tile, int lane, const Samples<T>& samples, int64_t number, V* bars) const {
-    const int64_t at = number - samples.begin;
-    const T* from = reinterpret_cast<const T*>(of_tile) + lane;
-    T* to = reinterpret_cast<T*>(bars + at / kL * c_.cotangent_size) + at % kL;
-    for (int64_t k = 0; k < c_.cotangent_size * kL; k += kL) to[k] += from[k];
+  // Some first samples with all second ones. Pairs fill lanes: nothing is gained where they share samples.
+  void packed_back(const Samples<T>& first, const Samples<T>& second, int64_t begin, int64_t end, V* bars2,
+                   Worker& worker) const {
+    const auto pairs = this->pairs(begin, end, second);
+    for (size_t k = 0; k < pairs.size(); k += kL) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kL, pairs.size() - k));
+      const Tile<T> tile = pack(c_, first, second, pairs.data() + k, lanes, worker.first, worker.second);
+      worker.first.clear_bars();
+      worker.second.clear_bars();
+      carry_back(tile, worker.first.bars(), worker.second.bars(), worker);
+      for (int l = 0; l < lanes; ++l) {
+        worker.first.add_to(first.cotangents(c_, tile.i[l], first.bars.data()), l);
+        worker.second.add_to(second.cotangents(c_, tile.j[l], bars2), l);
+      }
+    }
+  }
+
+  // One first sample with all second ones, which are in lanes already: for few planes, packing would take longer.
+  void row_back(const Samples<T>& first, const Samples<T>& second, int64_t i, V* bars2, Worker& worker) const {
+    worker.first.fill(first, i);
+    worker.first.clear_bars();
+    for (int64_t group = 0; group < second.n_groups(); ++group) {
+      const int64_t begin = second.begin + group * kL;
+      const int lanes = second.lanes_of(group);
+      if (program_.symmetric && begin + lanes <= i) continue;
+      Pair pairs[kL];
+      for (int l = 0; l < lanes; ++l) pairs[l] = {i, begin + l};
+      const T* wide2 = second.wide.data() + group * c_.wide_size;
+      const Tile<T> tile = tile_of(c_, worker.first.wide(), wide2, pairs, lanes);
+      carry_back(tile, worker.first.bars(), bars2 + group * c_.cotangent_size, worker);
+    }
+    worker.first.add_all_to(first.cotangents(c_, i, first.bars.data()));
   }
 
   void add_lanes(const V* lanes, double* sums) const {
@@ -363,18 +424,22 @@ class Tangents : Derivative<T> {
       const auto pairs = this->pairs(first.begin, first.end, second);
       parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
         BackwardScratch<T> scratch(c_);
-        PackedPairs<T> packed(c_);
+        const Lanes<T> lanes1(c_), lanes2(c_);
+        const Buffer<V> coefficients(program_.n_coefficients);
+        const auto product = [&](const Tile<T>& tile, const std::vector<Seed<T>>& seeds) {
+          return this->product(tile, seeds, lanes1, lanes2, coefficients.data(), scratch);
+        };
         for (int64_t k = next(); k >= 0; k = next()) {
           const int lanes = static_cast<int>(std::min<int64_t>(kL, pairs.size() - k * kL));
-          const Tile<T> tile = packed.load(first, second, pairs.data() + k * kL, lanes);
+          const Tile<T> tile = pack(c_, first, second, pairs.data() + k * kL, lanes, lanes1, lanes2);
           for (size_t output = 0; output < job_.job.results.size(); ++output) {
             const Result<T>& result = job_.job.results[output];
             std::vector<Seed<T>> seeds(job_.job.results.size());
             seeds[output].nngp = broadcast(T(1));
-            write(tile, product(tile, packed, seeds, scratch), result.nngp);
+            write(tile, product(tile, seeds), result.nngp);
             if (!result.ntk) continue;
             seeds[output] = {V{}, broadcast(T(1))};
-            write(tile, product(tile, packed, seeds, scratch), result.ntk);
+            write(tile, product(tile, seeds), result.ntk);
           }
         }
       });
@@ -382,25 +447,29 @@ class Tangents : Derivative<T> {
   }
 
  private:
-  V product(const Tile<T>& tile, const PackedPairs<T>& packed, const std::vector<Seed<T>>& seeds,
-            BackwardScratch<T>& scratch) const {
-    const Bars<T> bars = packed.cleared_bars();
-    tile_back(c_, tile, scratch, seeds, bars);
-    V sum = of_samples(tile, 1, packed.wide(1), bars.first, bars.coefficients, scratch);
-    sum += of_samples(tile, 2, packed.wide(2), bars.second, bars.coefficients, scratch);
+  V product(const Tile<T>& tile, const std::vector<Seed<T>>& seeds, const Lanes<T>& lanes1, const Lanes<T>& lanes2,
+            V* coefficients, BackwardScratch<T>& scratch) const {
+    lanes1.clear_bars();
+    lanes2.clear_bars();
+    std::fill(coefficients, coefficients + program_.n_coefficients, V{});
+    tile_back(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients});
+    V sum = of_samples(tile, 1, lanes1, coefficients, scratch);
+    sum += of_samples(tile, 2, lanes2, coefficients, scratch);
     for (int64_t k = 0; k < program_.n_coefficients; ++k) {
-      sum += bars.coefficients[k] * broadcast(job_.tangents.coefficients[k]);
+      sum += coefficients[k] * broadcast(job_.tangents.coefficients[k]);
     }
     return sum;
   }
 
   // Of the samples on one side of all pairs.
-  V of_samples(const Tile<T>& pairs, int side, T* wide, V* bars, V* coefficients, BackwardScratch<T>& scratch) const {
+  V of_samples(const Tile<T>& pairs, int side, const Lanes<T>& lanes, V* coefficients,
+               BackwardScratch<T>& scratch) const {
+    V* bars = lanes.bars();
     const int which = program_.symmetric ? 1 : side;
-    Tile<T> tile = own_tile(c_, wide, 0, kL, which);
+    Tile<T> tile = own_tile(c_, lanes.wide(), 0, kL, which);
     std::copy(side == 1 ? pairs.i : pairs.j, (side == 1 ? pairs.i : pairs.j) + kL, tile.i);
     std::copy(tile.i, tile.i + kL, tile.j);
-    RecordBack<T>(c_, tile, wide, bars, coefficients, scratch).run();
+    RecordBack<T>(c_, tile, lanes.wide(), bars, coefficients, scratch).run();
     V sum{};
     const auto add = [&](const auto& both, const V* from, int64_t n) {
       const T* tangents = which == 1 ? both.first : both.second;

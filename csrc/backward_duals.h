@@ -27,10 +27,11 @@ class AbReluBack {
 
   // Adds the cotangents of the two coefficients to `coefficients`.
   template <bool kCovariance, bool kNtk, class First, class Second>
-  NT_INLINE DualBars<T> apply(V deficit, V tangent, V half1, V half2, const First& first, const Second& second,
-                              V value_bar, V tangent_bar, V* coefficients) const {
+  NT_INLINE DualBars<T> apply(V deficit, V tangent, const First& first, const Second& second, V value_bar,
+                              V tangent_bar, V* coefficients) const {
     const V zero{}, one = broadcast(T(1)), pi = broadcast(kPi<T>);
-    const V scale = (first[0] + first[0]) * second[0], difference = first[0] - second[0];
+    const V root1 = first[0], root2 = second[0];            // of half the variances
+    const V scale = (root1 + root1) * root2, difference = root1 - root2;
     const V inverse1 = first[1], inverse2 = second[1];  // of the standard deviations
     const V angular = fma(-difference, difference, deficit);
     V u = (angular * inverse1) * inverse2;
@@ -56,12 +57,12 @@ class AbReluBack {
       const V per_sine = inverse1 * inverse2 / if_positive(regular, pi * pi * sine, one);
       angular_bar = fma(-kink_ * factor_bar, if_positive(regular, per_sine, zero), angular_bar);
     }
-    const V relative_bar = -kink_ * bar * opposed, gap = half1 - half2;
+    const V relative_bar = -kink_ * bar * opposed, gap = difference * (root1 + root2);
     bars.deficit = fma(slope_, bar, angular_bar);
     bars.half1 = fma(-angular_bar, deficit + gap, relative_bar) * (inverse1 * inverse1);
     bars.half2 = fma(-angular_bar, deficit - gap, relative_bar) * (inverse2 * inverse2);
     if constexpr (kCovariance) {
-      coefficients[0] = fma(value_bar, half1 + half2, coefficients[0]);
+      coefficients[0] = fma(value_bar, fma(root1, root1, root2 * root2), coefficients[0]);
       bars.half1 = fma(slope_, value_bar, bars.half1);
       bars.half2 = fma(slope_, value_bar, bars.half2);
     }

@@ -142,8 +142,6 @@ void dual_back(const Back<T>& back, const Instance& instance, const Place& at) {
   const int before = value.inputs[0];
   const BackRows<T> rows(back, instance, at);
   const auto numbers = dual_rows<true>(work, instance.value, at);
-  const auto half1 = first<true>(work, Statistic::kHalfVariance, before, at);
-  const auto half2 = second(work, Statistic::kHalfVariance, before, at);
   V* bar1 = back.first(Statistic::kHalfVariance, before, at);
   V* bar2 = back.second(Statistic::kHalfVariance, before, at);
   V coefficients[2] = {};
@@ -152,8 +150,8 @@ void dual_back(const Back<T>& back, const Instance& instance, const Place& at) {
     for (int x = 0; x < at.n; ++x) {
       const V tangent = ntk.value ? rows.t[x] : V{}, tangent_bar = ntk.value ? rows.bar_t[x] : V{};
       const auto in = dual.template apply<covariance.value, ntk.value>(
-          rows.d[x], tangent, get<true>(half1, x), get(half2, x), numbers.template first<true>(x), numbers.second(x),
-          rows.bar_d[x], tangent_bar, coefficients);
+          rows.d[x], tangent, numbers.template first<true>(x), numbers.second(x), rows.bar_d[x], tangent_bar,
+          coefficients);
       rows.in_d[x] += in.deficit;
       if constexpr (ntk.value) rows.in_t[x] += in.tangent;
       bar1[x] += in.half1;
@@ -319,6 +317,27 @@ struct WindowsOf {
   }
 };
 
+// out[q] = the sum over the windows along a row that q is in.
+template <class V>
+void sum_of_windows(const V* in, V* out, int n, int extended, const Window& w) {
+  if (w.taps == 3 && w.stride == 1 && w.dilation == 1) {
+    V a{}, b{};
+    for (int q = 0; q < n; ++q) {
+      const V c = in[q];
+      out[q] = (a + b) + c;
+      a = b;
+      b = c;
+    }
+    out[n] = a + b;
+    out[n + 1] = b;
+    return;
+  }
+  std::fill(out, out + extended, V{});
+  for (int k = 0; k < w.taps; ++k) {
+    for (int x = 0; x < n; ++x) out[x * w.stride + k * w.dilation] += in[x];
+  }
+}
+
 // A tied map: its cotangents, summed over the windows that each position is in, go to that position; and where it is
 // beside one of the two images, and has a deficit that is half the variance in the other, to that variance.
 template <class T>
@@ -334,11 +353,13 @@ class TiedBack {
         in_(back.work.plane(input_)),
         in_bar_(back.plane(input_)),
         out_bar_(back.plane(tied)),
-        has_ntk_(out_bar_.t != nullptr) {
+        has_ntk_(out_bar_.t != nullptr),
+        has_own_(has_ntk_ && !(tied.deficit && value_.bias_follows_weights)),
+        sums_ntk_(has_own_ || in_.t != nullptr) {
     const T* c = back.work.coefficients(value_);
     const T mean = T(1) / window_size<T>(value_);
     weight_ = broadcast(c[0]);
-    own_weight_ = broadcast(tied.deficit ? -c[2] : c[2]);
+    own_weight_ = broadcast(!tied.deficit ? c[2] : value_.bias_follows_weights ? T(0) : -c[2]);
     mean_ = broadcast(mean);
   }
 
@@ -358,7 +379,7 @@ class TiedBack {
       }
     }
     back_.add_coefficient(value_, 0, weight_bar_);
-    if (has_ntk_) back_.add_coefficient(value_, 2, tied_.deficit ? -own_weight_bar_ : own_weight_bar_);
+    if (has_own_) back_.add_coefficient(value_, 2, tied_.deficit ? -own_weight_bar_ : own_weight_bar_);
   }
 
  private:
@@ -372,6 +393,7 @@ class TiedBack {
       back_.add_coefficient(value_, 1, bias);
     }
     if (!t) return;
+    if (tied_.deficit && value_.bias_follows_weights) return own_covariance(at);
     for (int x = 0; x < at.n; ++x) own_bias += t[x];
     back_.add_coefficient(value_, 3, own_bias);
     if (!tied_.deficit) return;
@@ -386,6 +408,19 @@ class TiedBack {
       bar2[x] += bar;
     }
     back_.add_coefficient(value_, 2, own_weight);
+  }
+
+  // The tangent kernel gets the covariance after the map.
+  void own_covariance(const Place& at) const {
+    V* d = out_bar_.row_d(at.z, at.y, at.x);
+    const V* t = out_bar_.row_t(at.z, at.y, at.x);
+    V* bar1 = back_.first(Statistic::kHalfVariance, tied_.value, at);
+    V* bar2 = back_.second(Statistic::kHalfVariance, tied_.value, at);
+    for (int x = 0; x < at.n; ++x) {
+      d[x] -= t[x];
+      bar1[x] += t[x];
+      bar2[x] += t[x];
+    }
   }
 
   // The row (qz, qy) before the convolution, from the rows of the windows that it is in.
@@ -420,22 +455,19 @@ class TiedBack {
     const Window& w = value_.window[2];
     const int n = out_bar_.r.size[2], extended = (n - 1) * w.stride + w.extent();
     const auto sum = [&](const auto& row_of, V* rows, V* windows) {
-      std::fill(rows, rows + n, V{});
+      bool first = true;
       for (int z : windows_z) {
         for (int y : windows_y) {
           const V* row = row_of(z, y);
-          for (int x = 0; x < n; ++x) rows[x] += row[x];
+          for (int x = 0; x < n; ++x) rows[x] = first ? row[x] * mean_ : fma(row[x], mean_, rows[x]);
+          first = false;
         }
       }
-      for (int x = 0; x < n; ++x) rows[x] *= mean_;
-      std::fill(windows, windows + extended, V{});
-      for (int k = 0; k < w.taps; ++k) {
-        for (int x = 0; x < n; ++x) windows[x * w.stride + k * w.dilation] += rows[x];
-      }
+      sum_of_windows(rows, windows, n, extended, w);
     };
     const BackwardScratch<T>& s = back_.scratch;
     sum([&](int z, int y) { return out_bar_.row_d(z, y); }, s.rows_d.data(), s.windows_d.data());
-    if (has_ntk_) sum([&](int z, int y) { return out_bar_.row_t(z, y); }, s.rows_t.data(), s.windows_t.data());
+    if (sums_ntk_) sum([&](int z, int y) { return out_bar_.row_t(z, y); }, s.rows_t.data(), s.windows_t.data());
   }
 
   // Positions inside both images.
@@ -450,7 +482,7 @@ class TiedBack {
     for (int k = 0; k < n; ++k) {
       V bar = weight_ * windows_d[k];
       weight_bar = fma(windows_d[k], d[k], weight_bar);
-      if (has_ntk_) {
+      if (has_own_) {
         bar = fma(own_weight_, windows_t[k], bar);
         own_weight_bar = fma(windows_t[k], d[k], own_weight_bar);
       }
@@ -474,7 +506,7 @@ class TiedBack {
     const bool first_there = inside1 && is_inside(qx, space[2]);
     const bool second_there = inside2 && is_inside(partner[2], space[2]);
     if (first_there == second_there) return;
-    const V d = back_.scratch.windows_d.data()[at], t = has_ntk_ ? back_.scratch.windows_t.data()[at] : V{};
+    const V d = back_.scratch.windows_d.data()[at], t = has_own_ ? back_.scratch.windows_t.data()[at] : V{};
     const Statistic half = Statistic::kHalfVariance;
     const V deficit = first_there ? get<true>(first<true>(back_.work, half, input_.value, space, p), 0)
                                   : get(second(back_.work, half, input_.value, space, partner), 0);
@@ -492,6 +524,8 @@ class TiedBack {
   const Plane<T>& in_bar_;
   const Plane<T>& out_bar_;
   const bool has_ntk_;
+  const bool has_own_;   // the sums over windows add to the tangent kernel
+  const bool sums_ntk_;  // cotangents of tangent kernels are read in sums over windows
   V weight_, own_weight_, mean_;  // of what the tangent kernel gets of deficits: less than 0
   V weight_bar_{}, own_weight_bar_{};
 };

@@ -254,26 +254,19 @@ Plan make_plan(const Program& program, Purpose purpose, bool keeps_planes = fals
   return plan;
 }
 
-// The tied maps whose own tangent kernel is formed from the averages of variances: not in the loop that ends in a dual.
-void find_averages(const Plan& pairs, std::vector<bool>& read) {
-  for (const Stage& stage : pairs.stages) {
-    for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
-      const Instance& instance = stage.instances[i];
-      const bool fused = std::any_of(stage.passes.begin(), stage.passes.end(),
-                                     [i](const Pass& pass) { return pass.head == i && pass.fused_dual >= 0; });
-      if (instance.kind == Kind::kTied && instance.deficit && instance.has_ntk && !fused) read[instance.value] = true;
-    }
-  }
+// Whether a tied map's own tangent kernel is formed from the averages of variances.
+bool reads_average(const Program& program, const Value& value) {
+  return program.ntk() && value.op == Op::kTied && value.needs && !value.bias_follows_weights;
 }
 
 // Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program, const std::vector<bool>& averages, bool one_position) {
+Record make_record(const Program& program, bool one_position) {
   Record record(program.values.size());
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
-    if (averages[i] && !one_position) record.add(Statistic::kHalfAverage, i, n);
+    if (reads_average(program, value) && !one_position) record.add(Statistic::kHalfAverage, i, n);
     if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_planes(value));
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
@@ -351,15 +344,12 @@ Prepared prepare(Program program, Direction direction) {
   check_loads(program, prepared.pairs, false);
   check_loads(program, prepared.own, true);
   prepared.one_position = has_one_position(program);
-  std::vector<bool> averages(program.values.size(), false);
-  find_averages(prepared.pairs, averages);
   if (direction == Direction::kBackward) {
     check_way_back(program);
     prepared.kept_pairs = make_plan(program, Purpose::kPairs, true);
     prepared.kept_own = make_plan(program, Purpose::kOwn, true);
-    find_averages(prepared.kept_pairs, averages);
   }
-  prepared.record = make_record(program, averages, prepared.one_position);
+  prepared.record = make_record(program, prepared.one_position);
   prepared.cotangents = make_cotangent_record(program, prepared.record);
   prepared.program = std::move(program);
   return prepared;
