@@ -69,24 +69,75 @@ struct Pair {
   int64_t i, j;  // in their batches
 };
 
-// Goes through a tile's pairs forward and back.
-template <class T>
-void tile_back(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scratch,
-               const std::vector<Seed<T>>& seeds, Bars<T> bars) {
-  for (const Stage& stage : c.prepared.pairs.stages) {
-    if (stage.end < 0) continue;
-    execute_stage<true>(c, c.prepared.pairs, stage, tile, scratch.forward);
-    finish_deficits<true>(c, c.prepared.pairs, tile, stage.end, scratch.forward);
-  }
-  scratch.clear_tensors();
-  bars.tensors_d = scratch.tensors.data();
-  bars.tensors_t = bars.tensors_d + scratch.n_tensors;
-  const Plan& plan = c.prepared.kept_pairs;
-  for (auto stage = plan.stages.rbegin(); stage != plan.stages.rend(); ++stage) {
-    if (stage->end >= 0) finish_back(c, plan, tile, stage->end, bars);
-    stage_back(c, plan, *stage, tile, scratch, stage->output >= 0 ? seeds[stage->output] : Seed<T>{}, bars);
-  }
+// Whether cotangents are carried back through a stage without numbers that it reads.
+inline bool is_linear(const Stage& stage) {
+  return std::all_of(stage.instances.begin(), stage.instances.end(), [](const Instance& instance) {
+    return instance.kind == Kind::kLoad || instance.kind == Kind::kTied || instance.kind == Kind::kSum ||
+           instance.kind == Kind::kAsCovariance;
+  });
 }
+
+// A tile's pairs, forward and back.
+//
+// Behind the last stage that is not linear, nothing but the cotangents of coefficients needs what is computed. So that
+// stage goes both ways at once, plane by plane, when cotangents have been carried back to its end; those of the
+// coefficients behind it come last.
+template <class T>
+class TileBack {
+ public:
+  TileBack(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scratch, const std::vector<Seed<T>>& seeds,
+           Bars<T> bars)
+      : c_(c), plan_(c.prepared.kept_pairs), tile_(tile), scratch_(scratch), seeds_(seeds), bars_(bars) {
+    bars_.tensors_d = scratch.tensors.data();
+    bars_.tensors_t = bars_.tensors_d + scratch.n_tensors;
+  }
+
+  void run() {
+    const int n = static_cast<int>(plan_.stages.size());
+    int turn = n - 1;
+    while (turn > 0 && is_linear(plan_.stages[turn])) --turn;
+    for (int k = 0; k < turn; ++k) forward(k);
+    scratch_.clear_tensors();
+    Bars<T> without_coefficients = bars_;
+    without_coefficients.coefficients = scratch_.unused.data();
+    for (int k = n - 1; k > turn; --k) back(k, without_coefficients);
+    for (int k = turn; k >= 0; --k) back(k, bars_, k == turn);
+    if (turn == n - 1) return;
+    finish(turn);
+    for (int k = turn + 1; k < n; ++k) forward(k);
+    scratch_.clear_tensors();
+    Bars<T> coefficients_alone = bars_;
+    coefficients_alone.first = coefficients_alone.second = scratch_.unused.data();
+    for (int k = n - 1; k > turn; --k) back(k, coefficients_alone);
+  }
+
+ private:
+  void forward(int k) {
+    const Stage& stage = c_.prepared.pairs.stages[k];
+    if (stage.end < 0) return;  // an output, which nobody reads
+    execute_stage<true>(c_, c_.prepared.pairs, stage, tile_, scratch_.forward);
+    finish(k);
+  }
+
+  void finish(int k) {
+    const int end = plan_.stages[k].end;
+    if (end >= 0) finish_deficits<true>(c_, plan_, tile_, end, scratch_.forward);
+  }
+
+  void back(int k, const Bars<T>& bars, bool fills = false) {
+    const Stage& stage = plan_.stages[k];
+    if (stage.end >= 0) finish_back(c_, plan_, tile_, stage.end, bars);
+    const Seed<T> seed = stage.output >= 0 ? seeds_[stage.output] : Seed<T>{};
+    stage_back(c_, plan_, stage, tile_, scratch_, seed, bars, fills && stage.end >= 0);
+  }
+
+  const Context<T>& c_;
+  const Plan& plan_;
+  const Tile<T>& tile_;
+  BackwardScratch<T>& scratch_;
+  const std::vector<Seed<T>>& seeds_;
+  Bars<T> bars_;
+};
 
 // The samples on one side of a tile's pairs, in lanes, and their cotangents.
 template <class T>
@@ -261,7 +312,8 @@ class Backward : Derivative<T> {
 
   void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
     std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_coefficients, V{});
-    tile_back(c_, tile, worker.scratch, seeds(tile), {bars1, bars2, worker.coefficients.data()});
+    const auto seeds = this->seeds(tile);
+    TileBack<T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
     add_lanes(worker.coefficients.data(), worker.coefficient_sums);
   }
 
@@ -452,7 +504,7 @@ class Tangents : Derivative<T> {
     lanes1.clear_bars();
     lanes2.clear_bars();
     std::fill(coefficients, coefficients + program_.n_coefficients, V{});
-    tile_back(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients});
+    TileBack<T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
     V sum = of_samples(tile, 1, lanes1, coefficients, scratch);
     sum += of_samples(tile, 2, lanes2, coefficients, scratch);
     for (int64_t k = 0; k < program_.n_coefficients; ++k) {

@@ -36,6 +36,7 @@ struct BackwardScratch {
   Buffer<V> rows_d, rows_t;          // sums of rows
   Buffer<V> windows_d, windows_t;    // a row before a convolution, with what lies beside it
   Buffer<V> coefficients;            // of one plane: a single sum over many planes would add up its rounding errors
+  Buffer<V> unused;                  // cotangents that nobody reads
   int64_t n_coefficients, n_tensors = 0;
 
   explicit BackwardScratch(const Context<T>& c)
@@ -46,6 +47,7 @@ struct BackwardScratch {
         windows_d(c.widest),
         windows_t(c.widest),
         coefficients(c.program.n_coefficients),
+        unused(std::max<int64_t>(c.cotangent_size, c.program.n_coefficients)),
         n_coefficients(c.program.n_coefficients),
         n_tensors(size_of_tensors(c)) {}
 
@@ -677,10 +679,11 @@ void instance_back(const Back<T>& back, const Instance& instance) {
   }
 }
 
-template <class T>
-void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars) {
+template <class T, class End>
+void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars,
+                const End& end) {
   using V = Vec<T>;
-  execute_plane<true>(work, [](const Rectangle&, int, int) {});
+  execute_plane<true>(work, end);
   Back<T> back{work, bars, scratch};
   back.place_planes();
   std::vector<char> cleared(work.stage.instances.size(), false);
@@ -688,9 +691,9 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
     if (cleared[instance]) return;
     cleared[instance] = true;
     const Plane<T>& plane = back.planes[instance];
-    const int64_t size = int64_t{plane.r.size[0]} * plane.r.size[1] * plane.stride;
-    std::fill(plane.d, plane.d + size - (plane.stride - plane.r.size[2]), V{});
-    if (plane.t) std::fill(plane.t, plane.t + size - (plane.stride - plane.r.size[2]), V{});
+    const int64_t size = int64_t{plane.r.size[0]} * plane.r.size[1] * plane.stride - (plane.stride - plane.r.size[2]);
+    std::fill(plane.d, plane.d + size, V{});
+    if (plane.t) std::fill(plane.t, plane.t + size, V{});
   };
   std::fill(scratch.coefficients.data(), scratch.coefficients.data() + scratch.n_coefficients, V{});
   clear(work.stage.root);
@@ -705,10 +708,11 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
   for (int64_t k = 0; k < scratch.n_coefficients; ++k) bars.coefficients[k] += scratch.coefficients.data()[k];
 }
 
-// Carries the cotangents of what is after a stage back to what it loads.
+// Carries the cotangents of what is after a stage back to what it loads. With `fills`, what is after the stage is
+// computed by the way.
 template <class T>
 void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile,
-                BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars) {
+                BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars, bool fills = false) {
   Work<T> work(c, plan, stage, tile, scratch.forward);
   if (stage.end >= 0) {
     const int number = plan.tensor_of[stage.end];
@@ -716,10 +720,18 @@ void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const
     const bool has_ntk = stage.instances[stage.root].has_ntk;
     scale_tensor(c, plan, number, bars.tensors_d + start, has_ntk ? bars.tensors_t + start : nullptr);
   }
+  TensorSums<T> sums(work);
+  if (fills) sums.begin();
   for (size_t k = 0; k < stage.offsets.size(); ++k) {
     turn_to_plane(work, k);
-    plane_back(work, scratch, seed, bars);
+    if (fills) {
+      plane_back(work, scratch, seed, bars, [&](const Rectangle& r, int z, int y) { end_row(work, r, z, y); });
+      sums.add_plane(k);
+    } else {
+      plane_back(work, scratch, seed, bars, [](const Rectangle&, int, int) {});
+    }
   }
+  if (fills) sums.finish();
 }
 
 }  // namespace NT_LEVEL

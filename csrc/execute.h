@@ -79,46 +79,73 @@ void turn_to_plane(Work<T>& work, size_t k) {
   }
 }
 
+// The sums that the planes of a stage end in, in `work.sum_d` and `work.sum_t`; of an output there are none.
+template <class T>
+class TensorSums {
+  using V = Vec<T>;
+
+ public:
+  explicit TensorSums(Work<T>& work) : work_(work) {
+    const Stage& stage = work.stage;
+    number_ = stage.end >= 0 ? work.plan.tensor_of[stage.end] : -1;
+    if (number_ < 0) return;
+    has_ntk_ = stage.instances[stage.root].has_ntk;
+    size_ = work.plan.tensors[number_].size;
+  }
+
+  void begin() {
+    if (number_ < 0) return;
+    total_d_ = work_.tensor(number_);
+    total_t_ = has_ntk_ ? work_.tangent(total_d_) : nullptr;
+    std::fill(total_d_, total_d_ + size_, V{});
+    if (has_ntk_) std::fill(total_t_, total_t_ + size_, V{});
+    work_.sum_d = single() ? &plane_d_ : total_d_;
+    work_.sum_t = !has_ntk_ ? nullptr : single() ? &plane_t_ : total_t_;
+  }
+
+  // A single sum over very many planes is formed in three levels, or its rounding errors would add up.
+  void add_plane(size_t k) {
+    if (!single()) return;
+    const std::vector<Index3>& offsets = work_.stage.offsets;
+    line_d_ += plane_d_;
+    line_t_ += plane_t_;
+    plane_d_ = plane_t_ = V{};
+    const bool line_ends = k + 1 == offsets.size() || offsets[k + 1][1] != offsets[k][1];
+    if (!line_ends) return;
+    total_d_[0] += line_d_;
+    if (has_ntk_) total_t_[0] += line_t_;
+    line_d_ = line_t_ = V{};
+  }
+
+  void finish() {
+    if (number_ >= 0) scale_tensor(work_.c, work_.plan, number_, total_d_, total_t_);
+  }
+
+ private:
+  bool single() const { return size_ == 1; }
+
+  Work<T>& work_;
+  int number_ = -1;
+  bool has_ntk_ = false;
+  int64_t size_ = 0;
+  V* total_d_ = nullptr;
+  V* total_t_ = nullptr;
+  V plane_d_{}, plane_t_{}, line_d_{}, line_t_{};
+};
+
 template <bool kWide, class T>
 void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile,
                    Scratch<T>& scratch) {
-  using V = Vec<T>;
   Work<T> work(c, plan, stage, tile, scratch);
-  const int t = stage.end >= 0 ? plan.tensor_of[stage.end] : -1;
-  const bool has_ntk = stage.instances[stage.root].has_ntk;
-  const int64_t n_out = t >= 0 ? plan.tensors[t].size : 0;
-  if (t >= 0) {
-    work.sum_d = work.tensor(t);
-    work.sum_t = has_ntk ? work.tangent(work.sum_d) : nullptr;
-    std::fill(work.sum_d, work.sum_d + n_out, V{});
-    if (has_ntk) std::fill(work.sum_t, work.sum_t + n_out, V{});
-  }
+  TensorSums<T> sums(work);
+  sums.begin();
   if (stage.offsets.empty()) return;  // nothing is read; after copies of no position there are zeros
-  // A single sum over very many planes is formed in three levels, or its rounding errors would add up.
-  V plane_d{}, plane_t{}, line_d{}, line_t{};
-  const bool single = n_out == 1;
-  V* total_d = work.sum_d;
-  V* total_t = work.sum_t;
-  if (single) {
-    work.sum_d = &plane_d;
-    work.sum_t = has_ntk ? &plane_t : nullptr;
-  }
   for (size_t k = 0; k < stage.offsets.size(); ++k) {
     turn_to_plane(work, k);
     execute_plane<kWide>(work, [&](const Rectangle& r, int z, int y) { end_row(work, r, z, y); });
-    if (!single) continue;
-    const Index3& offset = stage.offsets[k];
-    line_d += plane_d;
-    line_t += plane_t;
-    plane_d = plane_t = V{};
-    const bool line_ends = k + 1 == stage.offsets.size() || stage.offsets[k + 1][1] != offset[1];
-    if (line_ends) {
-      total_d[0] += line_d;
-      if (has_ntk) total_t[0] += line_t;
-      line_d = line_t = V{};
-    }
+    sums.add_plane(k);
   }
-  if (t >= 0) scale_tensor(c, plan, t, work.tensor(t), has_ntk ? work.tangent(work.tensor(t)) : nullptr);
+  sums.finish();
 }
 
 // Makes what is after the end of a stage deficits, where it is carried as such.

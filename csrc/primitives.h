@@ -107,11 +107,19 @@ void tied_and_relu(const Work<T>& work, const Instance& instance, const Instance
   const Value& value = work.value(instance);
   const Vec<T>* const zeros = work.scratch.zeros.data();
   const Vec<T>* const no_tangents[3] = {zeros, zeros, zeros};
+  const Plane<T>& between = work.plane(instance);
   dispatch(t_out != nullptr, !relu.deficit, [&](auto ntk, auto covariance) {
-    tied_relu<T, kWide, ntk.value, covariance.value, kRows>(
-        at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-        work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
-        dual_rows<kWide>(work, relu.value, at), d_out, t_out);
+    const auto run = [&](auto keep) {
+      tied_relu<T, kWide, ntk.value, covariance.value, keep.value, kRows>(
+          at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
+          work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
+          dual_rows<kWide>(work, relu.value, at), d_out, t_out, between.row_d(at.z, at.y, at.x),
+          between.row_t(at.z, at.y, at.x));
+    };
+    if constexpr (kWide) {  // as on the way back
+      if (work.plan.keeps_planes) return run(std::true_type{});
+    }
+    run(std::false_type{});
   });
 }
 

@@ -140,17 +140,17 @@ bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, in
          program.values[b.value].activation == Activation::kAbRelu;
 }
 
-void schedule(const Program& program, Stage& stage, bool fuses) {
+void schedule(const Program& program, Stage& stage, bool keeps_planes) {
   for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
     const Instance& instance = stage.instances[i];
     const bool head = is_head(program, instance);
     if (!head && !stage.passes.empty() && same_geometry(stage.instances[stage.passes.back().geometry], instance)) {
       Pass& pass = stage.passes.back();
       const bool after_head = pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0;
-      if (fuses && after_head && can_fuse(program, stage, pass.head, i)) {
+      if (after_head && can_fuse(program, stage, pass.head, i)) {
         pass.fused_dual = i;
       } else {
-        const bool after_mask = fuses && pass.head >= 0 && pass.fused_dual < 0 && pass.row_ops.size() == 1;
+        const bool after_mask = !keeps_planes && pass.head >= 0 && pass.fused_dual < 0 && pass.row_ops.size() == 1;
         if (after_mask && can_fuse(program, stage, pass.head, i, pass.row_ops[0])) pass.unmasked_dual = i;
         pass.row_ops.push_back(i);
       }
@@ -278,7 +278,7 @@ void measure(const Program& program, Stage& stage) {
 Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit) {
   Stage stage;
   stage.root = StageBuilder(program, plan, stage).build(root, {1, 1, 1}, deficit);
-  schedule(program, stage, !plan.keeps_planes);
+  schedule(program, stage, plan.keeps_planes);
   if (plan.keeps_planes) {
     keep_planes(stage);
   } else {
