@@ -272,11 +272,11 @@ class Derivative {
 template <class T>
 class Backward : Derivative<T> {
   using Base = Derivative<T>;
-  using typename Base::V;
   using Base::c_;
   using Base::kL;
   using Base::parallel_;
   using Base::program_;
+  using typename Base::V;
 
  public:
   Backward(const BackwardJob<T>& job, const Parallel& parallel)
@@ -452,11 +452,11 @@ class Backward : Derivative<T> {
 template <class T>
 class Tangents : Derivative<T> {
   using Base = Derivative<T>;
-  using typename Base::V;
   using Base::c_;
   using Base::kL;
   using Base::parallel_;
   using Base::program_;
+  using typename Base::V;
 
  public:
   Tangents(const TangentJob<T>& job, const Parallel& parallel) : Base(job.job, parallel), job_(job) {}

@@ -30,7 +30,7 @@ class AbReluBack {
   NT_INLINE DualBars<T> apply(V deficit, V tangent, const First& first, const Second& second, V value_bar,
                               V tangent_bar, V* coefficients) const {
     const V zero{}, one = broadcast(T(1)), pi = broadcast(kPi<T>);
-    const V root1 = first[0], root2 = second[0];            // of half the variances
+    const V root1 = first[0], root2 = second[0];  // of half the variances
     const V scale = (root1 + root1) * root2, difference = root1 - root2;
     const V inverse1 = first[1], inverse2 = second[1];  // of the standard deviations
     const V angular = fma(-difference, difference, deficit);

@@ -32,11 +32,11 @@ struct BackwardScratch {
   using V = Vec<T>;
 
   Scratch<T> forward;
-  Buffer<V> tensors;                 // of cotangents
-  Buffer<V> rows_d, rows_t;          // sums of rows
-  Buffer<V> windows_d, windows_t;    // a row before a convolution, with what lies beside it
-  Buffer<V> coefficients;            // of one plane: a single sum over many planes would add up its rounding errors
-  Buffer<V> unused;                  // cotangents that nobody reads
+  Buffer<V> tensors;               // of cotangents
+  Buffer<V> rows_d, rows_t;        // sums of rows
+  Buffer<V> windows_d, windows_t;  // a row before a convolution, with what lies beside it
+  Buffer<V> coefficients;          // of one plane: a single sum over many planes would add up its rounding errors
+  Buffer<V> unused;                // cotangents that nobody reads
   int64_t n_coefficients, n_tensors = 0;
 
   explicit BackwardScratch(const Context<T>& c)
@@ -151,9 +151,9 @@ void dual_back(const Back<T>& back, const Instance& instance, const Place& at) {
   dispatch(rows.bar_t != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
     for (int x = 0; x < at.n; ++x) {
       const V tangent = ntk.value ? rows.t[x] : V{}, tangent_bar = ntk.value ? rows.bar_t[x] : V{};
-      const auto in = dual.template apply<covariance.value, ntk.value>(
-          rows.d[x], tangent, numbers.template first<true>(x), numbers.second(x), rows.bar_d[x], tangent_bar,
-          coefficients);
+      const auto in =
+          dual.template apply<covariance.value, ntk.value>(rows.d[x], tangent, numbers.template first<true>(x),
+                                                           numbers.second(x), rows.bar_d[x], tangent_bar, coefficients);
       rows.in_d[x] += in.deficit;
       if constexpr (ntk.value) rows.in_t[x] += in.tangent;
       bar1[x] += in.half1;
@@ -526,8 +526,8 @@ class TiedBack {
   const Plane<T>& in_bar_;
   const Plane<T>& out_bar_;
   const bool has_ntk_;
-  const bool has_own_;   // the sums over windows add to the tangent kernel
-  const bool sums_ntk_;  // cotangents of tangent kernels are read in sums over windows
+  const bool has_own_;            // the sums over windows add to the tangent kernel
+  const bool sums_ntk_;           // cotangents of tangent kernels are read in sums over windows
   V weight_, own_weight_, mean_;  // of what the tangent kernel gets of deficits: less than 0
   V weight_bar_{}, own_weight_bar_{};
 };

@@ -237,9 +237,7 @@ class RecordBack {
   }
 
   // Stages of samples paired with themselves.
-  void finish_own(int end) const {
-    finish_back(c_, c_.prepared.kept_own, tile_, end, bars_);
-  }
+  void finish_own(int end) const { finish_back(c_, c_.prepared.kept_own, tile_, end, bars_); }
 
   void own_stage(int end) const {
     const Plan& plan = c_.prepared.kept_own;

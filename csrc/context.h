@@ -70,9 +70,9 @@ struct Context {
   int64_t n_inputs = 0;
   std::vector<int64_t> cotangent_start;  // of every source in the cotangents of a record
   int64_t cotangent_size;                // of a sample: of its record and inputs
-  int64_t wide_size;     // of a group of samples: numbers of its record and inputs, all lanes
-  int64_t widest;        // positions of the longest row
-  int64_t scratch_size = 0;  // positions of one kernel that a thread needs
+  int64_t wide_size;                     // of a group of samples: numbers of its record and inputs, all lanes
+  int64_t widest;                        // positions of the longest row
+  int64_t scratch_size = 0;              // positions of one kernel that a thread needs
 
   explicit Context(const Job<T>& of) : job(of), prepared(of.prepared), program(prepared.program) {
     one_position = prepared.one_position;

@@ -149,9 +149,9 @@ void run_double(const Job<double>& job, const Parallel& parallel) { Engine<doubl
 }  // namespace
 
 extern const Level kLevel;
-const Level kLevel{NT_LEVEL_NAME,         run_float,        run_double,           backward<float>,
-                   backward<double>,      tangents<float>,  tangents<double>,     run_dual<float>,
-                   run_dual<double>,      run_products<float>, run_products<double>};
+const Level kLevel{NT_LEVEL_NAME,    run_float,           run_double,          backward<float>,
+                   backward<double>, tangents<float>,     tangents<double>,    run_dual<float>,
+                   run_dual<double>, run_products<float>, run_products<double>};
 
 }  // namespace NT_LEVEL
 }  // namespace nt

@@ -191,13 +191,10 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer matrix, Doubles right, 
 }  // namespace
 }  // namespace nt
 
-#define NT_DEFINE_HANDLER(symbol, Target)                           \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, nt::handle<nt::Target>,       \
-                                ffi::Ffi::Bind()                      \
-                                    .Ctx<ffi::ThreadPool>()           \
-                                    .RemainingArgs()                  \
-                                    .RemainingRets()                  \
-                                    .Attr<ffi::Span<const int64_t>>("code"))
+#define NT_DEFINE_HANDLER(symbol, Target) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(          \
+      symbol, nt::handle<nt::Target>,     \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("code"))
 NT_DEFINE_HANDLER(nt_propagate, Propagate);
 NT_DEFINE_HANDLER(nt_backward, Backward);
 NT_DEFINE_HANDLER(nt_tangents, Tangents);

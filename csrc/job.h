@@ -126,8 +126,8 @@ Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeRe
   return job;
 }
 
-// Arrays like the operands of a job whose sources are inputs: their tangents (of const numbers), or cotangents. Those of
-// the second batch are null where it is the first.
+// Arrays like the operands of a job whose sources are inputs: their tangents (of const numbers), or cotangents. Those
+// of the second batch are null where it is the first.
 template <class T>
 struct LikeOperands {
   struct Batches {

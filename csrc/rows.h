@@ -98,8 +98,8 @@ struct DualRows {
 };
 
 // A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
-// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what is
-// between both goes to `d_between` and `t_between`.
+// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what
+// is between both goes to `d_between` and `t_between`.
 template <class T, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
 void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
                DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {

@@ -318,9 +318,8 @@ class RecordWriter {
   }
 
   void copy(const Value& value, const T* half_in, T* half) const {
-    each_copy(value, c_.program.values[value.inputs[0]].space, [&](int64_t to, int64_t from) {
-      store(half + to * kL, from < 0 ? V{} : load(half_in + from * kL));
-    });
+    each_copy(value, c_.program.values[value.inputs[0]].space,
+              [&](int64_t to, int64_t from) { store(half + to * kL, from < 0 ? V{} : load(half_in + from * kL)); });
   }
 
   void flatten(const Value& value, const T* half_in, T* half) const {

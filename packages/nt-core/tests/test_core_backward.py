@@ -38,17 +38,35 @@ def two_outputs(spec):
 
 
 # One axis and two, every kind of step, with one stage and with several.
-NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in (
-    "valid", "dilated", "explicit padding", "standard", "after global pool", "strides", "circular strides", "pool",
-    "strided pool", "overlapping pool, global", "sums, normalised edges", "normalised edges, global", "circular pool",
-    "normalised", "gather, pool", "gather, circular", "gather, equal positions", "untie, pool", "untie, equal positions",
-)}  # fmt: skip
+CHAINED = (
+    "valid",
+    "dilated",
+    "explicit padding",
+    "standard",
+    "after global pool",
+    "strides",
+    "circular strides",
+    "pool",
+    "strided pool",
+    "overlapping pool, global",
+    "sums, normalised edges",
+    "normalised edges, global",
+    "circular pool",
+    "normalised",
+    "gather, pool",
+    "gather, circular",
+    "gather, equal positions",
+    "untie, pool",
+    "untie, equal positions",
+)
+LINE = [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS]
+NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in CHAINED}
 NETWORKS |= {
     "residual": ((8, 8), residual),
     "dropout": ((6, 6), lambda spec: chain(spec, DROPOUT)),
     "two outputs": ((4, 3), two_outputs),
     "linear": ((4, 3), lambda spec: chain(spec, [conv(), steps.GlobalPool(MEAN), dense(b_var=None)])),
-    "one axis": ((7,), lambda spec: chain(spec, [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS])),
+    "one axis": ((7,), lambda spec: chain(spec, LINE)),
 }
 
 
@@ -102,8 +120,9 @@ def test_against_finite_differences(name, x64):
 
 
 def test_masks_and_their_numbers(x64):
-    """The numbers of each sample and position are differentiated in, too."""
+    """The numbers of each sample and position are differentiated in, too; at 0 there is a kink."""
     (x1, x2), both = inputs((6, 6), 3, 2, "float64"), masks((6, 6), 3, 2)
+    both = [mask + 0.1 for mask in both]
     check_direction(*kernels_of(masked(spec_of(x1, x2), *both), x1, x2))
     check_direction(*kernels_of(masked(spec_of(x1, x1), both[0], None), x1, None))
 
@@ -129,7 +148,8 @@ def test_subgradients_are_those_of_xla(x64):
     weights = random_like([(jnp.zeros((3, 5)), jnp.zeros((3, 5)), None, None)])
     for actual, expected in zip(*(jax.tree.leaves(gradients(i)) for i in ("cpu", "xla")), strict=True):
         assert np.isfinite(actual).all()
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+        # Roundings of antiparallel inputs are those of a square root.
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
 
 
 def test_second_derivatives(x64):
@@ -140,7 +160,8 @@ def test_second_derivatives(x64):
 
     @jax.jit
     def along(step):
-        return dot(jax.grad(lambda *point: dot(kernels(*point), kernels(*point)), (0, 1, 2))(*moved(point, direction, step)), direction)
+        gradient = jax.grad(lambda *point: dot(kernels(*point), kernels(*point)), (0, 1, 2))
+        return dot(gradient(*moved(point, direction, step)), direction)
 
     derivative = jax.jvp(along, (0.0,), (1.0,))[1]
     np.testing.assert_allclose(jax.grad(along)(0.0), derivative, rtol=1e-9)
@@ -148,29 +169,39 @@ def test_second_derivatives(x64):
 
 
 def test_float32_keeps_its_digits():
+    """Of a pair of nearly equal images, too."""
     layers = [conv(), RELU] * 6 + [pool()] + [conv(), RELU] * 2 + [steps.GlobalPool(MEAN), dense()]
-    gradients = {}
-    for dtype in ("float32", "float64"):
+    x1, x2 = (x.astype("float32") for x in inputs((6, 6), 2, 2, "float64"))
+    x2[0] = x1[0] + np.float32(0.01) * x2[0]
+
+    def gradient(dtype):
         with jax.enable_x64(dtype == "float64"):
-            x1, x2 = (x.astype("float32").astype(dtype) for x in inputs((6, 6), 2, 2, "float64"))
-            x2[0] = x1[0] + np.asarray(0.01 * x2[0], "float32")
-            kernels, point = kernels_of(chain(spec_of(x1, x2), layers), x1, x2)
-            gradient = jax.grad(lambda *point: jnp.sum(kernels(*point)[0][1]), argnums=(0, 1, 2))(*point)
-            gradients[dtype] = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradient)]
-    largest = max(np.abs(leaf).max() for leaf in gradients["float64"][:-2])
-    for actual, expected in zip(*gradients.values(), strict=True):
-        scale = np.abs(expected).max() if expected.ndim else largest
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
+            a, b = x1.astype(dtype), x2.astype(dtype)
+            kernels, point = kernels_of(chain(spec_of(a, b), layers), a, b)
+            leaves = jax.tree.leaves(jax.grad(lambda *x: jnp.sum(kernels(*x)[0][1]), argnums=(0, 1, 2))(*point))
+            return [np.asarray(leaf, np.float64) for leaf in leaves]
+
+    expected = gradient("float64")
+    of_coefficients = max(np.abs(leaf) for leaf in expected if leaf.ndim == 0)
+    for actual, wanted in zip(gradient("float32"), expected, strict=True):
+        scale = np.abs(wanted).max() if wanted.ndim else of_coefficients
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("layers", [[conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)], [conv(), RELU, steps.Flatten()]])
+POOLED, FLAT = [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)], [conv(), RELU, steps.Flatten()]
+
+
+@pytest.mark.parametrize("layers", [POOLED, FLAT])
 def test_many_samples(layers):
     """More than one task takes, with pairs that are packed and with rows of them; sums are the same in every run."""
     x1, x2 = inputs((6, 6), 37, 41, "float32")
     weights = np.random.default_rng(1).normal(size=(37, 41)).astype("float32")
 
     def gradient(x1, x2, weights):
-        return jax.grad(lambda *x: jnp.sum(weights * run(chain(spec_of(*x), layers), *x, NTK, "cpu").ntk), (0, 1))(x1, x2)
+        def total(x1, x2):
+            return jnp.sum(weights * run(chain(spec_of(x1, x2), layers), x1, x2, NTK, "cpu").ntk)
+
+        return jax.grad(total, (0, 1))(x1, x2)
 
     whole1, whole2 = gradient(x1, x2, weights)
     part, _ = gradient(x1[30:33], x2, weights[30:33])
@@ -193,8 +224,8 @@ def test_many_samples(layers):
 def test_a_gradient_compiles_nothing_of_xla():
     """No loop over pairs, planes or layers: the program is one custom call."""
     x1, x2 = inputs((6, 6), 3, 2, "float32")
-    layers = [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)]
-    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(run(chain(spec_of(*x), layers), *x, NTK, "cpu").ntk), (0, 1)))
+    program = chain(spec_of(x1, x2), POOLED)
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(run(program, *x, NTK, "cpu").ntk), (0, 1)))
     text = gradient.lower(x1, x2).compile().as_text()
     assert "nt_backward" in text and "nt_tangents" not in text and "nt_propagate" not in text and "while" not in text
 
@@ -213,5 +244,8 @@ def test_other_programs_have_the_derivatives_of_xla(reason):
     assert not cpu._has_native_derivative(program, (source,), NTK)
     code = cpu.encode(program, (source,), NTK).code
     assert reason in cpu.native.refusal_of_derivative(code)
-    gradients = (jax.grad(lambda x: jnp.sum(run(program, x, x2, NTK, i).ntk))(x1) for i in ("cpu", "xla"))
-    np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+    def gradient(implementation):
+        return jax.grad(lambda x: jnp.sum(run(program, x, x2, NTK, implementation).ntk))(x1)
+
+    np.testing.assert_allclose(gradient("cpu"), gradient("xla"), rtol=1e-5)

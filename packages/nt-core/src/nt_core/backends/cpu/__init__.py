@@ -71,7 +71,8 @@ def _differentiable(request: Request) -> Any:
     def jvp(primals: Any, tangents: Any) -> Any:
         # The value stays native: in reverse mode the forward pass of the reference is then dead code.
         value = compute(*primals)
-        if _has_native_derivative(*primals, request):
+        program, sources = primals
+        if _has_native_derivative(program, sources, request):
             return value, _native_tangent(primals, tangents, reference, request)
         return value, jax.jvp(reference, primals, tangents)[1]
 
@@ -80,7 +81,7 @@ def _differentiable(request: Request) -> Any:
 
 def _has_native_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> bool:
     try:
-        jax.eval_shape(lambda *operands: _arrays(*operands, request, calls.check_derivative), program, sources)
+        jax.eval_shape(partial(_arrays, request=request, propagate=calls.check_derivative), program, sources)
     except Refused:
         return False
     return True
@@ -108,8 +109,8 @@ def _native_tangent(primals: Any, tangents: Any, reference: Any, request: Reques
         return lambda point, cotangent: jax.vjp(partial(at, compute), point)[1](cotangent)[0]
 
     push = linear_call(
-        pushes(lambda *operands: _arrays(*operands, request, calls.propagate_with_pushforward)),
-        pulls(lambda *operands: _arrays(*operands, request, calls.propagate_with_pullback)),
+        pushes(partial(_arrays, request=request, propagate=calls.propagate_with_pushforward)),
+        pulls(partial(_arrays, request=request, propagate=calls.propagate_with_pullback)),
         pushes(reference),
         pulls(reference),
     )

@@ -66,4 +66,5 @@ def _call(target: str, code: np.ndarray, like: Types | Sequence[Array], operands
 
 def varying_alike(x: Any, like: Any) -> Any:
     """Returns the arrays `x`; under `jax.shard_map` they vary over all mesh axes over which some of `like` varies."""
-    return jax.tree.map(lambda leaf: leaf + constant((), 0, leaf.dtype, like), x)
+    zeros = {dtype: constant((), 0, dtype, like) for dtype in {leaf.dtype for leaf in jax.tree.leaves(x)}}
+    return jax.tree.map(lambda leaf: leaf + zeros[leaf.dtype], x)
