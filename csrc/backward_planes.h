@@ -528,7 +528,7 @@ class TiedBack {
   const bool has_ntk_;
   const bool has_own_;            // the sums over windows add to the tangent kernel
   const bool sums_ntk_;           // cotangents of tangent kernels are read in sums over windows
-  V weight_, own_weight_, mean_;  // of what the tangent kernel gets of deficits: less than 0
+  V weight_, own_weight_, mean_;  // `own_weight_` is that of deficits, where these are carried: less than 0
   V weight_bar_{}, own_weight_bar_{};
 };
 
@@ -602,7 +602,7 @@ void end_row_back(const Back<T>& back, const Seed<T>& seed, const Rectangle& r, 
   if (t) add(back.bars.tensors_t + start, t);
 }
 
-// `scale_tensor` is its own transpose.
+// The deficit of what is not copied is that of its variances.
 template <class T>
 void finish_copies_back(const Context<T>& c, const Plan& plan, int number, const Bars<T>& bars) {
   const Tensor& tensor = plan.tensors[number];
@@ -718,6 +718,7 @@ void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const
     const int number = plan.tensor_of[stage.end];
     const int64_t start = start_of_tensor(plan, number);
     const bool has_ntk = stage.instances[stage.root].has_ntk;
+    // Its own transpose.
     scale_tensor(c, plan, number, bars.tensors_d + start, has_ntk ? bars.tensors_t + start : nullptr);
   }
   TensorSums<T> sums(work);
