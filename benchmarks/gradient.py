@@ -40,11 +40,11 @@ class Case:
 
 
 CASES = [
-    Case("cnn21-pool", (32, 32, 3), ours=(2, 8), peer=(1, 1)),
+    Case("cnn21-pool", (32, 32, 3), ours=(4, 16), peer=(1, 1)),
     Case("cnn21-flatten", (32, 32, 3), ours=(16, 16), peer=(16, 16)),
-    Case("myrtle5", (32, 32, 3), ours=(4, 8), peer=(2, 2)),
-    Case("myrtle10", (32, 32, 3), ours=(4, 8), peer=(1, 2)),
-    Case("wide-resnet", (32, 32, 3), ours=(4, 8), peer=(1, 1)),
+    Case("myrtle5", (32, 32, 3), ours=(8, 16), peer=(2, 2)),
+    Case("myrtle10", (32, 32, 3), ours=(8, 16), peer=(1, 2)),
+    Case("wide-resnet", (32, 32, 3), ours=(8, 16), peer=(1, 1)),
     Case("conv-pool", (8, 8, 3), ours=(8, 8), peer=(8, 8)),
     Case("fcn5", (784,), ours=(256, 256), peer=(256, 256)),
 ]

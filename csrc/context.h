@@ -68,9 +68,11 @@ struct Context {
   int rows;                          // first samples of a tile
   std::vector<int64_t> input_start;  // of every source in a wide record
   int64_t n_inputs = 0;
-  int64_t wide_size;     // of a group of samples: numbers of its record and inputs, all lanes
-  int64_t widest;        // positions of the longest row
-  int64_t scratch_size;  // positions of one kernel that a thread needs
+  std::vector<int64_t> cotangent_start;  // of every source in the cotangents of a record
+  int64_t cotangent_size;                // of a sample: of its record and inputs
+  int64_t wide_size;                     // of a group of samples: numbers of its record and inputs, all lanes
+  int64_t widest;                        // positions of the longest row
+  int64_t scratch_size = 0;              // positions of one kernel that a thread needs
 
   explicit Context(const Job<T>& of) : job(of), prepared(of.prepared), program(prepared.program) {
     one_position = prepared.one_position;
@@ -78,18 +80,20 @@ struct Context {
     for (int s = 0; s < program.n_sources; ++s) {
       const Value& value = program.values[s];
       input_start.push_back(prepared.record.size() + n_inputs);
+      cotangent_start.push_back(prepared.cotangents.size() + n_inputs);
       if (value.op == Op::kInputs) n_inputs += n_positions(value.space) * value.channels;
     }
+    cotangent_size = prepared.cotangents.size() + n_inputs;
     wide_size = (prepared.record.size() + n_inputs) * kLanes<T>;
     widest = rows;
-    for (const Plan* plan : {&prepared.pairs, &prepared.own}) {
+    for (const Plan* plan : prepared.plans()) {
+      scratch_size = std::max(scratch_size, plan->scratch * rows);
       for (const Stage& stage : plan->stages) {
         for (const Instance& i : stage.instances) {
           widest = std::max<int64_t>(widest, i.space[2] + stage.pad_low + stage.pad_high);
         }
       }
     }
-    scratch_size = std::max(prepared.pairs.scratch, prepared.own.scratch) * rows;
   }
 };
 

@@ -35,6 +35,13 @@ class Buffers {
     return data;
   }
 
+  auto arguments() {
+    return [this](int64_t size, const char* what) { return argument(size, what); };
+  }
+  auto results() {
+    return [this](int64_t size, const char* what) { return result(size, what); };
+  }
+
   void check_all_used() const {
     if (n_args_ != args_.size() || n_rets_ != rets_.size()) throw std::invalid_argument("too many operands or results");
   }
@@ -58,19 +65,59 @@ Parallel on_threads(ffi::ThreadPool& pool) {
   return Parallel([&pool](std::function<void()> f) { pool.Schedule(std::move(f)); }, pool.num_threads());
 }
 
-template <class T>
-void propagate(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRets rets, const Prepared& prepared) {
-  Buffers<T> buffers(args, rets);
-  const Job<T> job = make_job<T>(
-      prepared, [&](int64_t size, const char* what) { return buffers.argument(size, what); },
-      [&](int64_t size, const char* what) { return buffers.result(size, what); });
-  buffers.check_all_used();
-  if constexpr (sizeof(T) == 4) {
-    level().run_float(job, on_threads(pool));
-  } else {
-    level().run_double(job, on_threads(pool));
+struct Propagate {
+  static constexpr const char* kName = "nt_propagate";
+  static constexpr Direction kDirection = Direction::kForward;
+
+  template <class T>
+  static void run(const Prepared& prepared, Buffers<T>& buffers, const Parallel& parallel) {
+    const Job<T> job = make_job<T>(prepared, buffers.arguments(), buffers.results());
+    buffers.check_all_used();
+    if constexpr (sizeof(T) == 4) {
+      level().run_float(job, parallel);
+    } else {
+      level().run_double(job, parallel);
+    }
   }
-}
+};
+
+// Operands: those of the program, then cotangents of its results. Results: cotangents of its operands.
+struct Backward {
+  static constexpr const char* kName = "nt_backward";
+  static constexpr Direction kDirection = Direction::kBackward;
+
+  template <class T>
+  static void run(const Prepared& prepared, Buffers<T>& buffers, const Parallel& parallel) {
+    BackwardJob<T> job{make_job<T>(prepared, buffers.arguments())};
+    job.cotangents = take_results<const T>(prepared.program, buffers.arguments());
+    job.results = take_like_operands<T>(prepared.program, buffers.results());
+    buffers.check_all_used();
+    if constexpr (sizeof(T) == 4) {
+      level().backward_float(job, parallel);
+    } else {
+      level().backward_double(job, parallel);
+    }
+  }
+};
+
+// Operands: those of the program, then their tangents. Results: tangents of its results.
+struct Tangents {
+  static constexpr const char* kName = "nt_tangents";
+  static constexpr Direction kDirection = Direction::kBackward;
+
+  template <class T>
+  static void run(const Prepared& prepared, Buffers<T>& buffers, const Parallel& parallel) {
+    TangentJob<T> job{make_job<T>(prepared, buffers.arguments())};
+    job.tangents = take_like_operands<const T>(prepared.program, buffers.arguments());
+    job.job.results = take_results<T>(prepared.program, buffers.results());
+    buffers.check_all_used();
+    if constexpr (sizeof(T) == 4) {
+      level().tangents_float(job, parallel);
+    } else {
+      level().tangents_double(job, parallel);
+    }
+  }
+};
 
 // Runs `work`, whose exceptions become errors of XLA.
 template <class F>
@@ -85,18 +132,20 @@ ffi::Error guarded(const char* name, const F& work) {
   }
 }
 
+template <class Target>
 ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   ffi::Span<const int64_t> code) {
-  return guarded("nt_propagate", [&] {
-    const auto program = prepared(code.begin(), static_cast<int64_t>(code.size()));
+  return guarded(Target::kName, [&] {
+    const auto program = prepared(code.begin(), static_cast<int64_t>(code.size()), Target::kDirection);
+    const auto run = [&](auto buffers) { Target::run(*program, buffers, on_threads(pool)); };
     const auto first = args.get<ffi::AnyBuffer>(0);
     if (!first.has_value()) throw std::invalid_argument("there are no operands");
     switch (first->element_type()) {
       case ffi::DataType::F32:
-        propagate<float>(pool, args, rets, *program);
+        run(Buffers<float>(args, rets));
         break;
       case ffi::DataType::F64:
-        propagate<double>(pool, args, rets, *program);
+        run(Buffers<double>(args, rets));
         break;
       default:
         throw std::invalid_argument("it computes in float32 and float64 only");
@@ -142,9 +191,15 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer matrix, Doubles right, 
 }  // namespace
 }  // namespace nt
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    nt_propagate, nt::handle,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("code"));
+#define NT_DEFINE_HANDLER(symbol, Target) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(          \
+      symbol, nt::handle<nt::Target>,     \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("code"))
+NT_DEFINE_HANDLER(nt_propagate, Propagate);
+NT_DEFINE_HANDLER(nt_backward, Backward);
+NT_DEFINE_HANDLER(nt_tangents, Tangents);
+#undef NT_DEFINE_HANDLER
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nt_products, nt::multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -79,9 +79,27 @@ Source<T> source_of(const Program& program, const Value& value, const Argument& 
   return source;
 }
 
-// A job whose arrays come, one after another, from `argument(size, name)` and `result(size, name)`.
-template <class T, class Argument, class TakeResult>
-Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeResult& result) {
+// The arrays of results, or of their cotangents, as they come one after another from `take(size, name)`.
+template <class T, class Take>
+std::vector<Result<T>> take_results(const Program& program, const Take& take) {
+  std::vector<Result<T>> results;
+  for (const Output& output : program.outputs) {
+    const int64_t per_pair = n_position_pairs(program.values[output.value].space, !output.all_pairs);
+    Result<T> numbers;
+    numbers.nngp = take(program.n1 * program.n2 * per_pair, "nngp");
+    if (output.ntk) numbers.ntk = take(program.n1 * program.n2 * per_pair, "ntk");
+    if (program.covariances) {
+      numbers.cov1 = take(program.n1 * per_pair, "cov1");
+      if (!program.symmetric) numbers.cov2 = take(program.n2 * per_pair, "cov2");
+    }
+    results.push_back(numbers);
+  }
+  return results;
+}
+
+// A job whose operands come, one after another, from `argument(size, name)`.
+template <class T, class Argument>
+Job<T> make_job(const Prepared& prepared, const Argument& argument) {
   const Program& program = prepared.program;
   Job<T> job{prepared};
   job.coefficients = argument(program.n_coefficients, "coefficients");
@@ -97,19 +115,65 @@ Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeRe
     }
     job.numbers.push_back(numbers);
   }
-  for (const Output& output : program.outputs) {
-    const int64_t per_pair = n_position_pairs(program.values[output.value].space, !output.all_pairs);
-    Result<T> numbers;
-    numbers.nngp = result(program.n1 * program.n2 * per_pair, "nngp");
-    if (output.ntk) numbers.ntk = result(program.n1 * program.n2 * per_pair, "ntk");
-    if (program.covariances) {
-      numbers.cov1 = result(program.n1 * per_pair, "cov1");
-      if (!program.symmetric) numbers.cov2 = result(program.n2 * per_pair, "cov2");
-    }
-    job.results.push_back(numbers);
-  }
   return job;
 }
+
+// And its results from `result(size, name)`.
+template <class T, class Argument, class TakeResult>
+Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeResult& result) {
+  Job<T> job = make_job<T>(prepared, argument);
+  job.results = take_results<T>(prepared.program, result);
+  return job;
+}
+
+// Arrays like the operands of a job whose sources are inputs: their tangents (of const numbers), or cotangents. Those
+// of the second batch are null where it is the first.
+template <class T>
+struct LikeOperands {
+  struct Batches {
+    T* first = nullptr;
+    T* second = nullptr;
+  };
+  T* coefficients = nullptr;
+  std::vector<Batches> sources;
+  std::vector<Batches> numbers;  // of every value
+};
+
+template <class T, class Take>
+LikeOperands<T> take_like_operands(const Program& program, const Take& take) {
+  LikeOperands<T> arrays;
+  const auto batches = [&](int64_t per_sample, const char* name) {
+    typename LikeOperands<T>::Batches both;
+    both.first = take(program.n1 * per_sample, name);
+    if (!program.symmetric) both.second = take(program.n2 * per_sample, name);
+    return both;
+  };
+  arrays.coefficients = take(program.n_coefficients, "coefficients");
+  for (int s = 0; s < program.n_sources; ++s) {
+    const Value& value = program.values[s];
+    arrays.sources.push_back(batches(n_positions(value.space) * value.channels, "inputs"));
+  }
+  for (const Value& value : program.values) {
+    arrays.numbers.emplace_back();
+    if (has_numbers(value)) arrays.numbers.back() = batches(n_positions(value.space), "numbers");
+  }
+  return arrays;
+}
+
+// Cotangents of results, carried back to those of the operands of `job`.
+template <class T>
+struct BackwardJob {
+  Job<T> job;
+  std::vector<Result<const T>> cotangents{};
+  LikeOperands<T> results{};
+};
+
+// Tangents of operands, carried to those of the results of `job`.
+template <class T>
+struct TangentJob {
+  Job<T> job;
+  LikeOperands<const T> tangents{};
+};
 
 // One nonlinearity on `n` numbers, for tests of its accuracy.
 template <class T>
@@ -142,6 +206,10 @@ struct Level {
   const char* name;
   void (*run_float)(const Job<float>&, const Parallel&);
   void (*run_double)(const Job<double>&, const Parallel&);
+  void (*backward_float)(const BackwardJob<float>&, const Parallel&);
+  void (*backward_double)(const BackwardJob<double>&, const Parallel&);
+  void (*tangents_float)(const TangentJob<float>&, const Parallel&);
+  void (*tangents_double)(const TangentJob<double>&, const Parallel&);
   void (*dual_float)(const DualJob<float>&);
   void (*dual_double)(const DualJob<double>&);
   void (*products_float)(const ProductsJob<float>&, const Parallel&);

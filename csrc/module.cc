@@ -18,6 +18,8 @@ namespace {
 py::dict registrations() {
   py::dict handlers;
   handlers["nt_propagate"] = py::capsule(reinterpret_cast<void*>(&nt_propagate));
+  handlers["nt_backward"] = py::capsule(reinterpret_cast<void*>(&nt_backward));
+  handlers["nt_tangents"] = py::capsule(reinterpret_cast<void*>(&nt_tangents));
   handlers["nt_products"] = py::capsule(reinterpret_cast<void*>(&nt_products));
   return handlers;
 }
@@ -34,6 +36,16 @@ py::dict schema() {
   schema["ops"] = ops;
   schema["activations"] = activations;
   return schema;
+}
+
+// Why an encoded program has no derivative, or None.
+py::object refusal_of_derivative(py::array_t<int64_t, py::array::c_style> code) {
+  try {
+    nt::prepared(code.data(), code.size(), nt::Direction::kBackward);
+    return py::none();
+  } catch (const std::invalid_argument& error) {
+    return py::str(error.what());
+  }
 }
 
 template <class T>
@@ -84,6 +96,8 @@ PYBIND11_MODULE(_native, m) {
       "The (major, minor) version of the XLA FFI that the handlers were compiled for.");
   m.def("registrations", &registrations, "The handlers: FFI target name -> capsule.");
   m.def("schema", &schema, "The encoding of programs: its version, and the numbers of operations and activations.");
+  m.def("refusal_of_derivative", &refusal_of_derivative,
+        "Why an encoded program has no native derivative, or None if it has one.");
   m.def("choose_level", &nt::choose_level,
         "Lowers the instruction set to the named one (baseline, avx2 or avx512; '' for the best that there is).");
   const char* about_dual =

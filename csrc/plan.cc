@@ -6,6 +6,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "stages.h"
@@ -177,15 +178,16 @@ void add_unwrapped(const Stage& stage, const Index3& space, const Index3& d, Off
 
 Index3 scaled(const Index3& d, const Index3& scale) { return {d[0] * scale[0], d[1] * scale[1], d[2] * scale[2]}; }
 
-// What a plan is for.
+// What a plan is of.
 enum class Purpose {
   kPairs,      // the output, for pairs of samples
   kOwn,        // for each sample with itself: what the statistics need of the pools
   kOwnOutput,  // and the output
 };
 
-Plan make_plan(const Program& program, Purpose purpose) {
+Plan make_plan(const Program& program, Purpose purpose, bool keeps_planes = false) {
   Plan plan;
+  plan.keeps_planes = keeps_planes;
   plan.ntk = program.ntk() && purpose == Purpose::kPairs;
   plan.tensor_of.assign(program.values.size(), -1);
   const auto add_stage = [&](int end, int output, int root, bool deficit) {
@@ -252,29 +254,19 @@ Plan make_plan(const Program& program, Purpose purpose) {
   return plan;
 }
 
-// The tied maps whose own tangent kernel is formed from the averages of variances: not in the loop that ends in a dual.
-std::vector<bool> read_averages(const Program& program, const Plan& pairs) {
-  std::vector<bool> read(program.values.size(), false);
-  for (const Stage& stage : pairs.stages) {
-    for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
-      const Instance& instance = stage.instances[i];
-      const bool fused = std::any_of(stage.passes.begin(), stage.passes.end(),
-                                     [i](const Pass& pass) { return pass.head == i && pass.fused_dual >= 0; });
-      if (instance.kind == Kind::kTied && instance.deficit && instance.has_ntk && !fused) read[instance.value] = true;
-    }
-  }
-  return read;
+// Whether a tied map's own tangent kernel is formed from the averages of variances.
+bool reads_average(const Program& program, const Value& value) {
+  return program.ntk() && value.op == Op::kTied && value.needs && !value.bias_follows_weights;
 }
 
 // Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program, const Plan& pairs, bool one_position) {
+Record make_record(const Program& program, bool one_position) {
   Record record(program.values.size());
-  const std::vector<bool> averages = read_averages(program, pairs);
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
-    if (averages[i] && !one_position) record.add(Statistic::kHalfAverage, i, n);
+    if (reads_average(program, value) && !one_position) record.add(Statistic::kHalfAverage, i, n);
     if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_planes(value));
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
@@ -291,6 +283,18 @@ Record make_record(const Program& program, const Plan& pairs, bool one_position)
     if (value.op == Op::kSum) record.add(Statistic::kShares, i, static_cast<int64_t>(value.inputs.size()));
   }
   return record;
+}
+
+// Where the cotangents of what pairs read of each sample are; of duals, those of the variances that they read.
+Record make_cotangent_record(const Program& program, const Record& record) {
+  Record cotangents(program.values.size());
+  for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
+    for (const Statistic statistic : {Statistic::kHalfVariance, Statistic::kHalfAverage, Statistic::kScale,
+                                      Statistic::kScaledHalf, Statistic::kOwnDeficit, Statistic::kPooledVariance}) {
+      if (record.find(statistic, i) >= 0) cotangents.add(statistic, i, n_positions(program.values[i].space));
+    }
+  }
+  return cotangents;
 }
 
 bool has_one_position(const Program& program) {
@@ -314,36 +318,64 @@ void check_loads(const Program& program, const Plan& plan, bool own) {
   }
 }
 
+// Refuses what no cotangents are carried back through.
+void check_way_back(const Program& program) {
+  const auto refuse = [](const char* what) {
+    throw std::invalid_argument(std::string("There is no native derivative of ") + what + ".");
+  };
+  if (has_one_position(program)) refuse("programs without positions");
+  if (program.covariances) refuse("covariances of each sample with itself");
+  for (const Output& output : program.outputs) {
+    if (n_positions(program.values[output.value].space) > 1) refuse("outputs with positions");
+  }
+  for (const Value& value : program.values) {
+    if (value.op == Op::kMaterialised) refuse("materialised kernels");
+    if (value.op == Op::kProduct) refuse("products");
+    if (value.op == Op::kDual && value.activation != Activation::kAbRelu) refuse("this nonlinearity");
+  }
+}
+
 }  // namespace
 
-Prepared prepare(Program program) {
+Prepared prepare(Program program, Direction direction) {
   Prepared prepared;
   prepared.pairs = make_plan(program, Purpose::kPairs);
   prepared.own = make_plan(program, program.covariances ? Purpose::kOwnOutput : Purpose::kOwn);
   check_loads(program, prepared.pairs, false);
   check_loads(program, prepared.own, true);
   prepared.one_position = has_one_position(program);
-  prepared.record = make_record(program, prepared.pairs, prepared.one_position);
+  if (direction == Direction::kBackward) {
+    check_way_back(program);
+    prepared.kept_pairs = make_plan(program, Purpose::kPairs, true);
+    prepared.kept_own = make_plan(program, Purpose::kOwn, true);
+  }
+  prepared.record = make_record(program, prepared.one_position);
+  prepared.cotangents = make_cotangent_record(program, prepared.record);
   prepared.program = std::move(program);
   return prepared;
 }
 
-std::shared_ptr<const Prepared> prepared(const int64_t* code, int64_t length) {
-  using Entry = std::pair<std::vector<int64_t>, std::shared_ptr<const Prepared>>;
+std::shared_ptr<const Prepared> prepared(const int64_t* code, int64_t length, Direction direction) {
+  struct Entry {
+    Direction direction;
+    std::vector<int64_t> code;
+    std::shared_ptr<const Prepared> made;
+  };
   constexpr size_t kMaxEntries = 64;
   static std::mutex mutex;
   static std::list<Entry> entries;  // the last one that was used first
   {
     std::lock_guard<std::mutex> lock(mutex);
     for (auto entry = entries.begin(); entry != entries.end(); ++entry) {
-      if (!std::equal(entry->first.begin(), entry->first.end(), code, code + length)) continue;
+      if (entry->direction != direction) continue;
+      if (!std::equal(entry->code.begin(), entry->code.end(), code, code + length)) continue;
       entries.splice(entries.begin(), entries, entry);
-      return entry->second;
+      return entry->made;
     }
   }
-  auto made = std::make_shared<const Prepared>(prepare(decode_program(code, length)));
+  auto made = std::make_shared<const Prepared>(prepare(decode_program(code, length), direction));
   std::lock_guard<std::mutex> lock(mutex);
-  entries.emplace_front(std::vector<int64_t>(code, code + length), made);
+  entries.push_front({direction, std::vector<int64_t>(code, code + length), made});
   if (entries.size() > kMaxEntries) entries.pop_back();
   return made;
 }

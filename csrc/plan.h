@@ -99,6 +99,7 @@ struct Instance {
   bool deficit = false;
   bool has_ntk = false;
   int buffer = -1;
+  int cotangent_buffer = -1;  // in plans that keep planes
 };
 
 struct Pass {
@@ -129,6 +130,13 @@ struct Tensor {
     }
     return start_[at];
   }
+  // Returns where the pair of a position and its partner at the offset d is, or -1.
+  int64_t entry(const Index3& d, const Index3& p) const {
+    const int64_t start = find(d);
+    if (start < 0) return -1;
+    const Rectangle r(space, d);
+    return start + ((p[0] - r.low[0]) * int64_t{r.size[1]} + p[1] - r.low[1]) * r.size[2] + p[2] - r.low[2];
+  }
 
  private:
   Index3 low_{0, 0, 0}, high_{-1, -1, -1};  // the box of all offsets
@@ -151,6 +159,7 @@ struct Stage {
 
 struct Plan {
   bool ntk = false;
+  bool keeps_planes = false;  // for the way back: each value of a stage has a plane of its own
   std::vector<Stage> stages;
   std::vector<int> tensor_of;  // for every value, the number of its tensor, or -1
   std::vector<Tensor> tensors;
@@ -165,13 +174,21 @@ struct Prepared {
   Plan own;           // for each sample with itself
   Record record;      // what both read of each sample
   bool one_position;  // no images: rows of planes run over first samples instead, and deficits are angular (angular.h)
+  // For derivatives: both plans with planes that are kept, and where the cotangents of each sample's statistics are.
+  Plan kept_pairs, kept_own;
+  Record cotangents;
+
+  std::vector<const Plan*> plans() const { return {&pairs, &own, &kept_pairs, &kept_own}; }
 };
 
-// Throws std::invalid_argument where the program reads what its sources do not hold.
-Prepared prepare(Program program);
+enum class Direction { kForward, kBackward };
+
+// Throws std::invalid_argument where the program reads what its sources do not hold, and where cotangents are not
+// carried back through it.
+Prepared prepare(Program program, Direction direction = Direction::kForward);
 
 // Decodes and prepares a program, or finds it among those that were prepared last.
-std::shared_ptr<const Prepared> prepared(const int64_t* code, int64_t length);
+std::shared_ptr<const Prepared> prepared(const int64_t* code, int64_t length, Direction direction);
 
 // Number of positions inside each window of an axis of the given size.
 std::vector<int> window_counts(const Window& window, int size, int count);

@@ -83,17 +83,20 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
     }
     return;
   }
-  const Statistic average = t_out ? Statistic::kHalfAverage : Statistic::kHalfVariance;  // or not there, nor read
-  const auto half1 = first<kWide>(work, average, instance.value, at);
-  const auto half2 = second(work, average, instance.value, at);
+  // What its own parameters add to the tangent kernel is the covariance after it, or follows from that of averages.
+  const bool follows = value.bias_follows_weights;
+  const Statistic half = t_out && !follows ? Statistic::kHalfAverage : Statistic::kHalfVariance;
+  const auto half1 = first<kWide>(work, half, instance.value, at);
+  const auto half2 = second(work, half, instance.value, at);
   const V m = broadcast(mean), w = broadcast(c[0]), own_w = broadcast(c[2]), own_b = broadcast(c[3]);
   for (int x = 0; x < at.n; ++x) {
-    const V deficit = sum_across<kRows>(d, at.x + x) * m;
+    const V deficit = sum_across<kRows>(d, at.x + x) * m, after = deficit * w;
     if (t_out) {
-      const V own = fma(get<kWide>(half1, x) + get(half2, x) - deficit, own_w, own_b);
+      const V halves = get<kWide>(half1, x) + get(half2, x);
+      const V own = follows ? halves - after : fma(halves - deficit, own_w, own_b);
       t_out[x] = rows.has_ntk ? fma(sum_across<kRows>(t, at.x + x), w * m, own) : own;
     }
-    d_out[x] = deficit * w;
+    d_out[x] = after;
   }
 }
 
@@ -104,11 +107,19 @@ void tied_and_relu(const Work<T>& work, const Instance& instance, const Instance
   const Value& value = work.value(instance);
   const Vec<T>* const zeros = work.scratch.zeros.data();
   const Vec<T>* const no_tangents[3] = {zeros, zeros, zeros};
+  const Plane<T>& between = work.plane(instance);
   dispatch(t_out != nullptr, !relu.deficit, [&](auto ntk, auto covariance) {
-    tied_relu<T, kWide, ntk.value, covariance.value, kRows>(
-        at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-        work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
-        dual_rows<kWide>(work, relu.value, at), d_out, t_out);
+    const auto run = [&](auto keep) {
+      tied_relu<T, kWide, ntk.value, covariance.value, keep.value, kRows>(
+          at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
+          work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
+          dual_rows<kWide>(work, relu.value, at), d_out, t_out, between.row_d(at.z, at.y, at.x),
+          between.row_t(at.z, at.y, at.x));
+    };
+    if constexpr (kWide) {  // as on the way back
+      if (work.plan.keeps_planes) return run(std::true_type{});
+    }
+    run(std::false_type{});
   });
 }
 

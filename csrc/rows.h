@@ -98,10 +98,11 @@ struct DualRows {
 };
 
 // A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
-// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window.
-template <class T, bool kWide, bool kNtk, bool kCovariance, int kRows>
+// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what
+// is between both goes to `d_between` and `t_between`.
+template <class T, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
 void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
-               DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out) {
+               DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {
   using V = Vec<T>;
   const V w = broadcast(weight);
   const V* const rows_d[3] = {d[0] + begin, kRows > 1 ? d[1] + begin : nullptr, kRows > 2 ? d[2] + begin : nullptr};
@@ -112,7 +113,12 @@ void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
     const V deficit = sum_across<kRows>(rows_d, x) * w;
     relu.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor,
                                            before);
-    if constexpr (kNtk) t_out[x] = fma(sum_across<kRows>(rows_t, x), w, before) * factor;
+    if constexpr (kNtk) {
+      const V tangent = fma(sum_across<kRows>(rows_t, x), w, before);
+      if constexpr (kKeep) t_between[x] = tangent;
+      t_out[x] = tangent * factor;
+    }
+    if constexpr (kKeep) d_between[x] = deficit;
     d_out[x] = value;
   }
 }

@@ -62,33 +62,72 @@ void prepare_dual(const Dual& dual, int n_planes, const T* half_in, int64_t n, T
   }
 }
 
-// The scale of layer normalisation: the mean of the variances over some axes, to the power of -1/2. They are weighted
-// by what is in `scale_out`, where there are weights.
-template <class T>
-void normalizing_scale(const Value& value, const T* half_in, T eps, T* scale_out) {
-  using V = Vec<T>;
+// Visits what layer normalisation averages over: visit(number of positions, each), and each(visit position).
+template <class Visit>
+void each_normalized(const Value& value, const Visit& visit) {
   const Index3& space = value.space;
   Index3 kept = space;  // one mean for each of these
   for (int a = 0; a < kAxes; ++a) {
     if (value.normalized[a]) kept[a] = 1;
   }
   const Index3 averaged{space[0] / kept[0], space[1] / kept[1], space[2] / kept[2]};
-  const V scale = broadcast(T(1) / static_cast<T>(n_positions(averaged)));
   for (int z = 0; z < kept[0]; ++z) {
     for (int y = 0; y < kept[1]; ++y) {
       for (int x = 0; x < kept[2]; ++x) {
-        const auto each = [&](const auto& visit) {
+        visit(n_positions(averaged), [&](const auto& visit_position) {
           for (int az = 0; az < averaged[0]; ++az) {
             for (int ay = 0; ay < averaged[1]; ++ay) {
-              for (int ax = 0; ax < averaged[2]; ++ax) visit(position(space, z + az, y + ay, x + ax) * kLanes<T>);
+              for (int ax = 0; ax < averaged[2]; ++ax) visit_position(position(space, z + az, y + ay, x + ax));
             }
           }
-        };
-        V sum{};
-        each([&](int64_t p) { sum += value.weighted ? load(half_in + p) * load(scale_out + p) : load(half_in + p); });
-        const V total = fma(sum * scale, broadcast(T(2)), broadcast(eps));
-        const V r = if_positive(total, broadcast(T(1)) / sqrt(total), V{});  // zeros stay zeros
-        each([&](int64_t p) { store(scale_out + p, r); });
+        });
+      }
+    }
+  }
+}
+
+// The scale of layer normalisation: the mean of the variances over some axes, to the power of -1/2. They are weighted
+// by what is in `scale_out`, where there are weights.
+template <class T>
+void normalizing_scale(const Value& value, const T* half_in, T eps, T* scale_out) {
+  using V = Vec<T>;
+  constexpr int kL = kLanes<T>;
+  each_normalized(value, [&](int64_t n, const auto& each) {
+    V sum{};
+    each([&](int64_t p) {
+      const V half = load(half_in + p * kL);
+      sum += value.weighted ? half * load(scale_out + p * kL) : half;
+    });
+    const V total = fma(sum * broadcast(T(1) / static_cast<T>(n)), broadcast(T(2)), broadcast(eps));
+    const V r = if_positive(total, broadcast(T(1)) / sqrt(total), V{});  // zeros stay zeros
+    each([&](int64_t p) { store(scale_out + p * kL, r); });
+  });
+}
+
+// Numbers of the samples of a tile's batch.
+template <class T>
+void copy_numbers(const Value& value, const Tile<T>& tile, const Numbers<T>& numbers, T* out) {
+  constexpr int kL = kLanes<T>;
+  const int64_t n = n_positions(value.space);
+  const T* of_batch = tile.which == 1 ? numbers.first : numbers.second;
+  for (int64_t p = 0; p < n; ++p) {
+    for (int l = 0; l < kL; ++l) out[p * kL + l] = of_batch[tile.i[l] * n + p];
+  }
+}
+
+// Visits the positions after a copy: visit(position, the one before it, or -1 for zero).
+template <class Visit>
+void each_copy(const Value& value, const Index3& space, const Visit& visit) {
+  const Index3& order = value.order;
+  int64_t to = 0;
+  Index3 p;  // in the input
+  for (int z : value.positions[order[0]]) {
+    for (int y : value.positions[order[1]]) {
+      for (int x : value.positions[order[2]]) {
+        p[order[0]] = z;
+        p[order[1]] = y;
+        p[order[2]] = x;
+        visit(to++, z < 0 || y < 0 || x < 0 ? -1 : position(space, p));
       }
     }
   }
@@ -141,7 +180,7 @@ class RecordWriter {
         });
         return;
       case Op::kScale:
-        copy_numbers(value, c_.job.numbers[i], plane(Statistic::kScale, i));
+        copy_numbers(value, tile_, c_.job.numbers[i], plane(Statistic::kScale, i));
         store(plane(Statistic::kUnscaled, i), are_ones(plane(Statistic::kScale, i), n_positions(value.space)));
         rescale(value, half_in, plane(Statistic::kScale, i), plane(Statistic::kScaledHalf, i), half);
         return;
@@ -149,7 +188,7 @@ class RecordWriter {
         if (half) dropout(value, coefficient[0], half_in, half);
         return;
       case Op::kNormalize:
-        if (value.weighted) copy_numbers(value, c_.job.numbers[i], plane(Statistic::kScale, i));
+        if (value.weighted) copy_numbers(value, tile_, c_.job.numbers[i], plane(Statistic::kScale, i));
         normalizing_scale(value, half_in, coefficient[0], plane(Statistic::kScale, i));
         rescale(value, half_in, plane(Statistic::kScale, i), plane(Statistic::kScaledHalf, i), half);
         return;
@@ -229,14 +268,6 @@ class RecordWriter {
     }
   }
 
-  void copy_numbers(const Value& value, const Numbers<T>& numbers, T* out) const {
-    const int64_t n = n_positions(value.space);
-    const T* of_batch = tile_.which == 1 ? numbers.first : numbers.second;
-    for (int64_t p = 0; p < n; ++p) {
-      for (int l = 0; l < kL; ++l) out[p * kL + l] = of_batch[tile_.i[l] * n + p];
-    }
-  }
-
   static V are_ones(const T* scale, int64_t n) {
     const V one = broadcast(T(1));
     V ones = one;
@@ -287,20 +318,8 @@ class RecordWriter {
   }
 
   void copy(const Value& value, const T* half_in, T* half) const {
-    const Index3& space = c_.program.values[value.inputs[0]].space;
-    const Index3& order = value.order;
-    Index3 p;  // in the input
-    for (int z : value.positions[order[0]]) {
-      for (int y : value.positions[order[1]]) {
-        for (int x : value.positions[order[2]]) {
-          p[order[0]] = z;
-          p[order[1]] = y;
-          p[order[2]] = x;
-          store(half, z < 0 || y < 0 || x < 0 ? V{} : load(half_in + position(space, p) * kL));
-          half += kL;
-        }
-      }
-    }
+    each_copy(value, c_.program.values[value.inputs[0]].space,
+              [&](int64_t to, int64_t from) { store(half + to * kL, from < 0 ? V{} : load(half_in + from * kL)); });
   }
 
   void flatten(const Value& value, const T* half_in, T* half) const {

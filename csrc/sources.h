@@ -144,15 +144,17 @@ void load_materialised(const Work<T>& work, const Instance& instance, const Plac
   for (int x = 0; x < at.n; ++x) d[x] = if_positive(same_samples(c, tile, x, kIdentical), Vec<T>{}, d[x]);
 }
 
+// Where a row starts in a tensor.
+inline int64_t place_in_tensor(const Tensor& tensor, const Place& at) {
+  const Index3 &p = at.first, &partner = at.second;
+  return tensor.entry({partner[0] - p[0], partner[1] - p[1], partner[2] - p[2]}, p);
+}
+
 // What an earlier stage has pooled.
 template <class T>
 void load_tensor(const Work<T>& work, const Instance& instance, const Place& at, Vec<T>* d, Vec<T>* t) {
   const int number = work.plan.tensor_of[instance.value];
-  const Tensor& tensor = work.plan.tensors[number];
-  const Index3& p = at.first;
-  const Rectangle r(instance.space, {at.second[0] - p[0], at.second[1] - p[1], at.second[2] - p[2]});
-  Vec<T>* from = work.tensor(number) + tensor.find(r.offset) +
-                 ((p[0] - r.low[0]) * int64_t{r.size[1]} + p[1] - r.low[1]) * r.size[2] + p[2] - r.low[2];
+  Vec<T>* from = work.tensor(number) + place_in_tensor(work.plan.tensors[number], at);
   std::copy(from, from + at.n, d);
   if (t) std::copy(work.tangent(from), work.tangent(from) + at.n, t);
 }

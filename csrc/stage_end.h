@@ -78,12 +78,8 @@ void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
       if (!ly.holds(y)) continue;
       for (size_t k = 0; k < n; ++k) {
         const Link& lx = along[k];
-        const Index3 delta{lz.delta, ly.delta, lx.delta};
-        const int64_t start = tensor.find(delta);
-        if (start < 0) continue;
-        const Rectangle r(tensor.space, delta);
-        const int64_t line = (lz.window - r.low[0]) * int64_t{r.size[1]} + ly.window - r.low[1];
-        const int64_t entry = start + line * r.size[2] + lx.window - r.low[2];
+        const int64_t entry = tensor.entry({lz.delta, ly.delta, lx.delta}, {lz.window, ly.window, lx.window});
+        if (entry < 0) continue;
         work.sum_d[entry] += sums[k];
         if (t) work.sum_t[entry] += sums[n + k];
       }
@@ -116,13 +112,9 @@ void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
     for (const Copy& cy : work.copies[1]) {
       if (cy.position != y) continue;
       for (const Copy& cx : work.copies[2]) {
-        const Index3 delta = reordered({cz.delta, cy.delta, cx.delta}, order);
-        const Index3 place = reordered({cz.place, cy.place, cx.place}, order);
-        const int64_t start = tensor.find(delta);
-        if (start < 0) continue;
-        const Rectangle r(tensor.space, delta);
-        const int64_t line = (place[0] - r.low[0]) * int64_t{r.size[1]} + place[1] - r.low[1];
-        const int64_t entry = start + line * r.size[2] + place[2] - r.low[2];
+        const int64_t entry = tensor.entry(reordered({cz.delta, cy.delta, cx.delta}, order),
+                                           reordered({cz.place, cy.place, cx.place}, order));
+        if (entry < 0) continue;
         work.sum_d[entry] = d[cx.position - low];
         if (t) work.sum_t[entry] = t[cx.position - low];
       }
@@ -232,12 +224,10 @@ void each_pair(const Tensor& tensor, const Visit& visit) {
 
 // Divides sums over windows by what a mean is divided by.
 template <class T>
-void scale_tensor(const Work<T>& work, int number, bool has_ntk) {
-  const Tensor& tensor = work.plan.tensors[number];
-  const Value& value = work.c.program.values[tensor.value];
-  const Index3& space = work.c.program.values[value.inputs[0]].space;
-  Vec<T>* d = work.tensor(number);
-  Vec<T>* ntk = has_ntk ? work.tangent(d) : nullptr;
+void scale_tensor(const Context<T>& c, const Plan& plan, int number, Vec<T>* d, Vec<T>* ntk) {
+  const Tensor& tensor = plan.tensors[number];
+  const Value& value = c.program.values[tensor.value];
+  const Index3& space = c.program.values[value.inputs[0]].space;
   if (value.op == Op::kFlatten) {
     const Vec<T> scale = broadcast(T(1) / static_cast<T>(n_positions(space)));
     d[0] *= scale;
@@ -253,6 +243,16 @@ void scale_tensor(const Work<T>& work, int number, bool has_ntk) {
   });
 }
 
+// Whether a pair of positions after a copy, or an Untie, is one before it.
+inline bool is_copied(const Value& value, const Index3& p, const Index3& partner) {
+  bool copied = value.op == Op::kGather || p == partner;
+  for (int a = 0; a < kAxes; ++a) {
+    const std::vector<int>& positions = value.positions[value.order[a]];
+    copied &= positions[p[a]] >= 0 && positions[partner[a]] >= 0;
+  }
+  return copied;
+}
+
 // The deficit of what is not copied: its covariance is 0.
 template <bool kWide, class T>
 void finish_copies(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int number, Vec<T>* d) {
@@ -260,16 +260,29 @@ void finish_copies(const Context<T>& c, const Plan& plan, const Tile<T>& tile, i
   const Value& value = c.program.values[tensor.value];
   const int64_t half = c.prepared.record.find(Statistic::kHalfVariance, tensor.value);
   each_pair(tensor, [&](int64_t at, const Index3& p, const Index3& partner) {
-    bool copied = value.op == Op::kGather || p == partner;
-    for (int a = 0; a < kAxes; ++a) {
-      const std::vector<int>& positions = value.positions[value.order[a]];
-      copied &= positions[p[a]] >= 0 && positions[partner[a]] >= 0;
-    }
-    if (copied) return;
+    if (is_copied(value, p, partner)) return;
     const Row1<T> first{at1<kWide>(c, tile, half + position(value.space, p))};
     d[at] = get<kWide>(first, 0) + load(tile.record2 + (half + position(value.space, partner)) * kLanes<T>);
   });
 }
+
+// What the deficit of two windows of a pool gets of the difference of their variances, because they do not hold equally
+// many positions.
+template <class T>
+class Unevenness {
+ public:
+  Unevenness(const Value& pool, const Index3& space) : pool_(pool), sizes_(pool, space) {}
+
+  T operator()(const Index3& p, const Index3& partner) const {
+    if (pool_.mean && pool_.normalize_edges) return 0;
+    const double norm = pool_.mean ? 2.0 * window_size<T>(pool_) * window_size<T>(pool_) : 2.0;
+    return static_cast<T>((sizes_.count(p) - sizes_.count(partner)) / norm);
+  }
+
+ private:
+  const Value& pool_;
+  PoolSizes<T> sizes_;
+};
 
 // Turns a pooled deficit into the deficit of the pooled covariance, see docs/cpu-engine.md.
 template <bool kWide, class T>
@@ -279,16 +292,15 @@ void finish_deficit(const Context<T>& c, const Plan& plan, const Tile<T>& tile, 
   const Value& value = c.program.values[tensor.value];
   const int64_t own = c.prepared.record.find(Statistic::kOwnDeficit, tensor.value);
   const int64_t sums = c.prepared.record.find(Statistic::kPooledVariance, tensor.value);
-  const PoolSizes<T> sizes(value, c.program.values[value.inputs[0]].space);
-  const double norm = value.mean ? 2.0 * window_size<T>(value) * window_size<T>(value) : 2.0;
+  const Unevenness<T> unevenness(value, c.program.values[value.inputs[0]].space);
   const V distinct = broadcast(T(1)) - same_samples(c, tile, 0, kIdentical);
   each_pair(tensor, [&](int64_t at, const Index3& p, const Index3& partner) {
     const int64_t p1 = position(value.space, p), p2 = position(value.space, partner);
     const auto first = [&](int64_t start) { return get<kWide>(Row1<T>{at1<kWide>(c, tile, start + p1)}, 0); };
     const auto second = [&](int64_t start) { return load(tile.record2 + (start + p2) * kLanes<T>); };
     V deficit = d[at] - (first(own) + second(own)) * broadcast(T(0.5));
-    const double uneven = value.mean && value.normalize_edges ? 0 : sizes.count(p) - sizes.count(partner);
-    if (uneven != 0) deficit = fma(first(sums) - second(sums), broadcast(static_cast<T>(uneven / norm)), deficit);
+    const T uneven = unevenness(p, partner);
+    if (uneven != 0) deficit = fma(first(sums) - second(sums), broadcast(uneven), deficit);
     d[at] = p1 == p2 ? deficit * distinct : deficit;
   });
 }

@@ -140,16 +140,17 @@ bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, in
          program.values[b.value].activation == Activation::kAbRelu;
 }
 
-void schedule(const Program& program, Stage& stage) {
+void schedule(const Program& program, Stage& stage, bool keeps_planes) {
   for (int i = 0; i < static_cast<int>(stage.instances.size()); ++i) {
     const Instance& instance = stage.instances[i];
     const bool head = is_head(program, instance);
     if (!head && !stage.passes.empty() && same_geometry(stage.instances[stage.passes.back().geometry], instance)) {
       Pass& pass = stage.passes.back();
-      if (pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0 && can_fuse(program, stage, pass.head, i)) {
+      const bool after_head = pass.head >= 0 && pass.row_ops.empty() && pass.fused_dual < 0;
+      if (after_head && can_fuse(program, stage, pass.head, i)) {
         pass.fused_dual = i;
       } else {
-        const bool after_mask = pass.head >= 0 && pass.fused_dual < 0 && pass.row_ops.size() == 1;
+        const bool after_mask = !keeps_planes && pass.head >= 0 && pass.fused_dual < 0 && pass.row_ops.size() == 1;
         if (after_mask && can_fuse(program, stage, pass.head, i, pass.row_ops[0])) pass.unmasked_dual = i;
         pass.row_ops.push_back(i);
       }
@@ -232,6 +233,23 @@ class BufferAllocator {
   std::vector<int> free_;
 };
 
+// Every plane has a buffer of its own. Those of cotangents are taken from the root back, and given back.
+void keep_planes(Stage& stage) {
+  for (Instance& instance : stage.instances) instance.buffer = stage.n_buffers++;
+  std::vector<int> free;
+  const auto take = [&](int& buffer) {
+    if (buffer >= 0) return;
+    if (free.empty()) free.push_back(stage.n_buffers++);
+    buffer = free.back();
+    free.pop_back();
+  };
+  take(stage.instances[stage.root].cotangent_buffer);
+  for (int i = static_cast<int>(stage.instances.size()) - 1; i >= 0; --i) {
+    for (int input : stage.instances[i].inputs) take(stage.instances[input].cotangent_buffer);
+    free.push_back(stage.instances[i].cotangent_buffer);
+  }
+}
+
 void measure(const Program& program, Stage& stage) {
   for (const Instance& instance : stage.instances) {
     if (instance.kind != Kind::kTied) continue;
@@ -260,8 +278,12 @@ void measure(const Program& program, Stage& stage) {
 Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit) {
   Stage stage;
   stage.root = StageBuilder(program, plan, stage).build(root, {1, 1, 1}, deficit);
-  schedule(program, stage);
-  BufferAllocator(program, stage).run();
+  schedule(program, stage, plan.keeps_planes);
+  if (plan.keeps_planes) {
+    keep_planes(stage);
+  } else {
+    BufferAllocator(program, stage).run();
+  }
   measure(program, stage);
   return stage;
 }

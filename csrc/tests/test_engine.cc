@@ -148,6 +148,14 @@ std::vector<Network> networks() {
         pool(true, one, 2, {6, 1, 1, 0, 0, 0}, {5, 1, 1, 0, 0, 0}), relu(false, one, 3), relu(false, image, 1)},
        true,
        {0, 3, 4}},
+      {"a derivative",
+       {inputs(true, small, 3), rescale(nt::Op::kScale, true, small, 0), linear(true, small, 1, kThree, kThree),
+        relu(true, small, 2), gather(true, half, 3, {0, -1, 2}, {1, -1, 1}), linear(true, half, 4, kThree, kRound),
+        rescale(nt::Op::kNormalize, true, half, 5), relu(true, half, 6),
+        pool(true, half, 7, {2, 1, 1, 1, 0, 0}, {2, 1, 1, 0, 1, 0}), linear(true, half, 8, kThree, kThree),
+        relu(false, half, 9), rescale(nt::Op::kDropout, false, half, 10),
+        pool(false, one, 11, {3, 1, 1, 0, 0, 0}, {3, 1, 1, 0, 0, 0})},
+       false},
       {"smooth nonlinearities",
        {inputs(true, small, 3), linear(true, small, 0, kThree, kThree), dual(nt::Activation::kErf, true, small, 1),
         linear(true, small, 2, kThree, kThree), dual(nt::Activation::kGelu, true, small, 3),
@@ -177,9 +185,10 @@ std::vector<Network> networks() {
   };
 }
 
-std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric) {
+// Without covariances of each sample with itself, of which there is no derivative.
+std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric, bool covariances = true) {
   const int64_t n_values = static_cast<int64_t>(network.values.size());
-  std::vector<int64_t> code = {nt::kEncoding, n1, n2, symmetric, 1, kCoefficients, 1, n_values};
+  std::vector<int64_t> code = {nt::kEncoding, n1, n2, symmetric, covariances, kCoefficients, 1, n_values};
   code.push_back(static_cast<int64_t>(network.outputs.size()) + 1);
   for (int output : network.outputs) code.insert(code.end(), {output, 0, 1});
   code.insert(code.end(), {n_values - 1, network.all_pairs, 1});
@@ -235,37 +244,62 @@ class Arrays {
   std::list<std::vector<T>> arguments_, results_;
 };
 
+// The results; on the way back the cotangents of operands, and tangents of the results.
 template <class T>
-std::vector<T> run(const nt::Prepared& prepared, const nt::Parallel& parallel) {
-  Arrays<T> arrays(prepared.program.symmetric);
-  const nt::Job<T> job = nt::make_job<T>(
-      prepared, [&](int64_t size, const char* what) { return arrays.argument(size, what); },
-      [&](int64_t size, const char*) { return arrays.result(size); });
-  if constexpr (sizeof(T) == 4) {
-    nt::level().run_float(job, parallel);
+std::vector<T> run(const nt::Prepared& prepared, const nt::Parallel& parallel, nt::Direction direction) {
+  const nt::Program& program = prepared.program;
+  Arrays<T> arrays(program.symmetric);
+  const auto argument = [&](int64_t size, const char* what) { return arrays.argument(size, what); };
+  const auto result = [&](int64_t size, const char*) { return arrays.result(size); };
+  constexpr bool kFloat = sizeof(T) == 4;
+  if (direction == nt::Direction::kForward) {
+    const nt::Job<T> job = nt::make_job<T>(prepared, argument, result);
+    if constexpr (kFloat) nt::level().run_float(job, parallel);
+    if constexpr (!kFloat) nt::level().run_double(job, parallel);
+    return arrays.results();
+  }
+  nt::BackwardJob<T> back{nt::make_job<T>(prepared, argument)};
+  back.cotangents = nt::take_results<const T>(program, argument);
+  back.results = nt::take_like_operands<T>(program, result);
+  nt::TangentJob<T> tangents{back.job};
+  tangents.tangents = nt::take_like_operands<const T>(program, argument);
+  tangents.job.results = nt::take_results<T>(program, result);
+  if constexpr (kFloat) {
+    nt::level().backward_float(back, parallel);
+    nt::level().tangents_float(tangents, parallel);
   } else {
-    nt::level().run_double(job, parallel);
+    nt::level().backward_double(back, parallel);
+    nt::level().tangents_double(tangents, parallel);
   }
   return arrays.results();
 }
 
-nt::Prepared prepare(const std::vector<int64_t>& code) {
-  return nt::prepare(nt::decode_program(code.data(), static_cast<int64_t>(code.size())));
+nt::Prepared prepare(const std::vector<int64_t>& code, nt::Direction direction = nt::Direction::kForward) {
+  return nt::prepare(nt::decode_program(code.data(), static_cast<int64_t>(code.size())), direction);
+}
+
+bool has_derivative(const Network& network) {
+  try {
+    prepare(encode(network, 1, 1, false, false), nt::Direction::kBackward);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
 }
 
 template <class T>
-std::vector<T> run(const Network& network, int n1, int n2, bool symmetric, int n_threads) {
-  Pool pool;
-  return run<T>(prepare(encode(network, n1, n2, symmetric)),
-                nt::Parallel(n_threads > 1 ? pool.schedule() : nt::Schedule(), n_threads));
-}
-
-template <class T>
-bool check(const Network& network, int n1, int n2, bool symmetric, T tolerance) {
+bool check(const Network& network, int n1, int n2, bool symmetric, T tolerance,
+           nt::Direction direction = nt::Direction::kForward) {
+  const auto run = [&](int n_threads) {
+    Pool pool;
+    const bool forward = direction == nt::Direction::kForward;
+    return ::run<T>(prepare(encode(network, n1, n2, symmetric, forward), direction),
+                    nt::Parallel(n_threads > 1 ? pool.schedule() : nt::Schedule(), n_threads), direction);
+  };
   std::vector<T> reference;
   for (const char* level : {"baseline", "avx2", "avx512"}) {
     nt::choose_level(level);
-    const auto expected = run<T>(network, n1, n2, symmetric, 1);
+    const auto expected = run(1);
     if (reference.empty()) reference = expected;
     for (size_t i = 0; i < expected.size(); ++i) {
       if (!(std::abs(expected[i] - reference[i]) <= tolerance * std::max(T(1), std::abs(reference[i])))) {
@@ -274,7 +308,7 @@ bool check(const Network& network, int n1, int n2, bool symmetric, T tolerance) 
         return false;
       }
     }
-    if (run<T>(network, n1, n2, symmetric, 3) != expected) {
+    if (run(3) != expected) {
       std::printf("%s at level %s depends on the number of threads\n", network.name, level);
       return false;
     }
@@ -298,8 +332,10 @@ void try_to_run(const std::vector<int64_t>& code, int& n_run) {
   try {
     const nt::Program program = nt::decode_program(code.data(), static_cast<int64_t>(code.size()));
     if (!is_small(program)) return;
-    run<float>(nt::prepare(program), nt::Parallel(nt::Schedule(), 1));
+    const nt::Parallel alone(nt::Schedule(), 1);
+    run<float>(nt::prepare(program), alone, nt::Direction::kForward);
     ++n_run;
+    run<float>(nt::prepare(program, nt::Direction::kBackward), alone, nt::Direction::kBackward);
   } catch (const std::invalid_argument&) {
   } catch (const std::bad_alloc&) {
   }
@@ -307,7 +343,7 @@ void try_to_run(const std::vector<int64_t>& code, int& n_run) {
 
 // Every program that differs in some numbers from a good one is refused or runs.
 bool fuzz(const Network& network) {
-  const auto good = encode(network, 2, 2, false);
+  const auto good = encode(network, 2, 2, false, !has_derivative(network));
   for (size_t length = 0; length < good.size(); ++length) {
     try {
       nt::decode_program(good.data(), static_cast<int64_t>(length));
@@ -360,7 +396,7 @@ bool prepared_once() {
   const Network network = networks()[0];
   const auto get = [&](int n1) {
     const auto code = encode(network, n1, 1, false);
-    return nt::prepared(code.data(), static_cast<int64_t>(code.size()));
+    return nt::prepared(code.data(), static_cast<int64_t>(code.size()), nt::Direction::kForward);
   };
   const auto first = get(1);
   if (get(1) != first) {
@@ -457,6 +493,13 @@ int main() {
     for (const auto& [n1, n2, symmetric] : {std::tuple{3, 2, false}, {2, 19, false}, {18, 18, true}, {1, 1, true}}) {
       ok = check<float>(network, n1, n2, symmetric, 2e-5f) && ok;
       ok = check<double>(network, n1, n2, symmetric, 1e-12) && ok;
+    }
+    if (has_derivative(network)) {
+      constexpr auto kBackward = nt::Direction::kBackward;
+      for (const auto& [n1, n2, symmetric] : {std::tuple{3, 2, false}, {2, 19, false}, {18, 18, true}}) {
+        ok = check<float>(network, n1, n2, symmetric, 1e-3f, kBackward) && ok;
+        ok = check<double>(network, n1, n2, symmetric, 1e-10, kBackward) && ok;
+      }
     }
     ok = fuzz(network) && ok;
   }

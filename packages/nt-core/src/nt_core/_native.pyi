@@ -18,5 +18,8 @@ def dual(
 def schema() -> dict[str, Any]:
     """The encoding of programs: its version, and the numbers of operations and activations."""
 
+def refusal_of_derivative(code: np.ndarray) -> str | None:
+    """Why an encoded program has no native derivative, or None if it has one."""
+
 def choose_level(name: str) -> None:
     """Lowers the instruction set to the named one (baseline, avx2 or avx512; '' for the best that there is)."""

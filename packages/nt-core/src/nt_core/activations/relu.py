@@ -90,7 +90,8 @@ def _arc_cosine_kernels_jvp(primals, tangents):
     # scale sqrt(1 - c^2)/pi. Nearer to c = 1 or -1 than the threshold, second derivatives would overflow.
     sine = kappa1 + kappa0 * jnp.abs(covariance)
     scale = jnp.sqrt(var1) * jnp.sqrt(var2)
-    is_regular = sine > scale * float(jnp.finfo(deficit.dtype).tiny) ** (1 / 3)
+    # At zero variance the sine is a rounding error, or 0.
+    is_regular = (scale > 0) & (sine > scale * float(jnp.finfo(deficit.dtype).tiny) ** (1 / 3))
     dkappa0 = jnp.where(is_regular, sign * dangular / (math.pi**2 * jnp.where(is_regular, sine, 1)), 0)
     dkappa1 = sign * kappa0 * dangular + kappa1 * (relative1 + relative2)
     return (kappa1, kappa0), (dkappa1, dkappa0)

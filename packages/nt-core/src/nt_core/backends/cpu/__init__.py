@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Device, Refused, Request
-from nt_core.backends.cpu import native
+from nt_core.backends.cpu import calls, native
+from nt_core.backends.cpu.calls import Call
 from nt_core.backends.cpu.encode import Encoded, encode
+from nt_core.backends.cpu.linear import Linear, linear_call
 from nt_core.backends.xla import XlaBackend
-from nt_core.evaluation.fusion import constant
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.lowering import Form
@@ -20,12 +22,11 @@ from nt_core.program import Program
 from nt_core.sources import Inputs, Source, dtype_of, is_symmetric, of_one_batch, same_batches
 from nt_core.spec import Spec
 
-_TARGET = "nt_propagate"
 _DTYPES = ("float32", "float64")
 
 
 class CpuBackend:
-    """Takes what docs/cpu-engine.md lists. Derivatives are those of the `xla` backend."""
+    """Takes what docs/cpu-engine.md lists. Derivatives are native where it says so, elsewhere those of `xla`."""
 
     name = "cpu"
 
@@ -56,7 +57,7 @@ _Arrays = dict[str, Array | None]  # of a kernel, by the names of its fields
 
 
 def _differentiable(request: Request) -> Any:
-    """Returns the native computation of the outputs' arrays, with the derivatives of the `xla` backend."""
+    """Returns the native computation of the outputs' arrays. Its derivatives are native where the engine has them."""
 
     @jax.custom_jvp
     def compute(program: Program, sources: tuple[Source, ...]) -> list[_Arrays]:
@@ -69,26 +70,73 @@ def _differentiable(request: Request) -> Any:
     @compute.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
         # The value stays native: in reverse mode the forward pass of the reference is then dead code.
-        return compute(*primals), jax.jvp(reference, primals, tangents)[1]
+        value = compute(*primals)
+        program, sources = primals
+        if _has_native_derivative(program, sources, request):
+            return value, _native_tangent(primals, tangents, reference, request)
+        return value, jax.jvp(reference, primals, tangents)[1]
 
     return compute
 
 
-def _arrays(program: Program, sources: tuple[Source, ...], request: Request) -> list[_Arrays]:
+def _has_native_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> bool:
+    try:
+        jax.eval_shape(partial(_arrays, request=request, propagate=calls.check_derivative), program, sources)
+    except Refused:
+        return False
+    return True
+
+
+def _native_tangent(primals: Any, tangents: Any, reference: Any, request: Request) -> list[_Arrays]:
+    """Returns the tangent of the outputs' arrays, whose transpose is native too; see `linear_call`.
+
+    Args:
+      primals, tangents: a program and sources.
+      reference: the same computation, for derivatives of higher order.
+      request: what is asked for.
+    """
+    leaves, structure = jax.tree.flatten(primals)
+    numbers = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+
+    def at(compute: Any, point: list[Array]) -> list[_Arrays]:
+        replaced = dict(zip(numbers, point, strict=True))
+        return compute(*jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    def pushes(compute: Any) -> Linear:
+        return lambda point, tangent: jax.jvp(partial(at, compute), (point,), (tangent,))[1]
+
+    def pulls(compute: Any) -> Linear:
+        return lambda point, cotangent: jax.vjp(partial(at, compute), point)[1](cotangent)[0]
+
+    push = linear_call(
+        pushes(partial(_arrays, request=request, propagate=calls.propagate_with_pushforward)),
+        pulls(partial(_arrays, request=request, propagate=calls.propagate_with_pullback)),
+        pushes(reference),
+        pulls(reference),
+    )
+    flat = jax.tree.leaves(tangents)
+    return push([jnp.asarray(leaves[i]) for i in numbers], [jnp.asarray(flat[i]) for i in numbers])
+
+
+def _arrays(
+    program: Program, sources: tuple[Source, ...], request: Request, propagate: Call = calls.propagate
+) -> list[_Arrays]:
     """Returns the arrays of the outputs; those between all samples of one batch are a call of its own."""
-    outputs = _call(program, sources, request, (1, 2))
+    outputs = _call(program, sources, request, (1, 2), propagate)
     if not request.covariances or sources[0].spec.diagonal_batch:
         return outputs
     if all(is_symmetric(source) for source in sources):
         return [{**arrays, "cov1": arrays["nngp"]} for arrays in outputs]
     for which in (1, 2):
         alone = tuple(of_one_batch(source, which) for source in sources)
-        own = _call(program, alone, Request(ntk=False, covariances=False), (which, which))
+        own = _call(program, alone, Request(ntk=False, covariances=False), (which, which), propagate)
         outputs = [{**arrays, f"cov{which}": k["nngp"]} for arrays, k in zip(outputs, own, strict=True)]
     return outputs
 
 
-def _call(program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int]) -> list[_Arrays]:
+def _call(
+    program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int], propagate: Call
+) -> list[_Arrays]:
     """One call of the engine, see `encode`."""
     encoded = encode(program, sources, request, batches)
     dtype, (n1, n2) = dtype_of(sources[0]), (sources[0].spec.n1, sources[0].spec.n2)
@@ -105,10 +153,8 @@ def _call(program: Program, sources: tuple[Source, ...], request: Request, batch
             samples += [(n1,)] if encoded.symmetric else [(n1,), (n2,)]
         positions = (math.prod(spec.space),) * (2 if all_pairs else 1)
         shapes.extend(of_samples + positions for of_samples in samples)
-    outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    computed = jax.ffi.ffi_call(_TARGET, outputs, vmap_method="sequential")(*operands, code=encoded.code)
-    # JAX does not know over which axes of a mesh the results of a custom call vary: adding this 0 tells it.
-    results = iter([result + constant((), 0, dtype, operands) for result in computed])
+    types = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    results = iter(propagate(encoded.code, types, operands))
     return [_take(results, spec, form, encoded, request.ntk, dtype) for spec, form in zip(specs, forms, strict=True)]
 
 

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import jax
+import numpy as np
 
 _MODULE = "nt_core._native"
 _LEVEL = "NT_CPU_LEVEL"  # read once: the environment is not to be read on the threads of XLA
@@ -45,6 +46,11 @@ def refusal() -> str | None:
 def schema() -> dict[str, Any]:
     """Returns how programs are encoded: the numbers of operations and activations, as the module was compiled with."""
     return importlib.import_module(_MODULE).schema()
+
+
+def refusal_of_derivative(code: np.ndarray) -> str | None:
+    """Returns why an encoded program has no native derivative, or None if it has one."""
+    return importlib.import_module(_MODULE).refusal_of_derivative(code)
 
 
 def runtime_ffi_version() -> tuple[int, int]:

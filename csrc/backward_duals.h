@@ -1,0 +1,80 @@
+// Derivatives of nonlinearities.
+#pragma once
+
+#include "duals_common.h"
+#include "duals_relu.h"
+
+namespace nt {
+namespace NT_LEVEL {
+
+// Cotangents of what a nonlinearity reads of a pair.
+template <class T>
+struct DualBars {
+  Vec<T> deficit, tangent, half1, half2;
+};
+
+// The ReLU family. With h the angle over pi, o what `AbRelu` calls `opposed`, s the product of the standard deviations
+// and dA = -s dc the change of the deficit at fixed variances (c is the correlation),
+//   do = h dA + o (dvar1 / (2 var1) + dvar2 / (2 var2)),  dh = dA / (pi s sin),
+//   dA = dD - (var1 - K) dvar1 / (2 var1) - (var2 - K) dvar2 / (2 var2).
+// At zero variance the terms that are divided by it are dropped; dh is 0 where the angle is 0 or pi.
+template <class T>
+class AbReluBack {
+  using V = Vec<T>;
+
+ public:
+  explicit AbReluBack(const T* c) : slope_(broadcast(c[0])), kink_(broadcast(c[1])) {}
+
+  // Adds the cotangents of the two coefficients to `coefficients`.
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE DualBars<T> apply(V deficit, V tangent, const First& first, const Second& second, V value_bar,
+                              V tangent_bar, V* coefficients) const {
+    const V zero{}, one = broadcast(T(1)), pi = broadcast(kPi<T>);
+    const V root1 = first[0], root2 = second[0];  // of half the variances
+    const V scale = (root1 + root1) * root2, difference = root1 - root2;
+    const V inverse1 = first[1], inverse2 = second[1];  // of the standard deviations
+    const V angular = fma(-difference, difference, deficit);
+    V u = (angular * inverse1) * inverse2;
+    u = if_positive(scale, u, one);
+    const V w = max(zero, min(u, broadcast(T(2)) - u)), root = sqrt(w), negative = angular - scale;
+    const V p = horner<T>(ReluPolynomials<T>::p, w), of_q = w * horner<T>(ReluPolynomials<T>::q, w);
+    const V opposed = fma(scale * root, of_q, max(zero, negative));
+    V angle = root * p;
+    angle = if_positive(negative, one - angle, angle);
+    // The covariance is the variance after, of both, less the deficit after.
+    const V bar = kCovariance ? -value_bar : value_bar;
+    V angular_bar = -kink_ * bar * angle;
+    coefficients[0] = fma(bar, deficit, coefficients[0]);
+    coefficients[1] = fma(-bar, opposed, coefficients[1]);
+    DualBars<T> bars;
+    if constexpr (kNtk) {
+      const V factor_bar = tangent_bar * tangent;
+      coefficients[0] += factor_bar;
+      coefficients[1] = fma(-factor_bar, angle, coefficients[1]);
+      bars.tangent = tangent_bar * fma(-kink_, angle, slope_);
+      const V sine = root * fma(one - w, p, of_q);  // over pi
+      const V regular = sine - broadcast(kSmallestSine);
+      const V per_sine = inverse1 * inverse2 / if_positive(regular, pi * pi * sine, one);
+      angular_bar = fma(-kink_ * factor_bar, if_positive(regular, per_sine, zero), angular_bar);
+    }
+    const V relative_bar = -kink_ * bar * opposed, gap = difference * (root1 + root2);
+    bars.deficit = fma(slope_, bar, angular_bar);
+    bars.half1 = fma(-angular_bar, deficit + gap, relative_bar) * (inverse1 * inverse1);
+    bars.half2 = fma(-angular_bar, deficit - gap, relative_bar) * (inverse2 * inverse2);
+    if constexpr (kCovariance) {
+      coefficients[0] = fma(value_bar, fma(root1, root1, root2 * root2), coefficients[0]);
+      bars.half1 = fma(slope_, value_bar, bars.half1);
+      bars.half2 = fma(slope_, value_bar, bars.half2);
+    }
+    return bars;
+  }
+
+ private:
+  // As in nt_core/activations/relu.py: the cube root of the smallest normal number.
+  static constexpr T kSmallestSine = sizeof(T) == sizeof(float) ? T(2.2737368e-13) : T(2.8126442852362996e-103);
+
+  V slope_, kink_;
+};
+
+}  // namespace NT_LEVEL
+}  // namespace nt

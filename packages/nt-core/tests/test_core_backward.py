@@ -1,0 +1,249 @@
+"""Derivatives by the native engine: against finite differences, against those of xla, and in every mode of JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import (
+    ABS,
+    CHAINS,
+    MEAN,
+    RELU,
+    chain,
+    conv,
+    dense,
+    inputs,
+    masked,
+    masks,
+    pool,
+    residual,
+    run,
+    run_all,
+    spec_of,
+)
+from nt_core import Builder, Inputs, Request, activations, steps
+from nt_core.backends import cpu
+
+NTK = Request(ntk=True, covariances=False)
+DROPOUT = [conv(), RELU, steps.Dropout(0.6), conv(), RELU, steps.Dropout(0.8), steps.GlobalPool(MEAN), dense(), RELU]
+
+
+def two_outputs(spec):
+    """One value is pooled and flattened, and both are returned; the second goes through another nonlinearity."""
+    builder = Builder()
+    x = builder.add(RELU, builder.add(conv(), builder.source(spec)))
+    first = builder.add(dense(), builder.add(steps.GlobalPool(MEAN), x))
+    second = builder.add(RELU, builder.add(dense(), builder.add(steps.Flatten(), x)))
+    return builder.build(first, second)
+
+
+# One axis and two, every kind of step, with one stage and with several.
+CHAINED = (
+    "valid",
+    "dilated",
+    "explicit padding",
+    "standard",
+    "after global pool",
+    "strides",
+    "circular strides",
+    "pool",
+    "strided pool",
+    "overlapping pool, global",
+    "sums, normalised edges",
+    "normalised edges, global",
+    "circular pool",
+    "normalised",
+    "gather, pool",
+    "gather, circular",
+    "gather, equal positions",
+    "untie, pool",
+    "untie, equal positions",
+)
+LINE = [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS]
+NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in CHAINED}
+NETWORKS |= {
+    "residual": ((8, 8), residual),
+    "dropout": ((6, 6), lambda spec: chain(spec, DROPOUT)),
+    "two outputs": ((4, 3), two_outputs),
+    "linear": ((4, 3), lambda spec: chain(spec, [conv(), steps.GlobalPool(MEAN), dense(b_var=None)])),
+    "one axis": ((7,), lambda spec: chain(spec, LINE)),
+}
+
+
+def as_arrays(program):
+    """A program whose coefficients are arrays, to be differentiated in."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), program)
+
+
+def random_like(tree, seed=1):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), tree)
+
+
+def dot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def moved(point, direction, step):
+    return jax.tree.map(lambda x, d: x + step * d, point, direction)
+
+
+def kernels_of(program, x1, x2, request=NTK, implementation="cpu"):
+    """The arrays of all outputs, as a function of the program and of the inputs; `x2` None is a batch with itself."""
+
+    def kernels(program, x1, *x2):
+        outputs = run_all(program, x1, *(x2 or (None,)), request, implementation)
+        return [(k.nngp, k.ntk, k.cov1, k.cov2) for k in outputs]
+
+    return kernels, (as_arrays(program), jnp.asarray(x1), *(() if x2 is None else (jnp.asarray(x2),)))
+
+
+def check_direction(kernels, point, tolerance=1e-7):
+    """Compares derivatives along one direction, forward and reverse, with finite differences."""
+    direction = random_like(point)
+    value, pull = jax.vjp(kernels, *point)
+    weights = random_like(value)
+    tangent = dot(jax.jvp(kernels, point, direction)[1], weights)
+    np.testing.assert_allclose(dot(pull(weights), direction), tangent, rtol=1e-9)
+    step = 1e-5
+    after, before = (dot(kernels(*moved(point, direction, s)), weights) for s in (step, -step))
+    np.testing.assert_allclose(tangent, (after - before) / (2 * step), rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_against_finite_differences(name, x64):
+    """In the inputs and in all coefficients."""
+    space, make = NETWORKS[name]
+    x1, x2 = (x.reshape(len(x), *space, -1) for x in inputs(space, 3, 2, "float64"))
+    check_direction(*kernels_of(make(spec_of(x1, x2)), x1, x2))
+    check_direction(*kernels_of(make(spec_of(x1, x1)), x1, None))
+
+
+def test_masks_and_their_numbers(x64):
+    """The numbers of each sample and position are differentiated in, too; at 0 there is a kink."""
+    (x1, x2), both = inputs((6, 6), 3, 2, "float64"), masks((6, 6), 3, 2)
+    both = [mask + 0.1 for mask in both]
+    check_direction(*kernels_of(masked(spec_of(x1, x2), *both), x1, x2))
+    check_direction(*kernels_of(masked(spec_of(x1, x1), both[0], None), x1, None))
+
+
+def test_covariances_of_each_batch(x64):
+    """They are calls of their own, of each batch with itself."""
+    x1, x2 = inputs((4, 3), 3, 2, "float64")
+    program = chain(spec_of(x1, x2), [conv(), RELU, steps.GlobalPool(MEAN), dense()])
+    check_direction(*kernels_of(program, x1, x2, Request(ntk=True, covariances=True)))
+
+
+def test_subgradients_are_those_of_xla(x64):
+    """Where inputs coincide, are parallel, antiparallel or zero; and everywhere else, entry by entry."""
+    (x, other), _ = inputs((3, 3), 2, 1, "float64")
+    x1, x2 = np.stack([x, x, 0 * x]), np.stack([x, 2 * x, -x, 0 * x, other])
+    x2[-1, 0] = 0
+    layers = [conv(b_var=None), RELU, pool((2, 2), (1, 1)), conv(b_var=None), ABS, steps.Flatten(), dense(), RELU]
+
+    def gradients(implementation):
+        kernels, point = kernels_of(chain(spec_of(x1, x2), layers), x1, x2, NTK, implementation)
+        return jax.jit(jax.grad(lambda *point: dot(kernels(*point), weights), argnums=(0, 1, 2)))(*point)
+
+    weights = random_like([(jnp.zeros((3, 5)), jnp.zeros((3, 5)), None, None)])
+    for actual, expected in zip(*(jax.tree.leaves(gradients(i)) for i in ("cpu", "xla")), strict=True):
+        assert np.isfinite(actual).all()
+        # Roundings of antiparallel inputs are those of a square root.
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
+def test_gradient_of_a_gradient(x64):
+    """That of xla, of what the native gradient is. Forward over reverse is in test_core_derivatives.py."""
+    x1, x2 = inputs((3, 2), 2, 1, "float64")
+    kernels, point = kernels_of(chain(spec_of(x1, x2), [conv(), RELU, steps.Flatten()]), x1, x2)
+    direction = random_like(point)
+
+    @jax.jit
+    def along(step):
+        gradient = jax.grad(lambda *point: dot(kernels(*point), kernels(*point)), (0, 1, 2))
+        return dot(gradient(*moved(point, direction, step)), direction)
+
+    np.testing.assert_allclose(jax.grad(along)(0.0), (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-6)
+
+
+def test_float32_keeps_its_digits():
+    """Of a pair of nearly equal images, too."""
+    layers = [conv(), RELU] * 6 + [pool()] + [conv(), RELU] * 2 + [steps.GlobalPool(MEAN), dense()]
+    x1, x2 = (x.astype("float32") for x in inputs((6, 6), 2, 2, "float64"))
+    x2[0] = x1[0] + np.float32(0.01) * x2[0]
+
+    def gradient(dtype):
+        with jax.enable_x64(dtype == "float64"):
+            a, b = x1.astype(dtype), x2.astype(dtype)
+            kernels, point = kernels_of(chain(spec_of(a, b), layers), a, b)
+            leaves = jax.tree.leaves(jax.grad(lambda *x: jnp.sum(kernels(*x)[0][1]), argnums=(0, 1, 2))(*point))
+            return [np.asarray(leaf, np.float64) for leaf in leaves]
+
+    expected = gradient("float64")
+    of_coefficients = max(np.abs(leaf) for leaf in expected if leaf.ndim == 0)
+    for actual, wanted in zip(gradient("float32"), expected, strict=True):
+        scale = np.abs(wanted).max() if wanted.ndim else of_coefficients
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=5e-5 * scale)
+
+
+POOLED, FLAT = [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)], [conv(), RELU, steps.Flatten()]
+
+
+@pytest.mark.parametrize("layers", [POOLED, FLAT])
+def test_many_samples(layers):
+    """More than one task takes, with pairs that are packed and with rows of them; sums are the same in every run."""
+    x1, x2 = inputs((6, 6), 37, 41, "float32")
+    weights = np.random.default_rng(1).normal(size=(37, 41)).astype("float32")
+
+    def gradient(x1, x2, weights):
+        def total(x1, x2):
+            return jnp.sum(weights * run(chain(spec_of(x1, x2), layers), x1, x2, NTK, "cpu").ntk)
+
+        return jax.grad(total, (0, 1))(x1, x2)
+
+    whole1, whole2 = gradient(x1, x2, weights)
+    part, _ = gradient(x1[30:33], x2, weights[30:33])
+    np.testing.assert_allclose(whole1[30:33], part, rtol=0, atol=1e-5 * np.abs(part).max())
+    _, part = gradient(x1, x2[20:22], weights[:, 20:22])
+    np.testing.assert_allclose(whole2[20:22], part, rtol=0, atol=1e-5 * np.abs(part).max())
+    again1, again2 = gradient(x1, x2, weights)
+    np.testing.assert_array_equal(whole1, again1)
+    np.testing.assert_array_equal(whole2, again2)
+
+    def of_itself(x1, x2):
+        symmetric = weights[:, :37] + weights[:, :37].T
+        return jnp.sum(symmetric * run(chain(spec_of(x1, x1), layers), x1, x2, NTK, "cpu").ntk)
+
+    own = jax.grad(of_itself)(jnp.asarray(x1), None)
+    first, second = jax.grad(of_itself, (0, 1))(jnp.asarray(x1), jnp.asarray(x1))
+    np.testing.assert_allclose(own, first + second, rtol=0, atol=1e-5 * np.abs(own).max())
+
+
+def test_a_gradient_compiles_nothing_of_xla():
+    """No loop over pairs, planes or layers: the program is one custom call."""
+    x1, x2 = inputs((6, 6), 3, 2, "float32")
+    program = chain(spec_of(x1, x2), POOLED)
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(run(program, *x, NTK, "cpu").ntk), (0, 1)))
+    text = gradient.lower(x1, x2).compile().as_text()
+    assert "nt_backward" in text and "nt_tangents" not in text and "nt_propagate" not in text and "while" not in text
+
+
+REFUSED = {
+    "this nonlinearity": [conv(), steps.Dual(activations.Erf(1.0, 1.0, 0.0)), steps.Flatten()],
+    "outputs with positions": [conv(), RELU],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_other_programs_have_the_derivatives_of_xla(reason):
+    x1, x2 = inputs((2, 2), 1, 1, "float32")
+    program = chain(spec_of(x1, x2), REFUSED[reason])
+    source = Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
+    assert not cpu._has_native_derivative(program, (source,), NTK)
+    code = cpu.encode(program, (source,), NTK).code
+    assert reason in cpu.native.refusal_of_derivative(code)
+
+    def gradient(implementation):
+        return jax.grad(lambda x: jnp.sum(run(program, x, x2, NTK, implementation).ntk))(x1)
+
+    np.testing.assert_allclose(gradient("cpu"), gradient("xla"), rtol=1e-5)
