@@ -340,8 +340,10 @@ class Backward : Derivative<T> {
   void pairs_back(const Samples<T>& first, const Samples<T>& second) {
     const int64_t n1 = first.end - first.begin, n2 = second.end - second.begin;
     // A task takes some first samples, such that lanes are full, and adds up cotangents of all the second ones.
-    const int64_t rows = std::max(ceil_div(kL, n2), ceil_div(n1, kMaxTasks)), n_tasks = ceil_div(n1, rows);
     const int64_t n_coefficients = program_.n_coefficients, n_bars = second.n_groups() * c_.cotangent_size;
+    const int64_t room = std::max<int64_t>(kBytesOfBars / (n_bars * static_cast<int64_t>(sizeof(V))), 1);
+    const int64_t rows = std::max(ceil_div(kL, n2), ceil_div(n1, std::min(room, kMaxTasks)));
+    const int64_t n_tasks = ceil_div(n1, rows);
     std::vector<double> coefficients(n_tasks * n_coefficients, 0);
     Buffer<V> bars(n_tasks * n_bars);
     const bool packs = c_.prepared.pairs.n_planes >= kPlanesWorthPacking;
