@@ -248,9 +248,10 @@ class Derivative {
     return pairs;
   }
 
-  // Calls visit(first samples, second ones) for all blocks; of a symmetric program those that have pairs.
-  template <class Visit>
-  void each_block(const Visit& visit) const {
+  // Calls visit(first samples, second ones) for all blocks, of a symmetric program those that have pairs; and
+  // finish(first samples) when all second ones were there.
+  template <class Visit, class Finish>
+  void each_block(const Visit& visit, const Finish& finish) const {
     if (program_.n1 == 0 || program_.n2 == 0) return;
     const int64_t size = block();
     for (int64_t begin1 = 0; begin1 < program_.n1; begin1 += size) {
@@ -261,6 +262,7 @@ class Derivative {
         fill_records(second);
         visit(first, second);
       }
+      finish(first);
     }
   }
 
@@ -289,11 +291,12 @@ class Backward : Derivative<T> {
       return are_zeros(bars.nngp, n) && are_zeros(bars.ntk, n);
     });
     if (nothing) return;
-    this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
-      pairs_back(first, second);
-      samples_back(first);
-      samples_back(second);
-    });
+    this->each_block(
+        [&](const Samples<T>& first, const Samples<T>& second) {
+          pairs_back(first, second);
+          samples_back(second);
+        },
+        [&](const Samples<T>& first) { samples_back(first); });
     std::copy(coefficients_.begin(), coefficients_.end(), job_.results.coefficients);
   }
 
@@ -474,7 +477,7 @@ class Tangents : Derivative<T> {
       }
       return;
     }
-    this->each_block([&](const Samples<T>& first, const Samples<T>& second) {
+    const auto visit = [&](const Samples<T>& first, const Samples<T>& second) {
       const auto pairs = this->pairs(first.begin, first.end, second);
       parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
         BackwardScratch<T> scratch(c_);
@@ -497,7 +500,8 @@ class Tangents : Derivative<T> {
           }
         }
       });
-    });
+    };
+    this->each_block(visit, [](const Samples<T>&) {});
   }
 
  private:

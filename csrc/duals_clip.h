@@ -16,10 +16,9 @@ namespace NT_LEVEL {
 template <class T>
 class PowerQuadrature {
  public:
-  static constexpr int kNodes = std::is_same_v<T, float> ? 40 : 160;
+  static constexpr int kNodes = 160, kPower = 10;
 
   PowerQuadrature() {
-    constexpr int kPower = std::is_same_v<T, float> ? 5 : 10;
     constexpr double kPi = 3.14159265358979323846;
     for (int k = 0; k < kNodes; ++k) {
       double x = std::cos(kPi * (k + 0.75) / (kNodes + 0.5)), slope = 0;
@@ -58,10 +57,12 @@ class Clip {
   static constexpr int kL = kLanes<T>;
 
   enum Plane { kHalfAfter, kHalf, kStd, kOwn, kOfBounds };
-  enum OfBound { kRelative, kInside, kBeyond, kSecondMoment, kNormal, kNumbers };
+  // The last is the density, less that at 0: of large deviations the differences matter.
+  enum OfBound { kRelative, kInside, kBeyond, kSecondMoment, kDrop, kNumbers };
 
  public:
   static constexpr int kPlanes = kOfBounds + 2 * kNumbers;
+  static constexpr T kDensityAtZero = T(0.39894228040143267794);
 
   explicit Clip(const T* c) : square_(c[0]), mixed_(c[1]), constant_(c[2]), bounds_{c[3], c[4]} {}
 
@@ -111,16 +112,16 @@ class Clip {
     const T std = std::sqrt(half + half);
     T own = 0, mean = 0;
     for (int bound = 0; bound < 2; ++bound) {
-      const T at = bounds_[bound], far = 40;
-      const T x = at < far * std ? at / std : at > 0 ? far : T(0);
+      const T far = 40, at = std::min(bounds_[bound], far * std);
+      const T x = std > 0 ? at / std : bounds_[bound] > 0 ? far : T(0);
       T* numbers = planes + of(bound, 0);
       numbers[kRelative] = x;
       numbers[kInside] = T(0.5) * std::erf(T(0.70710678118654752440) * x);
       numbers[kBeyond] = T(0.5) * std::erfc(T(0.70710678118654752440) * x);
-      numbers[kNormal] = T(0.39894228040143267794) * std::exp(T(-0.5) * x * x);
-      numbers[kSecondMoment] = second_moment(x, numbers[kInside], numbers[kNormal]);
+      numbers[kDrop] = kDensityAtZero * std::expm1(T(-0.5) * x * x);
+      numbers[kSecondMoment] = second_moment(x, numbers[kInside], kDensityAtZero + numbers[kDrop]);
       own += std * std * numbers[kSecondMoment] + at * at * numbers[kBeyond];
-      const T positive = std * (T(0.39894228040143267794) - numbers[kNormal]) + at * numbers[kBeyond];
+      const T positive = at * numbers[kBeyond] - std * numbers[kDrop];
       mean += bound == 0 ? -positive : positive;
     }
     planes[kHalf] = half;
@@ -133,7 +134,7 @@ class Clip {
   static T second_moment(T x, T inside, T normal) {
     const T square = x * x;
     if (square >= T(0.25)) return inside - x * normal;
-    T term = T(0.39894228040143267794) * square * x, sum = 0;  // a Taylor series
+    T term = kDensityAtZero * square * x, sum = 0;  // a Taylor series
     for (int k = 0; k <= 10; ++k) {
       sum += term / T(2 * k + 3);
       term *= T(-0.5) * square / T(k + 1);
@@ -153,13 +154,13 @@ class Clip {
     const V is_near = broadcast(std::is_same_v<T, float> ? T(0x1p-3) : T(0x1p-8)) * larger - difference;
     V sum{}, direct = half * (first[kOwn] + second[kOwn]);
     for (int k = 0; k < 2; ++k) {
-      const V bound = broadcast(bounds_[k]);
-      const V between = bound * smaller * (of_larger(of(k, kNormal)) - of_smaller(of(k, kNormal)));
+      const V bound = min(broadcast(bounds_[k]), broadcast(T(40)) * larger);
+      const V between = bound * smaller * (of_larger(of(k, kDrop)) - of_smaller(of(k, kDrop)));
       const V product = smaller * larger * of_larger(of(k, kSecondMoment)) + between;
       direct -= fma(bound * bound, of_smaller(of(k, kBeyond)), product);
       const auto weighted = [&](const auto& number, V std, T value, T slope, T bend) {
         const V x = number(of(k, kRelative)), step = difference / if_positive(std, std, one);
-        const V cube = x * x * x * number(of(k, kNormal)), four = broadcast(T(4));
+        const V cube = x * x * x * (broadcast(kDensityAtZero) + number(of(k, kDrop))), four = broadcast(T(4));
         const V bending = broadcast(bend) * (four - x * x) * step - broadcast(slope);
         return fma(broadcast(value), number(of(k, kSecondMoment)), bending * cube * step);
       };
@@ -182,16 +183,22 @@ class Clip {
     for (int k = 0; k < Quadrature::kNodes; ++k) {
       const V tangent = fma(length, broadcast(quadrature.node(k)), start), square = tangent * tangent;
       const V half_sum = half * (one + square), half_inverse = half * half_sum * half_sum / max(square, least);
+      // Of densities at one bound of the first variable, the difference: for large deviations they nearly agree.
       V density = zero;
       for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          const V x = first[of(i, kRelative)], y = second[of(j, kRelative)];
-          const bool alike = (i == j) == (sign > 0);  // whether both bounds are on one side of 0, seen from there
-          const V apart = alike ? x - y : x + y, product = alike ? x * y : -(x * y);
-          const V at = exp_pair<T>(-fma(apart * apart, half_inverse, product * half_sum)).exp;
-          density = i == j ? density + at : density - at;
-        }
+        const V x = first[of(i, kRelative)], alike = second[of(i, kRelative)], unlike = second[of(1 - i, kRelative)];
+        const V near = sign > 0 ? alike : unlike, far = sign > 0 ? unlike : alike;  // on one side of 0 with x, or not
+        const V apart = x - near, sum = x + far;
+        const V exponent = fma(apart * apart, half_inverse, x * near * half_sum);
+        const V other = fma(sum * sum, half_inverse, -(x * far * half_sum));
+        // The difference of both, in which their squares cancel.
+        const V excess = (near + far) * fma(half_inverse, x + x + far - near, -(x * half_sum));
+        const V least_exponent = if_positive(excess, exponent, other);
+        const V size = if_positive(excess, excess, -excess);
+        const V difference = -exp_pair<T>(-least_exponent).exp * exp_pair<T>(-size).expm1;
+        density += if_positive(excess, difference, -difference);
       }
+      if (sign < 0) density = -density;  // unlike bounds are near each other there
       const V angle = length * broadcast(quadrature.weight(k) * T(0.15915494309189533577)) / half_sum;
       const V chord = square / half_sum;
       probability = fma(angle, density, probability);

@@ -14,21 +14,26 @@ namespace nt {
   extern const Level kLevel;   \
   }
 NT_DECLARE_LEVEL(baseline)
-#if defined(__x86_64__)
 NT_DECLARE_LEVEL(avx2)
 NT_DECLARE_LEVEL(avx512)
-#endif
 #undef NT_DECLARE_LEVEL
 
 namespace {
 
-// From the lowest to the highest.
+// From the lowest to the highest. Those that are not compiled are the next lower one.
 constexpr std::array<const char*, 3> kNames = {"baseline", "avx2", "avx512"};
-#if defined(__x86_64__)
-constexpr const Level* kLevels[] = {&baseline::kLevel, &avx2::kLevel, &avx512::kLevel};
+constexpr const Level* kBaseline = &baseline::kLevel;
+#ifdef NT_HAS_AVX2
+constexpr const Level* kAvx2 = &avx2::kLevel;
 #else
-constexpr const Level* kLevels[] = {&baseline::kLevel};
+constexpr const Level* kAvx2 = kBaseline;
 #endif
+#ifdef NT_HAS_AVX512
+constexpr const Level* kAvx512 = &avx512::kLevel;
+#else
+constexpr const Level* kAvx512 = kAvx2;
+#endif
+constexpr std::array<const Level*, 3> kLevels = {kBaseline, kAvx2, kAvx512};
 
 size_t best_level() {
 #if defined(__x86_64__)

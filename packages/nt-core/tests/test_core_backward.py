@@ -247,3 +247,22 @@ def test_other_programs_have_the_derivatives_of_xla(reason):
         return jax.grad(lambda x: jnp.sum(run(program, x, x2, NTK, implementation).ntk))(x1)
 
     np.testing.assert_allclose(gradient("cpu"), gradient("xla"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_more_samples_than_one_block_holds(symmetric, x64):
+    """Blocks of samples are small where images are large: cotangents of both batches are carried back once each."""
+    layers = [conv((3,), (1,), dilation=(1,)), RELU] * 4 + [steps.Flatten()]
+    random = np.random.default_rng(0)
+    x1, x2, direction = (random.normal(size=(n, 4096, 1)) for n in (20, 19, 20))
+
+    def total(x1, x2):
+        return jnp.sum(run(chain(spec_of(x1, x1 if x2 is None else x2), layers), x1, x2, NTK, "cpu").ntk)
+
+    second = None if symmetric else x2
+    _, product = jax.jvp(lambda x: total(x, second), (x1,), (direction,))
+    found = jax.grad(total)(x1, second)
+    np.testing.assert_allclose(jnp.sum(found * direction), product, rtol=1e-10)
+    if not symmetric:
+        parts = sum(jax.grad(total)(x1, part) for part in (x2[:3], x2[3:9], x2[9:]))
+        np.testing.assert_allclose(found, parts, rtol=0, atol=1e-11 * np.abs(parts).max())

@@ -9,7 +9,7 @@ import pytest
 from empirical_networks import assert_close
 from nt_core import batch
 from nt_empirical import empirical_kernel_fn, monte_carlo_kernel_fn
-from nt_empirical._monte_carlo import _chunks, _networks_at_once
+from nt_empirical._monte_carlo import Moments, _chunks, _estimate, _networks_at_once, merged
 
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(5, 4)).astype("float32"), RNG.normal(size=(3, 4)).astype("float32")
@@ -332,3 +332,18 @@ def test_what_cannot_be_cut_into_blocks():
         blocks()(X1, X2, weights=np.ones(5))
     with pytest.raises(ValueError, match=r"same size along their first axis, got sizes \[4, 5\]"):
         blocks()(X1, X2, weights=(np.ones(4), np.ones(3)))
+
+
+def test_standard_errors_of_more_networks_than_integers_have_room_for_pairs():
+    n = 80_000
+    moments = Moments(jnp.int32(n), jnp.zeros(2), jnp.array([4.0 * n, n]))
+    _, errors = _estimate(moments, jax.ShapeDtypeStruct((2,), jnp.float32))
+    np.testing.assert_allclose(errors, np.sqrt([4 / n, 1 / n]), rtol=1e-4)
+    both = merged(moments, moments)
+    assert both.n == 2 * n
+    np.testing.assert_allclose(both.squares, 2 * moments.squares)
+
+
+def test_numbers_from_an_iterator_in_cells():
+    kernel_fn = monte_carlo_kernel_fn(init_fn, apply_fn, jax.random.key(0), n_samples=(n for n in (2, 4)))
+    assert len(list(batch(kernel_fn, 1)(np.ones((2, 3)), None, "nngp"))) == 2

@@ -199,3 +199,14 @@ def test_what_is_refused():
         ntk_operator(lambda w, x: x @ w, jnp.ones((6, 1), "complex64"), x)
     with pytest.raises(ValueError, match="`trace_axes` contains 2"):
         ntk_operator(mlp, params, x, 2)
+
+
+def test_what_is_zero_but_for_rounding():
+    operator = ntk_operator(mlp, mlp_params(6, 2, dtype=np.float32), jnp.asarray(X, np.float32))
+    with pytest.raises(ValueError, match="Labels are the same for all samples"):
+        operator.alignment(jnp.full(7, 0.1), KEY)
+    with pytest.raises(TypeError, match="the real and the imaginary part"):
+        operator @ (1j * np.ones(7))
+    constant = ntk_operator(lambda p, x: 0.3 * jnp.sum(p) * jnp.ones((len(x), 1)), 0.7 * jnp.ones(3), jnp.ones((7, 2)))
+    with pytest.raises(ValueError, match="the same for all pairs of samples"):
+        constant.alignment(jnp.arange(7.0), KEY)

@@ -59,3 +59,7 @@ def test_bounds_that_cannot_be_kept():
         empirical_ntk_fn(mlp, vmap_axes=0, max_bytes=100)(X1, X2, PARAMS)
     with pytest.raises(ValueError, match="`vmap_axes` must say that samples are independent"):
         empirical_ntk_fn(mlp, max_bytes=10**6)
+    with pytest.raises(ValueError, match="along the first axis"):
+        empirical_ntk_fn(mlp, vmap_axes=1, max_bytes=10**6)
+    with pytest.raises(ValueError, match="networks must not be random"):
+        empirical_ntk_fn(mlp, vmap_axes=0, max_bytes=10**6)(X1, X2, PARAMS, rng=jax.random.key(0))

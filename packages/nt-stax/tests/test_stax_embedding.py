@@ -10,6 +10,8 @@ from nt_stax import (
     Conv,
     Dense,
     Embedding,
+    FanInSum,
+    FanOut,
     Flatten,
     GlobalAvgPool,
     GlobalSelfAttention,
@@ -97,6 +99,10 @@ def test_errors():
             kernel_fn(wrong)
     with pytest.raises(ValueError, match="integers from 0 to 5"):
         Embedding(VOCAB, 8)[1](jnp.ones((VOCAB, 8)), TOKENS + 1)
+    with pytest.raises(ValueError, match="at most 16777216, got 33554432"):
+        Embedding(2**25, 8)
+    with pytest.raises(ValueError, match="the first layer"):
+        serial(FanOut(2), parallel(Embedding(1, 4), Embedding(1, 4)), FanInSum())[2](0 * TOKENS)
     branches = parallel(Embedding(VOCAB, 8), Embedding(VOCAB, 8))[2]
     for inner in (serial(Dense(VOCAB), Embedding(VOCAB, 8))[2], lambda x: branches((x, x))):
         with pytest.raises(ValueError, match="the first layer"):

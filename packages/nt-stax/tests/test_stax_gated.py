@@ -83,6 +83,8 @@ def test_errors():
         serial(Dense(6), Relu(), GLU())[2](x)
     with pytest.raises(ValueError, match="a layer that has parameters"):
         GLU(Dense(2))[0](random.key(0), (2, 4))
+    with pytest.raises(NotImplementedError, match="a nonlinearity"):
+        serial(Dense(6), GLU(Dense(2)))[2](x)
     attention = GlobalSelfAttention(4, 2, 2, 1, linear_scaling=False)
     with pytest.raises(NotImplementedError, match="a nonlinearity"):
         serial(Dense(6), GLU(attention))[2](normal(1, (2, 3, 5)))

@@ -106,6 +106,11 @@ def test_equal_networks_are_compiled_once():
     assert not compiled
 
 
+def test_parameters_that_are_arrays():
+    found, expected = (serial(Dense(3), Celu(alpha))[2](np.eye(2), None, "nngp") for alpha in (jnp.array(0.5), 0.5))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_learnt_parameters():
     def loss(alpha):
         return jnp.sum(serial(Dense(3), Elu(alpha))[2](jnp.ones((1, 3)), None, "nngp"))

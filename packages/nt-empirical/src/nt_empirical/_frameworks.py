@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Function = Callable[..., Any]
 
@@ -131,7 +132,9 @@ def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function
     """
     equinox = _imported("equinox", "equinox")
     _check_type(model, equinox.Module, "from_equinox", "an equinox.Module")
-    params, fixed = equinox.partition(equinox.nn.inference_mode(model), equinox.is_inexact_array)
+    params, fixed = equinox.partition(
+        equinox.nn.inference_mode(model), lambda a: equinox.is_array(a) and jnp.issubdtype(a.dtype, jnp.floating)
+    )
 
     def f(params: Any, x: Any, **more: Any) -> Any:
         network = equinox.combine(params, fixed)

@@ -60,8 +60,9 @@ def monte_carlo_kernel_fn(
       key: key of ``jax.random``. The same key draws the same parameters, whatever the other arguments.
       n_samples: number of networks, or several numbers for estimates on the way.
       batch_size, device_count, store_on_device: with a ``batch_size``, or where the kernel of a network does not fit
-        in memory, it is computed cell by cell, network after network, as by :func:`nt_core.batch`; then the samples are
-        along the first axis of inputs and outputs. Otherwise many networks are computed at once, spread over devices.
+        in memory, or for fewer networks than devices, they are computed cell by cell, network after network, as by
+        :func:`nt_core.batch`; then the samples are along the first axis of inputs and outputs. Otherwise many networks
+        are computed at once, spread over devices.
       trace_axes, diagonal_axes, vmap_axes, implementation: as for :func:`empirical_ntk_fn`; so are the private ones.
       standard_errors: whether to return an ``Estimate``, of the fields ``value`` and ``standard_error``, both like what
         is returned otherwise.
@@ -180,7 +181,7 @@ def monte_carlo_kernel_fn(
             init_fn,
             apply_fn,
             key,
-            n_samples,
+            n_samples if isinstance(n_samples, numbers.Integral) else counts,
             batching.batch_size,
             batching.device_count,
             batching.store_on_device,
@@ -225,7 +226,7 @@ def _estimate(total: Moments, shapes: Any) -> Any:
 
     if total.squares is None:
         return cast(total.mean)
-    errors = jax.tree.map(lambda s: jnp.sqrt(s / (total.n * (total.n - 1))), total.squares)
+    errors = jax.tree.map(lambda s: jnp.sqrt(s / total.n / (total.n - 1)), total.squares)  # n^2 may be no int32
     return Estimate(cast(total.mean), cast(errors))
 
 
@@ -256,7 +257,8 @@ def merged(a: Moments, b: Moments) -> Moments:
     mean = jax.tree.map(lambda m, d: m + share(d, b.n), a.mean, apart)
     if a.squares is None:
         return Moments(n, mean, None)
-    squares = jax.tree.map(lambda s, t, d: s + t + share(d**2, a.n * b.n), a.squares, b.squares, apart)
+    weight = a.n * (b.n / jnp.maximum(n, 1))  # n^2 may be no int32
+    squares = jax.tree.map(lambda s, t, d: s + t + d**2 * weight.astype(s.dtype), a.squares, b.squares, apart)
     return Moments(n, mean, squares)
 
 

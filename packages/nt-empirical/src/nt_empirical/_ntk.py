@@ -124,6 +124,7 @@ def empirical_ntk_fn(
         return ntk_fn
     if batch_axes is None:
         raise ValueError("`max_bytes` cuts batches into tiles: `vmap_axes` must say that samples are independent.")
+    check_first(batch_axes)
     bounded = in_tiles(ntk_fn, max_bytes)
     bounded.axis_pairs = pairs  # type: ignore[attr-defined]
     return bounded

@@ -21,9 +21,12 @@ from nt_empirical._vmap import VMapAxes
 
 Product = Callable[[jax.Array], jax.Array]
 
+# What is smaller is nothing but rounding, in units of the precision.
+_ROUNDINGS = 16
+
 
 class Estimate(NamedTuple):
-    """A number that was estimated from random vectors, and its standard error."""
+    """What was estimated from random vectors or networks, and its standard error."""
 
     value: jax.Array
     standard_error: jax.Array
@@ -49,7 +52,8 @@ def ntk_operator(
     r"""Empirical NTK of a batch with itself as a linear map: it is multiplied by vectors, and never formed.
 
     A product takes one backward pass through the network, and one pass through its derivatives, for each index of the
-    traced axes (with ``trace_axes=()`` one in all). Memory is that of a gradient and of the activations of the batch.
+    traced axes (with ``trace_axes=()`` one in all). Memory is that of a gradient and of the activations of the batch;
+    for up to 32 of these indices at once.
     The products of a batch that is sharded over devices, along its samples, are computed there.
 
     Args:
@@ -111,6 +115,8 @@ class NTKOperator:
 
     def __call__(self, v: jax.Array) -> jax.Array:
         """Returns the product with an array of the operator's shape; a ValueError for other shapes."""
+        if jnp.iscomplexobj(v):
+            raise TypeError("The operator is real: give it the real and the imaginary part, one after the other.")
         v = jnp.asarray(v, self.dtype)
         if v.shape != self.shape:
             raise ValueError(f"The operator takes arrays of shape {self.shape}, got {v.shape}.")
@@ -144,7 +150,8 @@ class NTKOperator:
 
         It is the number of eigenvalues if they are equal. Arguments are those of `frobenius_norm`.
         """
-        square, error = _not_zero(self._squared_norm(self._product, key, n_products))
+        square, error = self._squared_norm(self._product, key, n_products)
+        _check_not_zero(square)
         rank = self.trace() ** 2 / square
         return Estimate(rank, rank * error / square)
 
@@ -168,7 +175,7 @@ class NTKOperator:
         columns = jnp.moveaxis(_centred(labels).reshape(*self.shape, -1), -1, 0)
         rows = columns.reshape(len(columns), -1)
         norm = jnp.linalg.norm(_matmul(rows, rows.T))
-        if not is_traced(norm) and norm == 0:
+        if not is_traced(norm) and norm <= _ROUNDINGS * jnp.finfo(self.dtype).eps * jnp.sum(labels**2):
             raise ValueError("Labels are the same for all samples: they have no alignment.")
         products = jax.lax.map(self._product, columns)
         overlap = jnp.sum(columns * products)
@@ -176,7 +183,8 @@ class NTKOperator:
         def centred_product(v: jax.Array) -> jax.Array:
             return _centred(self._product(_centred(v)))
 
-        square, error = _not_zero(self._squared_norm(centred_product, key, n_products))
+        square, error = self._squared_norm(centred_product, key, n_products)
+        _check_not_zero(square, (_ROUNDINGS * jnp.finfo(self.dtype).eps * self.trace()) ** 2)
         value = overlap / (norm * jnp.sqrt(square))
         return Estimate(value, jnp.abs(value) * error / (2 * square))
 
@@ -253,11 +261,10 @@ def _centred(v: jax.Array) -> jax.Array:
     return v - jnp.mean(v, 0, keepdims=True)
 
 
-def _not_zero(square: Estimate) -> Estimate:
+def _check_not_zero(square: jax.Array, least: Any = 0) -> None:
     """Raises a ValueError for a kernel that is known to be 0, by which others cannot be divided."""
-    if not is_traced(square.value) and square.value == 0:
+    if not is_traced(square) and square <= least:
         raise ValueError("The kernel is 0, or the same for all pairs of samples: this has no value.")
-    return square
 
 
 def _root(square: Estimate) -> Estimate:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from nt_core import batch
 from nt_core.cells import Mixed
 from nt_core.keywords import is_absent
@@ -20,8 +21,9 @@ def in_tiles(kernel_fn: Callable[..., Any], max_bytes: int) -> Callable[..., Any
     batched = functools.cache(lambda size: batch(kernel_fn, size, device_count=0, progress=False))
 
     def bounded(x1: Any, x2: Any, params: Any, **kwargs: Any) -> Any:
-        n = max(leaf.shape[0] for leaf in jax.tree.leaves((x1, x2)) if leaf.ndim)
-        size = n
+        if "rng" in kwargs:
+            raise ValueError("With `max_bytes` networks must not be random: each tile would have its own `rng`.")
+        n = size = max(jnp.shape(leaf)[0] for leaf in jax.tree.leaves((x1, x2)))
         while (needed := _peak_bytes(kernel_fn, size, size < n, x1, x2, params, kwargs)) > max_bytes:
             if size <= 1:
                 raise ValueError(
@@ -40,12 +42,10 @@ def _peak_bytes(
     """Estimates the memory of a tile of so many samples, of which part of a kernel has two batches."""
 
     def cut(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((min(size, a.shape[0]), *a.shape[1:]), a.dtype) if a.ndim else a, tree
-        )
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((min(size, a.shape[0]), *a.shape[1:]), a.dtype), tree)
 
     def is_cut(name: str, value: Any) -> bool:
-        return name != "rng" and isinstance(value, tuple) and all(hasattr(a, "ndim") for a in jax.tree.leaves(value))
+        return isinstance(value, tuple) and all(hasattr(a, "ndim") for a in jax.tree.leaves(value))
 
     second = x1 if part and is_absent(x2) else x2
     keywords = {name: cut(value) if is_cut(name, value) else value for name, value in kwargs.items()}

@@ -8,6 +8,9 @@ from nt_core.authoring import is_traced, zip_axes
 
 from nt_stax.weights import normal
 
+# Inputs are real numbers: in single precision, integers beyond are not told apart.
+_MAX_TOKENS = 2**24
+
 
 @layer
 @supports_masking(remask_kernel=True)
@@ -28,8 +31,8 @@ def Embedding(vocab_size: int, out_dim: int, W_std: float = 1.0, batch_axis: int
       channel_axis: channel axis of the inputs.
 
     Raises:
-      ValueError: inputs with other than one channel, or (unless they are traced) with what is no token; the layer is
-        not the first one.
+      ValueError: a vocabulary of more than 2^24 tokens; inputs with other than one channel, or (unless they are traced)
+        with what is no token; the layer is not the first one.
 
     >>> from nt_stax import Embedding
     >>> init_fn, apply_fn, kernel_fn = Embedding(1000, 512)
@@ -39,6 +42,9 @@ def Embedding(vocab_size: int, out_dim: int, W_std: float = 1.0, batch_axis: int
      [0. 1. 0.]
      [1. 0. 1.]]
     """
+
+    if not 0 < vocab_size <= _MAX_TOKENS:
+        raise ValueError(f"Embedding takes a positive vocab_size of at most {_MAX_TOKENS}, got {vocab_size}.")
 
     def init_fn(rng, input_shape):
         _check_channels(input_shape, channel_axis)
@@ -58,7 +64,7 @@ def Embedding(vocab_size: int, out_dim: int, W_std: float = 1.0, batch_axis: int
         first, second = (jnp.squeeze(x, -1) for x in (inputs.first(), inputs.second()))
         for tokens in (first, second):
             _check_tokens(tokens, vocab_size)
-        spec = inputs.spec.with_shape(inputs.spec.space, vocab_size)
+        spec = inputs.spec.with_shape(inputs.spec.space, vocab_size).replace(is_input=False)
         kernel = Kernel.from_spec(
             spec,
             nngp=_equal(first, second, spec, False),
@@ -70,7 +76,7 @@ def Embedding(vocab_size: int, out_dim: int, W_std: float = 1.0, batch_axis: int
         return kernel if inputs.mask1 is None and inputs.mask2 is None else kernel.mask(inputs.mask1, inputs.mask2)
 
     def emit(builder: Builder, value: Value) -> Value:
-        if builder.node(value.number) is not None or not value.spec.is_input or value.spec.n_channels != vocab_size:
+        if builder.node(value.number) is not None or value.spec.is_input or value.spec.n_channels != vocab_size:
             raise ValueError("Embedding takes tokens: it has to be the first layer of the whole network.")
         return builder.add(steps.Dense(W_std**2, None, out_dim), value)
 

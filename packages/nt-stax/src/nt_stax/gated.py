@@ -72,7 +72,10 @@ def GLU(activation: tuple[Any, Any, Any] | None = None, channel_axis: int = -1):
         try:
             gate = emit_all(rules, builder, half)
         except NoStep:
-            raise NotImplementedError("GLU has kernels for an `activation` that is a nonlinearity.") from None
+            gate = None
+        node = gate and builder.node(gate.number)
+        if node is None or not isinstance(node.step, steps.Dual | steps.TakeChannels):  # the latter of Identity()
+            raise NotImplementedError("GLU has kernels for an `activation` that is a nonlinearity.")
         return builder.add(steps.Multiply(), half, gate)
 
     return init_fn, apply_fn, Rule("GLU", {"channel_axis": channel_axis}, emit=emit), mask_fn

@@ -135,7 +135,7 @@ class _WithAlpha:
 
 def _with_alpha(fn: Callable[[Array, float], Array], alpha: float) -> Callable[[Array], Array]:
     # What is traced has no value to be compared.
-    return (lambda x: fn(x, alpha)) if is_traced(alpha) else _WithAlpha(fn, alpha)
+    return (lambda x: fn(x, alpha)) if is_traced(alpha) else _WithAlpha(fn, float(alpha))
 
 
 def _clip(a: float, low: float, high: float, c: float):
