@@ -335,7 +335,7 @@ void try_to_run(const std::vector<int64_t>& code, int& n_run) {
     const nt::Parallel alone(nt::Schedule(), 1);
     run<float>(nt::prepare(program), alone, nt::Direction::kForward);
     // Derivatives take several times longer.
-    if (++n_run % 4 == 0) run<float>(nt::prepare(program, nt::Direction::kBackward), alone, nt::Direction::kBackward);
+    if (++n_run % 16 == 0) run<float>(nt::prepare(program, nt::Direction::kBackward), alone, nt::Direction::kBackward);
   } catch (const std::invalid_argument&) {
   } catch (const std::bad_alloc&) {
   }
@@ -496,7 +496,7 @@ int main() {
     }
     if (has_derivative(network)) {
       constexpr auto kBackward = nt::Direction::kBackward;
-      for (const auto& [n1, n2, symmetric] : {std::tuple{3, 2, false}, {2, 19, false}, {18, 18, true}}) {
+      for (const auto& [n1, n2, symmetric] : {std::tuple{2, 19, false}, {18, 18, true}}) {
         ok = check<float>(network, n1, n2, symmetric, 1e-3f, kBackward) && ok;
         ok = check<double>(network, n1, n2, symmetric, 1e-10, kBackward) && ok;
       }

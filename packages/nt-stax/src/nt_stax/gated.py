@@ -12,6 +12,8 @@ from nt_stax.elementwise import Gelu
 from nt_stax.smooth import Sigmoid, Silu
 from nt_stax.weights import n_channels_of
 
+_NO_NONLINEARITY = "GLU has kernels for an `activation` that is a nonlinearity."
+
 
 @layer
 @supports_masking(remask_kernel=True)
@@ -72,10 +74,10 @@ def GLU(activation: tuple[Any, Any, Any] | None = None, channel_axis: int = -1):
         try:
             gate = emit_all(rules, builder, half)
         except NoStep:
-            gate = None
-        node = gate and builder.node(gate.number)
+            raise NotImplementedError(_NO_NONLINEARITY) from None
+        node = builder.node(gate.number)
         if node is None or not isinstance(node.step, steps.Dual | steps.TakeChannels):  # the latter of Identity()
-            raise NotImplementedError("GLU has kernels for an `activation` that is a nonlinearity.")
+            raise NotImplementedError(_NO_NONLINEARITY)
         return builder.add(steps.Multiply(), half, gate)
 
     return init_fn, apply_fn, Rule("GLU", {"channel_axis": channel_axis}, emit=emit), mask_fn
