@@ -488,26 +488,28 @@ bool products() {
 }  // namespace
 
 #ifdef __SANITIZE_THREAD__
-constexpr bool kFuzzes = false;  // one thread does it
+constexpr bool kIsWhole = false;  // what one thread does, and one program at several sizes, tells nothing of races
 #else
-constexpr bool kFuzzes = true;
+constexpr bool kIsWhole = true;
 #endif
 
 int main() {
   bool ok = true;
   for (const Network& network : networks()) {
     for (const auto& [n1, n2, symmetric] : {std::tuple{3, 2, false}, {2, 19, false}, {18, 18, true}, {1, 1, true}}) {
+      if (!kIsWhole && n2 != 19) continue;
       ok = check<float>(network, n1, n2, symmetric, 2e-5f) && ok;
-      ok = check<double>(network, n1, n2, symmetric, 1e-12) && ok;
+      ok = (!kIsWhole || check<double>(network, n1, n2, symmetric, 1e-12)) && ok;
     }
     if (has_derivative(network)) {
       constexpr auto kBackward = nt::Direction::kBackward;
       for (const auto& [n1, n2, symmetric] : {std::tuple{2, 19, false}, {18, 18, true}}) {
+        if (!kIsWhole && n2 != 19) continue;
         ok = check<float>(network, n1, n2, symmetric, 1e-3f, kBackward) && ok;
-        ok = check<double>(network, n1, n2, symmetric, 1e-10, kBackward) && ok;
+        ok = (!kIsWhole || check<double>(network, n1, n2, symmetric, 1e-10, kBackward)) && ok;
       }
     }
-    ok = (!kFuzzes || fuzz(network)) && ok;
+    ok = (!kIsWhole || fuzz(network)) && ok;
   }
   ok = known_faults() && ok;
   ok = prepared_once() && ok;
