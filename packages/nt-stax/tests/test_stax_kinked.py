@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nt_stax import Celu, Dense, Elu, HardSigmoid, HardSilu, HardSwish, HardTanh, Relu6, Selu, serial
+from scipy.special import ndtr
 from stax_samples import normal
 
 FUNCTIONS = {
@@ -82,6 +83,21 @@ def test_hard_silu(x64):
     ntk = 0.8 * (density @ (_hard_silu_slope(u) * _hard_silu_slope(v)) @ density)
     np.testing.assert_allclose(kernel.nngp[0, 0], nngp, rtol=2e-5)
     np.testing.assert_allclose(kernel.ntk[0, 0], ntk, rtol=1e-4)
+
+
+def test_nearly_equal_inputs_of_hard_silu(x64):
+    """At a variance of 10, where much of the mass is at the kinks: of the second slope the mean given the first."""
+    std, correlation = 10**0.5, 0.9999
+    rest = std * (1 - correlation**2) ** 0.5
+    x1, x2 = 20**0.5 * np.array([[1.0, 0.0]]), 20**0.5 * np.array([[correlation, (1 - correlation**2) ** 0.5]])
+    ntk = serial(Dense(1), HardSilu())[2](x1, x2, "ntk")
+    z = (np.arange(400_000) + 0.5) / 400_000 * 16 - 8
+    mean, density = std * correlation * z, np.exp(-0.5 * z**2) / np.sum(np.exp(-0.5 * z**2))
+    begin, end = (-3 - mean) / rest, (3 - mean) / rest
+    slope = (2 * mean + 3) / 6 * (ndtr(end) - ndtr(begin)) + ndtr(-end)
+    slope += rest / 3 * (np.exp(-0.5 * begin**2) - np.exp(-0.5 * end**2)) / (2 * np.pi) ** 0.5
+    expected = 10 * correlation * (density @ (_hard_silu_slope(std * z) * slope))
+    np.testing.assert_allclose(ntk[0, 0], expected, rtol=2e-3)
 
 
 def _hard_silu(x):
