@@ -558,20 +558,7 @@ void pool_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars
 template <class T>
 void copy_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars, const Rectangle& plane, int row_z,
                    int row_y, Vec<T>* row) {
-  const Work<T>& work = back.work;
-  const Index3& order = work.c.program.values[work.stage.end].order;
-  const int z = plane.low[0] + row_z, y = plane.low[1] + row_y;
-  for (const Copy& cz : work.copies[0]) {
-    if (cz.position != z) continue;
-    for (const Copy& cy : work.copies[1]) {
-      if (cy.position != y) continue;
-      for (const Copy& cx : work.copies[2]) {
-        const int64_t entry = tensor.entry(reordered({cz.delta, cy.delta, cx.delta}, order),
-                                           reordered({cz.place, cy.place, cx.place}, order));
-        if (entry >= 0) row[cx.position - plane.low[2]] += bars[entry];
-      }
-    }
-  }
+  each_copy(back.work, tensor, plane, row_z, row_y, [&](int x, int64_t entry) { row[x] += bars[entry]; });
 }
 
 template <class T>

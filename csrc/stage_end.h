@@ -101,12 +101,12 @@ inline std::vector<Copy> copies(const std::vector<int>& positions, const Rectang
   return copies;
 }
 
-// Copies the positions of a row to their places.
-template <class T>
-void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
-  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.end]];
+// Visits the positions of a row that are copied, and the entries of the tensor where they go: visit(x, entry).
+template <class T, class Visit>
+void each_copy(const Work<T>& work, const Tensor& tensor, const Rectangle& plane, int row_z, int row_y,
+               const Visit& visit) {
   const Index3& order = work.c.program.values[work.stage.end].order;
-  const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
+  const int z = plane.low[0] + row_z, y = plane.low[1] + row_y;
   for (const Copy& cz : work.copies[0]) {
     if (cz.position != z) continue;
     for (const Copy& cy : work.copies[1]) {
@@ -114,12 +114,20 @@ void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
       for (const Copy& cx : work.copies[2]) {
         const int64_t entry = tensor.entry(reordered({cz.delta, cy.delta, cx.delta}, order),
                                            reordered({cz.place, cy.place, cx.place}, order));
-        if (entry < 0) continue;
-        work.sum_d[entry] = d[cx.position - low];
-        if (t) work.sum_t[entry] = t[cx.position - low];
+        if (entry >= 0) visit(cx.position - plane.low[2], entry);
       }
     }
   }
+}
+
+// Copies the positions of a row to their places.
+template <class T>
+void copy_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
+  const Tensor& tensor = work.plan.tensors[work.plan.tensor_of[work.stage.end]];
+  each_copy(work, tensor, plane, row_z, row_y, [&](int x, int64_t entry) {
+    work.sum_d[entry] = d[x];
+    if (t) work.sum_t[entry] = t[x];
+  });
 }
 
 // One position (and its partner) of every pair; of a symmetric block the upper triangle, and its mirror image.

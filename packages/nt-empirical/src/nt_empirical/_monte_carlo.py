@@ -251,14 +251,12 @@ def merged(a: Moments, b: Moments) -> Moments:
     n = a.n + b.n
     apart = jax.tree.map(jnp.subtract, b.mean, a.mean)
 
-    def share(k: jax.Array, weight: Any) -> jax.Array:
-        return k * (weight / jnp.maximum(n, 1)).astype(k.dtype)
-
-    mean = jax.tree.map(lambda m, d: m + share(d, b.n), a.mean, apart)
+    share = b.n / jnp.maximum(n, 1)
+    mean = jax.tree.map(lambda m, d: m + d * share.astype(d.dtype), a.mean, apart)
     if a.squares is None:
         return Moments(n, mean, None)
-    weight = a.n * (b.n / jnp.maximum(n, 1))  # n^2 may be no int32
-    squares = jax.tree.map(lambda s, t, d: s + t + d**2 * weight.astype(s.dtype), a.squares, b.squares, apart)
+    weight = a.n * share  # n^2 may be no int32
+    squares = jax.tree.map(lambda s, t, d: s + t + d**2 * weight.astype(d.dtype), a.squares, b.squares, apart)
     return Moments(n, mean, squares)
 
 

@@ -425,6 +425,11 @@ def elementwise(fn: Callable[[Array], Array], activation: activations.Activation
     return init_fn, apply_fn, step_rule(steps.Dual(activation), _REQUIREMENTS)
 
 
+def by_coefficients(fn: Callable[[Array], Array], degree: int = DEFAULT_DEGREE):
+    """Returns the layer of a function of which only Hermite coefficients are known, twice as many as the degree."""
+    return elementwise(fn, activations.ElementwiseNumerical(fn, None, degree))
+
+
 def _scalar_function(fn: Callable[[Any], Any] | None) -> Callable[[Array], Array]:
     return _no_function if fn is None else _Entrywise(fn)
 

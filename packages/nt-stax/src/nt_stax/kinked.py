@@ -13,7 +13,7 @@ from jax import Array
 from nt_core import activations, layer, supports_masking
 from nt_core.authoring import is_traced
 
-from nt_stax.elementwise import elementwise
+from nt_stax.elementwise import by_coefficients, elementwise
 
 _DEGREE = 150  # the largest number of coefficients that there is, 300
 
@@ -67,7 +67,7 @@ def Elu(alpha: float = 1.0):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.6449]]
     """
-    return _by_coefficients(_with_alpha(jax.nn.elu, alpha))
+    return by_coefficients(_with_alpha(jax.nn.elu, alpha), _DEGREE)
 
 
 @layer
@@ -80,7 +80,7 @@ def Selu():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[1.]]
     """
-    return _by_coefficients(jax.nn.selu)
+    return by_coefficients(jax.nn.selu, _DEGREE)
 
 
 @layer
@@ -95,7 +95,7 @@ def Celu(alpha: float = 1.0):
     >>> print(apply_fn((), jnp.array([[-1.0, 1.0]])).round(4))
     [[-0.7869  1.    ]]
     """
-    return _by_coefficients(_with_alpha(jax.nn.celu, alpha))
+    return by_coefficients(_with_alpha(jax.nn.celu, alpha), _DEGREE)
 
 
 @layer
@@ -108,7 +108,7 @@ def HardSilu():
     >>> print(apply_fn((), jnp.array([[1.0]])).round(4))
     [[0.6667]]
     """
-    return _by_coefficients(jax.nn.hard_silu)
+    return by_coefficients(jax.nn.hard_silu, _DEGREE)
 
 
 def HardSwish():
@@ -140,7 +140,3 @@ def _with_alpha(fn: Callable[[Array, float], Array], alpha: float) -> Callable[[
 
 def _clip(a: float, low: float, high: float, c: float):
     return elementwise(lambda x: a * jnp.clip(x, low, high) + c, activations.Clip(a, low, high, c))
-
-
-def _by_coefficients(fn: Callable[[Array], Array]):
-    return elementwise(fn, activations.ElementwiseNumerical(fn, None, _DEGREE))

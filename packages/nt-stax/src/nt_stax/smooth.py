@@ -4,14 +4,12 @@ See `nt_core.activations.ElementwiseNumerical`. All have 100 coefficients. Their
 precision allows as long as these are enough, and lose digits beyond: docs/numerics.md says from where on.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-from nt_core import activations, layer, supports_masking
+from nt_core import layer, supports_masking
 
-from nt_stax.elementwise import DEFAULT_DEGREE, RectifiedMonomial, elementwise
+from nt_stax.elementwise import RectifiedMonomial, by_coefficients
 
 
 @layer
@@ -24,7 +22,7 @@ def Tanh():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.3943]]
     """
-    return _smooth(jnp.tanh)
+    return by_coefficients(jnp.tanh)
 
 
 @layer
@@ -37,7 +35,7 @@ def Sigmoid():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.2934]]
     """
-    return _smooth(jax.nn.sigmoid)
+    return by_coefficients(jax.nn.sigmoid)
 
 
 @layer
@@ -50,7 +48,7 @@ def LogSigmoid():
     >>> print(apply_fn((), jnp.array([[0.0]])).round(4))
     [[-0.6931]]
     """
-    return _smooth(jax.nn.log_sigmoid)
+    return by_coefficients(jax.nn.log_sigmoid)
 
 
 @layer
@@ -63,7 +61,7 @@ def Silu():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.3558]]
     """
-    return _smooth(jax.nn.silu)
+    return by_coefficients(jax.nn.silu)
 
 
 def Swish():
@@ -87,7 +85,7 @@ def Softplus():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.9212]]
     """
-    return _smooth(jax.nn.softplus)
+    return by_coefficients(jax.nn.softplus)
 
 
 @layer
@@ -100,7 +98,7 @@ def Mish():
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
     [[0.4523]]
     """
-    return _smooth(jax.nn.mish)
+    return by_coefficients(jax.nn.mish)
 
 
 @layer
@@ -113,7 +111,7 @@ def Squareplus():
     >>> print(apply_fn((), jnp.array([[0.0]])))
     [[1.]]
     """
-    return _smooth(jax.nn.squareplus)
+    return by_coefficients(jax.nn.squareplus)
 
 
 @layer
@@ -126,7 +124,7 @@ def QuickGelu():
     >>> print(apply_fn((), jnp.array([[1.0]])).round(4))
     [[0.8458]]
     """
-    return _smooth(_quick_gelu)
+    return by_coefficients(_quick_gelu)
 
 
 def SquaredRelu():
@@ -138,10 +136,6 @@ def SquaredRelu():
     [[1.5]]
     """
     return RectifiedMonomial(2)
-
-
-def _smooth(fn: Callable[[Array], Array]):
-    return elementwise(fn, activations.ElementwiseNumerical(fn, None, DEFAULT_DEGREE))
 
 
 def _quick_gelu(x: Array) -> Array:
