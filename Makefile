@@ -1,8 +1,10 @@
 # All set-up happens here: every target first creates or updates the environment in .venv. PYTHON=... chooses the
-# interpreter, VENV=... another environment, JAX=... the JAX to install there (`JAX="jax==0.10.0 jaxlib==0.10.0"`).
+# interpreter, VENV=... another environment, JAX=... the JAX to install there (`JAX="jax==0.10.0 jaxlib==0.10.0"`),
+# ENGINE=.venv/nt-core-build/libnt_engine.a the C++ engine that .venv has, in place of compiling it again.
 PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
+ENGINE ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -67,7 +69,7 @@ $(NATIVE): $(CORE)/pyproject.toml $(shell find csrc -type f) $(FFI_HEADERS)
 	$(PIP) install --no-build-isolation $(JAX) --editable $(CORE) \
 		-C build-dir=$(abspath $(VENV))/nt-core-build \
 		-C cmake.define.NT_FFI_INCLUDE_DIR=$(abspath $(FFI_HEADERS))/jaxlib/include \
-		-C cmake.define.NT_WARNINGS_ARE_ERRORS=ON
+		-C cmake.define.NT_WARNINGS_ARE_ERRORS=ON -C cmake.define.NT_ENGINE=$(abspath $(ENGINE))
 	@$(BIN)/python -c "import nt_core._native" 2>/dev/null || \
 		echo "nt-core: no native module, pure Python serves. To see why: $(BIN)/cmake --build $(VENV)/nt-core-build"
 	@touch $@

@@ -1,5 +1,8 @@
 """Settings that hold for every test and doctest of the workspace."""
 
+import itertools
+import zlib
+
 import jax
 import numpy as np
 import pytest
@@ -23,3 +26,13 @@ def doctest_precision(request):
         return
     with np.printoptions(precision=4):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked slow
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test with the marker `sample(n)`, all but n are slow: a choice by chance, and always the same."""
+    sampled = [item for item in items if item.get_closest_marker("sample")]
+    for _, cases in itertools.groupby(sampled, key=lambda item: item.nodeid.partition("[")[0]):
+        by_chance = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for case in by_chance[by_chance[0].get_closest_marker("sample").args[0] :]:
+            case.add_marker("slow")

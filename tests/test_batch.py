@@ -208,6 +208,7 @@ def mlp(params, x, rng=None, scale=None, **kwargs):
 PARAMS = (RNG.normal(size=(6, 4)).astype("float32"), RNG.normal(size=(4, 3)).astype("float32"))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("x2", [None, VECTORS[1]], ids=["alone", "two"])
 @pytest.mark.parametrize(
     "options", [{}, {"trace_axes": ()}, {"trace_axes": (), "diagonal_axes": (-1,)}, {"vmap_axes": 0}]

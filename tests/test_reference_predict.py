@@ -21,6 +21,7 @@ def network(description):
     return getattr(nt.stax, description["layer"])(*description["args"], **description["kwargs"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", [pytest.param(case, id=case["id"]) for case in CASES])
 def test_ensemble(case):
     values = {name.split("/", 1)[1]: VALUES[name] for name in VALUES if name.startswith(case["id"] + "/")}

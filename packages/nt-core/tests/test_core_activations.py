@@ -178,6 +178,7 @@ def test_nearly_equal_inputs_keep_the_relative_accuracy_of_the_deficit(name, var
     assert max(errors) < 8 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.sample(40)
 @each_closed_form
 @pytest.mark.parametrize("variance_ratio", [equal, nearly_equal, any_ratio])
 def test_dual_is_exact_for_inputs_changed_in_the_last_places(name, variance_ratio, dtype):
@@ -246,6 +247,7 @@ def primitives(jaxpr):
 # --- Degenerate inputs
 
 
+@pytest.mark.sample(16)
 @each_activation
 def test_equal_inputs_have_exactly_no_deficit(name, dtype):
     var = jnp.asarray([0.0, 1e-12, 0.1, 1.0, 3.7], dtype)
@@ -286,6 +288,7 @@ def derivatives(dual, arguments):
     return jax.jit(jax.vmap(at), compiler_options={"xla_backend_optimization_level": 0})(*arguments)
 
 
+@pytest.mark.sample(10)
 @each_activation
 def test_derivatives_are_finite_at_degenerate_inputs(name, dtype):
     activation = ACTIVATIONS[name]

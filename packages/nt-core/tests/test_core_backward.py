@@ -110,6 +110,7 @@ def check_direction(kernels, point, tolerance=1e-7):
     np.testing.assert_allclose(tangent, (after - before) / (2 * step), rtol=tolerance)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_against_finite_differences(name, x64):
     """In the inputs and in all coefficients."""

@@ -72,6 +72,7 @@ def in_c(clip, arguments):
 both = pytest.mark.parametrize("dual", [in_jax, in_c])
 
 
+@pytest.mark.sample(4)
 @both
 @pytest.mark.parametrize("name", CLIPS)
 def test_dual_is_its_definition(dual, name, dtype):

@@ -250,6 +250,7 @@ DILATED_POOLS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", DILATED_POOLS)
 def test_dilated_pools(name, x64):
     dilated, before, after = DILATED_POOLS[name], [conv(), RELU], [conv(), ABS, steps.GlobalPool(MEAN)]

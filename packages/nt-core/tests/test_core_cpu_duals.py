@@ -117,6 +117,7 @@ def closed_form(activation, arguments):
         return variances, *map(np.asarray, activation.dual(var1, var2, deficit))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_tables_give_closed_forms(name, dtype, level):
     """Everywhere: also of zeros, of variances below the first octave, and of nearly equal inputs."""

@@ -219,6 +219,7 @@ def test_two_kernels_have_no_arithmetic():
 # ---- what is done to samples and positions
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize(("batch_axis", "channel_axis"), AXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -313,6 +314,7 @@ def test_transpose_refuses_what_is_no_permutation(axes):
 # ---- masks
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("batch_axis", "channel_axis"), AXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mask(layout, batch_axis, channel_axis):
@@ -398,6 +400,7 @@ INDICES = [
 ]
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("idx", INDICES, ids=str)
 def test_index(layout, idx):
@@ -478,6 +481,7 @@ def constants(shape):
     return [rng.integers(-2, 3, [n if s == "n" else s for s in shape]).astype(np.float32) for n in (3, 2)]
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("is_lhs", [True, False], ids=["constant on the left", "constant on the right"])
 @pytest.mark.parametrize("name", CONSTANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -636,6 +640,7 @@ def test_rescale(layout):
     assert_equal(kernel, kernel_of(x1 * scale1[..., None], None, layout))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("batch_axis", "channel_axis"), AXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matrices_and_back(layout, batch_axis, channel_axis):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import nt_core.evaluation.block as block
 import numpy as np
 import pytest
-from conformance import RELU, Conformance, chain, conv, inputs, masks, pool, run, spec_of
+from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, masks, pool, run, spec_of
 from nt_core import Builder, Inputs, definition, propagate, steps
 from nt_core.lowering import Repeated, fold_repeats, lower
 from nt_core.lowering.primitives import Pool
@@ -14,10 +14,16 @@ from nt_core.lowering.primitives import Pool
 class TestXla(Conformance):
     implementation = "xla"
 
+    @pytest.mark.sample(9)
+    @pytest.mark.parametrize("name", CHAINS)
+    def test_chain(self, name, x64):
+        self.check_chain(name)
+
 
 SMALL = ["dilated", "circular strides", "pool", "normalised", "gather, circular", "gather, pool", "untie, pool"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SMALL)
 def test_planes(name, x64, monkeypatch):
     """Pooling on offset planes, which by default only larger images take."""

@@ -13,6 +13,7 @@ from framework_networks import NETWORKS, VECTORS, LinenMLP, NnxMLP, drawn, haiku
 from nt_empirical import empirical_ntk_fn, from_equinox, from_haiku, from_linen, from_nnx
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     "implementation", [3, *(pytest.param(implementation, marks=pytest.mark.slow) for implementation in (1, 2))]
 )

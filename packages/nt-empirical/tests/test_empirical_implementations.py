@@ -15,6 +15,7 @@ LAYOUTS = [((), ()), ((2,), ()), ((1, 2), ()), ((2,), (1,)), ((1,), (2,)), ((), 
 IMPLEMENTATIONS = list(NtkImplementation)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_kernels_are_those_by_hand(implementation, dtype, capsys):
     """In all layouts; without a second batch they are exactly symmetric. Nothing is printed."""

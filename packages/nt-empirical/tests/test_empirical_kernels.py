@@ -90,6 +90,7 @@ def disjoint_axes(ndim):
     return [tuple(tuple(i for i in range(ndim) if r[i] == role) for role in ("trace", "diagonal")) for r in roles]
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(("trace_axes", "diagonal_axes"), disjoint_axes(3))
 def test_layout_for_all_choices_of_axes(trace_axes, diagonal_axes, x64):
     params = mlp_params(6, 3)
@@ -123,6 +124,7 @@ def test_axes_may_be_negative_repeated_lists_or_one_number(x64):
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("trace_axes", "diagonal_axes"), disjoint_axes(3))
 def test_without_second_inputs_the_kernel_is_exactly_symmetric(trace_axes, diagonal_axes):
     params, x = mlp_params(6, 3, dtype="float32"), jnp.asarray(SPATIAL1, "float32")

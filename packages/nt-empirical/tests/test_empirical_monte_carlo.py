@@ -211,6 +211,7 @@ def test_what_does_not_fit_at_once_is_computed_one_by_one(monkeypatch):
 # Blocks
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("batch_size", "device_count", "store_on_device"),
     [(1, -1, True), (2, 0, True), (3, 1, False), (100, -1, False), (0, 1, False)],

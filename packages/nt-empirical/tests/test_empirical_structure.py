@@ -81,6 +81,7 @@ def check(kind, names, implementation, dtype, second=True, settings=(0, 1)):
                     raise AssertionError(f"{kind}: {name}, {traced_and_diagonal}") from error
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("kind", "names"), GROUPS)
 def test_structured_derivatives(kind, names, x64):
     check(kind, names, NtkImplementation.STRUCTURED_DERIVATIVES, "float64", second=False, settings=(1,))

@@ -57,6 +57,7 @@ CASES = {  # function, inputs, vmap_axes, trace_axes, diagonal_axes
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_is_the_same(case, second, x64):

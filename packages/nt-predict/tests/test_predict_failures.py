@@ -58,6 +58,7 @@ def test_indefinite_matrix_is_an_error(dtype):
             predict()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(6))
 def test_duplicate_training_points_have_no_share(seed, dtype):
     """The limit of gradient flow is that of the set without them, whatever the signs of rounding errors are."""

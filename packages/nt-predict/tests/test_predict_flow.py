@@ -113,6 +113,7 @@ def to_numpy(matrix):
     return np.array(matrix.tolist(), dtype=float)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("time", [1e-3, 1.7, None])
 @pytest.mark.parametrize("regularisation", [{}, {"diag_reg": 0.1}, {"diag_reg": 0.3, "diag_reg_absolute_scale": True}])
 def test_closed_forms(time, regularisation, dtype):
@@ -208,6 +209,7 @@ def test_beginning_and_end(dtype):
             np.testing.assert_allclose(predict_fn(time, None, get), y, atol=20 * eps)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("time", [0.3, None, np.inf])
 def test_covariances_are_exactly_symmetric(time, dtype):
     model = LinearModel(features=40, train=23, test=17)

@@ -152,6 +152,7 @@ def test_jit_and_vmap():
     np.testing.assert_allclose(many[0], expected, atol=1e-8)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "time, momentum, argnum",
     [

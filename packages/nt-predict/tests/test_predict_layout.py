@@ -40,6 +40,7 @@ def with_identity(kernel, trace_axes):
 SUBSETS = [axes for count in range(4) for axes in itertools.combinations(range(3), count)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("trace_axes", SUBSETS)
 @pytest.mark.parametrize("time", [2.5, None])
 def test_trace_axes_stand_for_an_identity(trace_axes, time):
@@ -85,6 +86,7 @@ def test_trace_axes_may_be_negative_or_repeated_in_any_order(axes, same):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("trace_axes", [(-1,), (), (1, 2), (0, 1, 2)])
 def test_ensemble(trace_axes):
     axes = tuple(axis % 3 for axis in trace_axes)

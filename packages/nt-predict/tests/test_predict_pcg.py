@@ -209,6 +209,7 @@ def test_the_solver_is_chosen_by_memory(x64, monkeypatch):
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "PCG"
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "hold, fits, read_per_second, kept",
     [

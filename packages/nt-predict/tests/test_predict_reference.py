@@ -35,6 +35,7 @@ def assert_matches(actual, case, name):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8 * np.abs(expected).max(initial=1e-30))
 
 
+@pytest.mark.sample(8)
 @cases("gradient_descent_mse")
 @pytest.mark.parametrize("name", TIMES)
 def test_gradient_descent_mse(case, name):

@@ -89,6 +89,7 @@ def divided_difference(name, first, second, time):
     return (exact(name, first, time) - exact(name, second, time)) / (mpmath.mpf(first) - mpmath.mpf(second))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("time", [0.0, 1e-3, 0.7, 40.0, 1e4])
 def test_derivative_with_respect_to_the_matrix_at_equal_and_zero_eigenvalues(name, time, x64):
@@ -111,6 +112,7 @@ def test_derivative_with_respect_to_the_matrix_at_equal_and_zero_eigenvalues(nam
     np.testing.assert_allclose((pullback(weights)[0] * change).sum(), (weights * expected).sum(), rtol=1e-8)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_derivatives_with_respect_to_time_and_right_hand_side(name, x64):
     _, matrix = matrix_with([0.02, 0.5, 0.5, 3.0])
@@ -131,6 +133,7 @@ def test_derivatives_with_respect_to_time_and_right_hand_side(name, x64):
     assert (jax.jacrev(function)(jnp.array(jnp.inf), rhs) == 0).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_second_derivative(name, x64):
     rng = np.random.default_rng(3)
@@ -201,6 +204,7 @@ def test_single_precision_suffices_for_kernels_of_known_values(time):
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "rates",
     [np.geomspace(1e-6, 1e3, 40), [0, 0, 1e-3, 5.0, 7.0], [-0.5, 0, 2.0, 3.0], [1.0], [0, 0, 0], [-1, -2, -3]],

@@ -57,6 +57,7 @@ def predictors():
     }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("name", predictors())
 def test_first_call_may_be_eager_or_traced(name, t):
@@ -81,6 +82,7 @@ def test_first_call_may_be_eager_or_traced(name, t):
     assert_equal_trees(predict(predict_fn, t, X_TEST), expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", predictors())
 def test_first_call_traced_in_single_precision(name):
     """There, known matrices are decomposed in double precision all the same."""
@@ -122,6 +124,7 @@ def test_traced_training_set_is_not_kept():
         assert_equal_trees(actual, expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("compute_cov", [False, True])
 def test_whole_prediction_under_jit_and_vmap(t, compute_cov):
@@ -164,6 +167,7 @@ def numerical_gradient(function, x, step=1e-6):
     return gradient
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("t", TIMES)
 def test_gradient_through_the_train_train_kernel(t, transform):

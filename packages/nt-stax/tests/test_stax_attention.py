@@ -57,6 +57,7 @@ def correlation_of(embedding, space):
     return correlation(space, embedding.get("pos_emb_decay_fn"), embedding.get("pos_emb_p_norm", 2))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("mechanism", "linear_scaling", "embedding"),
     [*((m, True, "none") for m in MECHANISMS), *(("SOFTMAX", False, e) for e in EMBEDDINGS)],
@@ -146,6 +147,7 @@ def expected_kernel(kernel, embedding, linear_scaling, mechanism, b_std, n_in):
     return {name: k.reshape(*k.shape[:2], 2, 3, 2, 3).transpose(0, 1, 2, 4, 3, 5) for name, k in outputs.items()}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("mechanism", "linear_scaling", "embedding"),
     [*((m, True, "none") for m in MECHANISMS), *(("SOFTMAX", True, e) for e in EMBEDDINGS if e != "none")]
@@ -213,6 +215,7 @@ def test_reversed_kernel(x64):
         np.testing.assert_allclose(getattr(after.reverse(), name), expected, rtol=1e-12)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("mechanism", "linear_scaling", "embedding"),
     [*((m, True, "none") for m in MECHANISMS), ("IDENTITY", False, "none")]
@@ -241,6 +244,7 @@ def test_masked_positions_do_not_exist(embedding, mechanism, linear_scaling, x64
         np.testing.assert_allclose(getattr(kernel, name), padded, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_fully_masked_sample(mechanism, dtype):
     init_fn, apply_fn, kernel_fn = GlobalSelfAttention(7, 5, 6, 2, b_std=0.3, attention_mechanism=mechanism)

@@ -191,6 +191,7 @@ def test_the_channel_axis_may_be_anywhere(channel_axis, x64):
         np.testing.assert_allclose(kernel.nngp, (2 * k + 6 * 4 * k) / 8, rtol=1e-12)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("n_convs", [1, 2, 3])
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("axis", [1, -2])

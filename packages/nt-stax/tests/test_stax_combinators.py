@@ -176,6 +176,7 @@ REPEATED = [
 ]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("repeated", REPEATED)
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
 def test_repeat_is_serial(repeated, n, x64):

@@ -75,6 +75,7 @@ def assert_diagonal_storage_is_the_diagonal(kernel_fn, x):
 # Transposed
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_transposed_function(window, padding, x64):
@@ -94,6 +95,7 @@ def test_transposed_function(window, padding, x64):
         assert_close(apply_fn((W, 0 * b), x), 1.5 / (2 * W[..., 0, 0].size) ** 0.5 * y)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("window", "padding"), list(zip(WINDOWS * 2, PADDINGS * 3, strict=False)))  # 9 of all 15
 def test_transposed_kernels(window, padding, finite_kernels, full, x64):
     filter_shape, strides, dilation = window
@@ -123,6 +125,7 @@ def test_orders_of_axes(dimension_numbers, transpose, finite_kernels, full, x64)
     assert_close(layer[1]((W, b), x1), jnp.transpose(y, ["NHWC".index(letter) for letter in out]))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", [ConvTranspose, ConvLocal])
 @pytest.mark.parametrize("b_std", [None, 0.0, 0.5])
 def test_standard_parameterization(make, b_std, finite_kernels, full, x64):

@@ -105,6 +105,7 @@ def expectation(f, g, var1, var2, cov):
     return total
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", LAYERS)
 def test_finite_function(name, dtype):
     layer, underlying, f = LAYERS[name]
@@ -185,6 +186,7 @@ def test_input_must_be_gaussian(name):
         serial(Dense(4), layer(), layer())[2](jnp.ones((2, 3)))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", LAYERS)
 def test_masked_positions_are_zero(name, x64):
     """Also where f(0) is not zero; the other positions do not notice."""
@@ -207,6 +209,7 @@ def test_masked_positions_are_zero(name, x64):
     np.testing.assert_allclose(outputs, expected, rtol=1e-12)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["Relu", "Erf", "Sign"])
 def test_derivatives_are_finite_where_they_are_delicate(name, x64):
     """At equal inputs, opposite inputs and zero inputs, with and without a bias. (nt-core tests all activations so.)"""
@@ -222,6 +225,7 @@ def test_derivatives_are_finite_where_they_are_delicate(name, x64):
         assert np.all(np.isfinite(derivative(x, x)))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "layer",
     [

@@ -35,6 +35,7 @@ def assert_close(actual, expected, dtype):
 # Dense
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("axes", [(0, -1), (0, 1), (1, 0), (2, 1), (-1, 2)])
 @pytest.mark.parametrize("b_std", [None, 0.0, 0.7])
 def test_dense_function(axes, b_std, dtype):
@@ -76,6 +77,7 @@ def test_parameters_are_drawn_from_a_split_key():
         np.testing.assert_array_equal(b, random.normal(key_b, b_shape))
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("parameterization", ["ntk", "standard"])
 @pytest.mark.parametrize("b_std", [None, 0.0, 0.7])
 @pytest.mark.parametrize("axes", [(0, -1), (1, 0), (2, 1)])
@@ -136,6 +138,7 @@ def convolved(x, W, strides, padding):
     return y
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dimension_numbers", DIMENSION_NUMBERS)
 @pytest.mark.parametrize(
     ("padding", "strides"), [("SAME", None), ("SAME", (2, 3)), ("VALID", [2, 1]), (Padding.CIRCULAR, (1, 3))]
@@ -157,6 +160,7 @@ def test_conv_function(dimension_numbers, padding, strides, x64):
     assert_close(apply_fn((W, b), x), expected, "float64")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dimension_numbers", DIMENSION_NUMBERS)
 @pytest.mark.parametrize(("padding", "strides"), [("SAME", (2, 1)), ("VALID", None), ("CIRCULAR", (1, 2))])
 def test_conv_kernels(dimension_numbers, padding, strides, finite_kernels, full, x64):
@@ -174,6 +178,7 @@ def test_conv_kernels(dimension_numbers, padding, strides, finite_kernels, full,
     assert (kernel.batch_axis, kernel.channel_axis) == (out.index("N"), out.index("C"))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("parameterization", ["ntk", "standard"])
 @pytest.mark.parametrize("b_std", [None, 0.0, 0.5])
 def test_conv_parameterizations(parameterization, b_std, finite_kernels, full, dtype):

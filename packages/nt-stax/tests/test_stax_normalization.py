@@ -124,6 +124,7 @@ def test_root_mean_squares_of_what_is_not_gaussian(names, x64):
         serial(before, LayerNorm(axes_of("NHWC", names)))[2](x1, x2)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("order", "names"), CASES)
 @pytest.mark.filterwarnings("ignore:The inputs have batch_axis")
 def test_kernel_with_masks(order, names, x64):

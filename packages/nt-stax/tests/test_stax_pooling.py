@@ -83,6 +83,7 @@ def test_pools(divide_by, padding, strides, axes, covariances, full, x64):
     assert kernel.ntk.ndim == 0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "layer", [AvgPool((2, 2), (1, 2), "SAME", True), SumPool((2, 3)), AvgPool((3, 1), padding="CIRCULAR")]
 )
@@ -178,6 +179,7 @@ def test_global_average_counts_what_is_not_masked(diagonal_batch, diagonal_spati
     np.testing.assert_allclose(of_one_batch.ntk, of_two.ntk, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "layer",
     [

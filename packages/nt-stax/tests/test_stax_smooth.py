@@ -57,6 +57,7 @@ TOLERANCES = {"float32": {0.01: 1e-6, 1.0: 1e-6, 4.0: 1e-6}, "float64": {0.01: 1
 TANH = 1e-5  # at a variance of 4, where its coefficients decay most slowly
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("var", [0.01, 1.0, 4.0])
 def test_kernels_are_expectations(name, var, dtype):
