@@ -30,7 +30,7 @@ def doctest_precision(request):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked slow
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test with the marker `sample(n)`, all but n are slow: a choice by chance, and always the same."""
+    """Of the cases of a test with the marker `sample(n)` all but n are slow, chosen by chance and always the same."""
     sampled = [item for item in items if item.get_closest_marker("sample")]
     for _, cases in itertools.groupby(sampled, key=lambda item: item.nodeid.partition("[")[0]):
         by_chance = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
