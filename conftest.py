@@ -28,6 +28,20 @@ def doctest_precision(request):
         yield
 
 
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request):
+    """Runs a test in both precisions, each with JAX's default types to match."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked slow
 def pytest_collection_modifyitems(items):
     """Of the cases of a test with the marker `sample(n)` all but n are slow, chosen by chance and always the same."""

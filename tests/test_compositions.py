@@ -1,6 +1,5 @@
 """Random networks of all layers: applied part by part they are what they are in one piece."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,15 +7,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from neural_tangents import stax
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-# Layers that state their assumptions.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("x64"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # layers that state their assumptions
+]
 # To find a smaller network that fails would compile for many minutes.
 few = settings(
     deadline=None,

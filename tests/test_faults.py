@@ -17,11 +17,7 @@ import pytest
 from jax.image import ResizeMethod
 from neural_tangents import stax
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def inputs(*shape, seed=0):

@@ -4,20 +4,6 @@ import pytest
 from nt_stax import unmask_fn
 
 
-@pytest.fixture(params=["float64", "float32"])
-def dtype(request):
-    """Runs a test in both precisions, each with JAX's default types to match."""
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
-
-
-@pytest.fixture
-def x64():
-    """Runs a test in double precision."""
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.fixture
 def finite_kernels():
     """The NNGP and NTK of a network that is linear in its parameters, e.g. one layer with weights and a pool.
