@@ -167,6 +167,7 @@ def test_dual_is_its_definition(name, x64):
 each_closed_form = pytest.mark.parametrize("name", CLOSED_FORMS)
 
 
+@pytest.mark.sample(40)
 @each_closed_form
 @pytest.mark.parametrize("variance_ratio", [equal, nearly_equal])
 def test_nearly_equal_inputs_keep_the_relative_accuracy_of_the_deficit(name, variance_ratio, dtype):
@@ -349,6 +350,7 @@ def mp_dual(form, var1, var2, deficit):
 HAVE_A_ROOT = ("relu", "abs", "leaky", "exp normalized", "sign", "rectified square", "rectified cube")
 
 
+@pytest.mark.sample(14)
 @each_closed_form
 def test_derivatives_are_the_true_ones(name, x64):
     """Those of smooth activations also at equal inputs and at zero variance."""
@@ -392,6 +394,7 @@ def test_derivatives_in_the_coefficients(name, x64):
 # --- Types and transformations
 
 
+@pytest.mark.sample(12)
 @each_activation
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4)])
 def test_shapes_types_jit_and_vmap(name, shape, dtype):

@@ -47,6 +47,7 @@ def nearly_parallel():
     return np.stack([direction, 0.3 * direction + 1e-3 * other, -2 * direction, 1e-4 * other - direction, other])
 
 
+@pytest.mark.sample(20)
 @each_backend
 @pytest.mark.parametrize("a, b", [(0, 1), (0.25, 1), (-1, 1), (1, 1)])
 @pytest.mark.parametrize("b_var", [None, 0.25])
