@@ -197,9 +197,10 @@ def test_masks_of_resized_images(method, finite_kernels, full, x64):
     [
         (lambda x: DotGeneral(lhs=2.0, rhs=3.0), ValueError, "`lhs` or `rhs`, not both"),
         (lambda x: DotGeneral(rhs=np.ones(4), dimension_numbers=(((2,), (0,)), NOTHING))[2](x), ValueError, "channel"),
-        (lambda x: ImageResize((-1, 3, -1), "cubist"), ValueError, "cubist"),
+        (lambda x: ImageResize((-1, 3, -1), "cubist"), ValueError, "'cubist' is unknown, use 'nearest'"),
         (lambda x: ImageResize((-1, 3), "linear")[1]((), x), ValueError, "rank 2"),
         (lambda x: ImageResize((-1, 3, 5), "linear")[2](x), ValueError, "channel axis"),
+        (lambda x: ImageResize((-1, 3, 5), "nearest")[2](x), ValueError, "channel axis"),
         (lambda x: ImageResize((-1, 2, -1), "linear")[2](x, diagonal_spatial=True), ValueError, "diagonal_spatial"),
     ],
 )  # fmt: skip

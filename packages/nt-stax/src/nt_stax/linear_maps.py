@@ -134,7 +134,7 @@ def ImageResize(
      [2. 4. 6.]
      [3. 6. 9.]]
     """
-    method = ResizeMethod.from_string(method) if isinstance(method, str) else method
+    method = _method(method)
     sizes, ndim = tuple(shape), len(shape)
     batch, channel = batch_axis % ndim, channel_axis % ndim
 
@@ -215,6 +215,16 @@ def _resized_shape(sizes: tuple[int, ...], shape: Sequence[int]) -> tuple[int, .
 def _interpolation(n: int, size: int, method: ResizeMethod, antialias: bool, dtype: Any) -> Array:
     """Returns the matrix that interpolates along an axis of `n` positions, `(size, n)`."""
     return jax.image.resize(jnp.eye(n, dtype=dtype), (size, n), method, antialias, lax.Precision.HIGHEST)
+
+
+def _method(method: str | ResizeMethod) -> ResizeMethod:
+    try:
+        return ResizeMethod.from_string(method) if isinstance(method, str) else ResizeMethod(method)
+    except ValueError:
+        raise ValueError(
+            f"ImageResize: method={method!r} is unknown, use 'nearest', 'linear', 'cubic', 'lanczos3', 'lanczos5' or a "
+            "jax.image.ResizeMethod."
+        ) from None
 
 
 def _nearest(n: int, size: int) -> tuple[int, ...]:
