@@ -30,7 +30,7 @@ def load(name):
 HEADLINE, LAYERS = load("headline"), load("layers")
 CASES = HEADLINE + LAYERS
 # What cannot keep the tolerance in float32, and after how many layers its deficits are rounded most: inputs with one
-# channel, so that correlations are 1 or -1, after a normalisation (the factor of Relu has infinite slope there); a cubic
+# channel after a normalisation, so that correlations are 1 or -1, where the factor of Relu has infinite slope; a cubic
 # polynomial of variances that differ by orders of magnitude, beside which the covariance is small.
 ROUNDED = {"norm-0285": 2, "cnn-0522": 4}
 N_ROUNDINGS = 4  # on the way there, of about the same size
@@ -72,7 +72,8 @@ def test_headline_float32(case, arrays):
 @pytest.mark.slow
 @pytest.mark.parametrize("case, arrays", LAYERS, ids=[case["id"] for case, _ in LAYERS])
 def test_layers_float32(case, arrays):
-    check(case, arrays, "float32", N_ROUNDINGS * change_by_one_rounding(case, arrays) if case["id"] in ROUNDED else None)
+    tolerance = N_ROUNDINGS * change_by_one_rounding(case, arrays) if case["id"] in ROUNDED else None
+    check(case, arrays, "float32", tolerance)
 
 
 @pytest.mark.parametrize("case, arrays", [case for case in LAYERS if case[0]["id"] in ROUNDED])

@@ -179,8 +179,11 @@ def ImageResize(
         "diagonal_batch": sizes[batch] == -1,
         "diagonal_spatial": Diagonal(input=Bool.NO if mixes_positions else Bool.YES, output=Bool.NO),
     }
-    effect = {"emit": emit} if copies_positions else {"function": function}
-    return init_fn, apply_fn, Rule("ImageResize", requirements, **effect), mask_fn
+    if copies_positions:
+        rule = Rule("ImageResize", requirements, emit=emit)
+    else:
+        rule = Rule("ImageResize", requirements, function=function)
+    return init_fn, apply_fn, rule, mask_fn
 
 
 @partial(jax.jit, static_argnames=("sizes", "method", "antialias"))
