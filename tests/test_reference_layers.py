@@ -12,10 +12,13 @@ from neural_tangents import stax
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = {"float64": 1e-7, "float32": 2e-5}
-# Where the archived library is wrong: ConvLocal takes no notice of s[1], and the next layer has the wrong fan-in; a
-# nested ExpNormalized, which has no finite network, hides its 8 channels, and the tangent kernel of the next layer in
-# the 'standard' parameterization is that of the 6 channels of the inputs.
-WRONG = {"local-0489", "concat-0570"}
+# Where the archived library is wrong, and of which other network its kernels are: ConvLocal takes no notice of s[1], and
+# the next layer has the wrong fan-in; a nested ExpNormalized, which has no finite network, hides its 8 channels, and the
+# tangent kernel of the next layer in the 'standard' parameterization is that of the 6 channels of the inputs.
+WRONG = {
+    "local-0489": lambda layers: layers[2]["kwargs"].update(s=[3, 1]),
+    "concat-0570": lambda layers: layers[0]["serial"][0].update(args=[6]),
+}
 
 
 def load(name):
@@ -62,6 +65,15 @@ def marked(case, arrays):
 @pytest.mark.parametrize("case, arrays", [marked(*case) for case in CASES])
 def test_float64(case, arrays):
     check(case, arrays, "float64")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_there(name):
+    """Right are `test_fault_5_local_convolution_scales_its_width` and `test_channels_behind_a_nested_layer`."""
+    cases = json.loads((DATA / "reference_layers.json").read_text())
+    case = next(case for case in cases if case["id"] == name)
+    WRONG[name](case["net"]["serial"])
+    check(case, LAYERS[0][1], "float64")
 
 
 @pytest.mark.parametrize("case, arrays", HEADLINE, ids=[case["id"] for case, _ in HEADLINE])
