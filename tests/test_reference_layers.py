@@ -12,8 +12,8 @@ from neural_tangents import stax
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = {"float64": 1e-7, "float32": 2e-5}
-# Where the archived library is wrong, and of which other network its kernels are: ConvLocal takes no notice of s[1], and
-# the next layer has the wrong fan-in; a nested ExpNormalized, which has no finite network, hides its 8 channels, and the
+# Where the archived library is wrong, and of which other network its kernels are. ConvLocal takes no notice of s[1]:
+# the next layer has the wrong fan-in. A nested ExpNormalized, which has no finite network, hides its 8 channels: the
 # tangent kernel of the next layer in the 'standard' parameterization is that of the 6 channels of the inputs.
 WRONG = {
     "local-0489": lambda layers: layers[2]["kwargs"].update(s=[3, 1]),
