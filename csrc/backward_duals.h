@@ -34,9 +34,8 @@ class AbReluBack {
     const V scale = (root1 + root1) * root2, difference = root1 - root2;
     const V inverse1 = first[1], inverse2 = second[1];  // of the standard deviations
     const V angular = fma(-difference, difference, deficit);
-    V u = (angular * inverse1) * inverse2;
-    u = if_positive(scale, u, one);
-    const V w = max(zero, min(u, broadcast(T(2)) - u)), root = sqrt(w), negative = angular - scale;
+    const V negative = angular - scale;
+    const V w = distance_from_parallel<T>(deficit, angular, negative, scale, inverse1, inverse2), root = sqrt(w);
     const V p = horner<T>(ReluPolynomials<T>::p, w), of_q = w * horner<T>(ReluPolynomials<T>::q, w);
     const V opposed = fma(scale * root, of_q, max(zero, negative));
     V angle = root * p;

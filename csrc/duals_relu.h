@@ -6,6 +6,18 @@
 namespace nt {
 namespace NT_LEVEL {
 
+// 1 - |c|, with `angular` = scale (1 - c) and `negative` = -scale c: exactly 0 where it is no more than rounding of the
+// deficit leaves for parallel variables, and 1 at zero variance. NaN stays NaN.
+template <class T>
+NT_INLINE Vec<T> distance_from_parallel(Vec<T> deficit, Vec<T> angular, Vec<T> negative, Vec<T> scale, Vec<T> inverse1,
+                                        Vec<T> inverse2) {
+  constexpr T kRounding = 4 * std::numeric_limits<T>::epsilon();
+  const Vec<T> nearest = min(angular, scale - negative);
+  const Vec<T> beyond_rounding = fma(broadcast(-kRounding), deficit, nearest);
+  const Vec<T> w = if_positive(-beyond_rounding, Vec<T>{}, (nearest * inverse1) * inverse2);
+  return if_positive(scale, w, broadcast(T(1)));
+}
+
 // The ReLU family, see docs/cpu-engine.md. `slope` is the mean square slope (a^2 + b^2)/2, `kink` is (a - b)^2/2.
 template <class T>
 class AbRelu {
@@ -35,11 +47,9 @@ class AbRelu {
     const V scale = (first[0] + first[0]) * second[0];  // product of the standard deviations
     const V difference = first[0] - second[0];
     const V angular = fma(-difference, difference, deficit);  // scale (1 - c)
-    V u = (angular * first[1]) * second[1];
-    u = if_positive(scale, u, one);
-    const V w = max(zero, min(u, broadcast(T(2)) - u));  // 1 - |c|; NaN stays NaN
-    const V root = sqrt(w);
     const V negative = angular - scale;
+    const V w = distance_from_parallel<T>(deficit, angular, negative, scale, first[1], second[1]);
+    const V root = sqrt(w);
     before = -negative;
     const V opposed = fma(scale * w, root * horner<T>(ReluPolynomials<T>::q, w), max(zero, negative));
     if constexpr (kCovariance) {

@@ -270,3 +270,13 @@ def test_fault_17_nothing_is_compiled_twice():
     finally:
         jax.monitoring.clear_event_listeners()
     assert not events
+
+
+def test_channels_behind_a_nested_layer():
+    """Of a layer that has no finite network. In the standard parameterization they weigh the tangent kernel."""
+    x = inputs(2, 6)
+    dense = stax.Dense(8)
+    nested = stax.serial(stax.serial(dense, stax.ExpNormalized()), stax.Dense(1, parameterization="standard"))
+    kernel = nested[2](x)
+    before = stax.serial(dense, stax.ExpNormalized())[2](x)
+    assert_close(kernel.ntk, 8 * before.nngp + before.ntk)

@@ -12,10 +12,13 @@ from neural_tangents import stax
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = {"float64": 1e-7, "float32": 2e-5}
-# Where the archived library is wrong: ConvLocal takes no notice of s[1], and the next layer has the wrong fan-in; a
-# nested ExpNormalized, which has no finite network, hides its 8 channels, and the tangent kernel of the next layer in
-# the 'standard' parameterization is that of the 6 channels of the inputs.
-WRONG = {"local-0489", "concat-0570"}
+# Where the archived library is wrong, and of which other network its kernels are. ConvLocal takes no notice of s[1]:
+# the next layer has the wrong fan-in. A nested ExpNormalized, which has no finite network, hides its 8 channels: the
+# tangent kernel of the next layer in the 'standard' parameterization is that of the 6 channels of the inputs.
+WRONG = {
+    "local-0489": lambda layers: layers[2]["kwargs"].update(s=[3, 1]),
+    "concat-0570": lambda layers: layers[0]["serial"][0].update(args=[6]),
+}
 
 
 def load(name):
@@ -29,6 +32,11 @@ def load(name):
 
 HEADLINE, LAYERS = load("headline"), load("layers")
 CASES = HEADLINE + LAYERS
+# What cannot keep the tolerance in float32, and after how many layers its deficits are rounded most: inputs with one
+# channel after a normalisation, so that correlations are 1 or -1, where the factor of Relu has infinite slope; a cubic
+# polynomial of variances that differ by orders of magnitude, beside which the covariance is small.
+ROUNDED = {"norm-0285": 2, "cnn-0522": 4}
+N_ROUNDINGS = 4  # on the way there, of about the same size
 # Take 15 s and more to compile, of layers that the others have as well.
 SLOW = {f"deepnet-{n}" for n in ("0057", "0096", "0174", "0213", "0252", "0291", "0330", "0447", "0525")}
 
@@ -59,6 +67,15 @@ def test_float64(case, arrays):
     check(case, arrays, "float64")
 
 
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_there(name):
+    """Right are `test_fault_5_local_convolution_scales_its_width` and `test_channels_behind_a_nested_layer`."""
+    cases = json.loads((DATA / "reference_layers.json").read_text())
+    case = next(case for case in cases if case["id"] == name)
+    WRONG[name](case["net"]["serial"])
+    check(case, LAYERS[0][1], "float64")
+
+
 @pytest.mark.parametrize("case, arrays", HEADLINE, ids=[case["id"] for case, _ in HEADLINE])
 def test_headline_float32(case, arrays):
     check(case, arrays, "float32")
@@ -67,50 +84,37 @@ def test_headline_float32(case, arrays):
 @pytest.mark.slow
 @pytest.mark.parametrize("case, arrays", LAYERS, ids=[case["id"] for case, _ in LAYERS])
 def test_layers_float32(case, arrays):
-    check(case, arrays, "float32", float32_tolerance(case, arrays))
+    tolerance = N_ROUNDINGS * change_by_one_rounding(case, arrays) if case["id"] in ROUNDED else None
+    check(case, arrays, "float32", tolerance)
 
 
-def test_few_cases_cannot_keep_the_tolerance_in_float32():
-    tolerances = [float32_tolerance(case, arrays) for case, arrays in LAYERS]
-    assert sum(tolerance > TOLERANCE["float32"] for tolerance in tolerances) <= 5
-
-
-def float32_tolerance(case, arrays):
-    """Returns a larger tolerance where one rounding in the first layer takes most of the usual one.
-
-    With one channel and one position in the first layer, all correlations are 1 or -1. There the factor of the tangent
-    kernel, `arccos(-c) / pi` for Relu, has infinite slope, and `n` roundings of `c` change it by `sqrt(2 n eps) / pi`.
-    """
-    if all_are_parallel(case, arrays) and change_by_one_rounding(case, arrays) > 0.75 * TOLERANCE["float32"]:
-        n_roundings = 4 * max(1, largest_ratio(arrays[f"{case['id']}/x1"], arrays[f"{case['id']}/x2"]) / 2)
-        return (2 * n_roundings * np.finfo("float32").eps) ** 0.5 / np.pi
-    return TOLERANCE["float32"]
-
-
-def all_are_parallel(case, arrays):
-    if "serial" not in case["net"] or arrays[f"{case['id']}/x1"].shape[-1] > 1:
-        return False
-    first = case["net"]["serial"][0]
-    one_position = first.get("layer") == "Dense" or (first.get("layer") == "Conv" and set(first["args"][1]) == {1})
-    return one_position and first["kwargs"].get("b_std") is None
-
-
-def largest_ratio(x1, x2):
-    """Of standard deviations at one position: half of it is how many times a correlation is rounded in a deficit."""
-    sizes = np.log(np.abs(np.concatenate([x1, x2])))
-    return np.exp(np.max(sizes.max(axis=0) - sizes.min(axis=0)))
+@pytest.mark.parametrize("case, arrays", [case for case in LAYERS if case[0]["id"] in ROUNDED])
+def test_a_few_roundings_take_the_whole_tolerance(case, arrays):
+    assert N_ROUNDINGS * change_by_one_rounding(case, arrays) > TOLERANCE["float32"]
 
 
 def change_by_one_rounding(case, arrays):
-    """Rounds the covariances after the first layer to float32, and nothing else. Returns the change of the NTK."""
+    """Rounds deficits to float32 after the layers that `ROUNDED` counts, and nothing else.
+
+    Returns:
+      The change of the NNGP or the tangent kernel, whichever is larger, relative to the largest entry.
+    """
+    layers, n = case["net"]["serial"], ROUNDED[case["id"]]
     with jax.enable_x64(True):
-        layers = case["net"]["serial"]
-        kernel = build(layers[0])[2](arrays[f"{case['id']}/x1"], arrays[f"{case['id']}/x2"])
-        rounded = kernel.replace(nngp=kernel.nngp.astype("float32").astype("float64"))
-        rest = build({"serial": layers[1:]})[2]
-        kwargs = {"implementation": "xla", "pattern": patterns(case, arrays)}
-        exact, changed = (np.asarray(rest(k, None, "ntk", **kwargs)) for k in (kernel, rounded))
-    return np.abs(changed - exact).max() / np.abs(exact).max()
+        x1, x2 = (arrays[f"{case['id']}/{name}"] for name in ("x1", "x2"))
+        kernel = build({"serial": layers[:n]})[2](x1, x2, diagonal_spatial=False)
+        rest = build({"serial": layers[n:]})[2]
+        exact, changed = (rest(k, None, ("nngp", "ntk"), implementation="xla") for k in (kernel, rounded(kernel)))
+    return max(np.abs(b - a).max() / np.abs(a).max() for a, b in zip(exact, changed, strict=True))
+
+
+def rounded(kernel):
+    """The kernel whose deficits `(var1 + var2) / 2 - K` are rounded to float32."""
+    pairs = kernel.matrices()
+    first, second = (np.diagonal(cov, axis1=1, axis2=2) for cov in (pairs.cov1, pairs.cov2))
+    mean = (first[:, None, :, None] + second[None, :, None, :]) / 2
+    deficits = (mean - pairs.nngp).astype("float32").astype("float64")
+    return kernel.from_matrices(pairs.replace(nngp=mean - deficits))
 
 
 def patterns(case, arrays):

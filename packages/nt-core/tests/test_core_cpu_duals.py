@@ -51,6 +51,23 @@ def test_dual_is_exact_for_inputs_changed_in_the_last_places(name, variance_rati
     check_backward_error(form, arguments, results, float(np.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_parallel_variables_keep_their_angle(backend, dtype):
+    """A position with one channel: equal or opposite up to a number. Rounding of the deficit must not turn them."""
+    x, y = np.random.default_rng(0).normal(size=(2, 1000)).astype(dtype)
+    ratios = np.abs(x / y)
+    x, y = (a[(x * y < 0) | (ratios > 2) | (ratios < 0.5)] for a in (x, y))
+    variance = np.dtype(dtype).type(1.7)
+    arguments = variance * x**2, variance * y**2, variance * (x - y) ** 2 / 2
+    if backend == "cpu":
+        _, deficit, factor = native_dual("relu", arguments, dtype)
+    else:
+        deficit, factor = ABRelu(0.0, 1.0).dual(*map(jnp.asarray, arguments))
+    np.testing.assert_array_equal(factor, np.where(x * y > 0, 0.5, 0.0))
+    expected = variance * np.where(x * y > 0, (x - y) ** 2, x**2 + y**2) / 4
+    np.testing.assert_allclose(deficit, expected, rtol=0, atol=4 * np.finfo(dtype).eps * arguments[2].max())
+
+
 @each_closed_form
 def test_variance_is_accurate(name, dtype, level):
     _, form, max_variance = CLOSED_FORMS[name]

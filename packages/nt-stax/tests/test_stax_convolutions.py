@@ -298,6 +298,8 @@ CONCATENATED = serial(FanOut(2), parallel(Dense(4), serial(Dense(4), Erf())), Fa
         (lambda: ConvTranspose(3, (3,), padding="FULL"), ValueError, "'FULL' is unknown"),
         (lambda: ConvTranspose(3, (3,), dimension_numbers=("NHWC", "HWIO", "NHWC")), ValueError, "ConvTranspose with"),
         (lambda: ConvTranspose(3, (3, 3))[0](random.key(0), (2, 8, 3)), ValueError, "rank 4"),
+        (lambda: ConvLocal(3, (3, 3))[1]((), jnp.ones((2, 8, 3))), ValueError, "takes inputs of rank 4, got shape"),
+        (lambda: Conv(3, (3, 3))[2](jnp.ones((2, 8))), ValueError, "channel_axis=3.*a convolution over n axes"),
         (lambda: ConvLocal(3, (9,))[0](random.key(0), (2, 8, 3)), ValueError, "ConvLocal: a window"),
         (lambda: ConvLocal(3, (2,))[0](random.key(0), (2, -1, 3)), ValueError, "at every position"),
         (lambda: Conv(3, (3, 3), rhs_dilation=(2,)), ValueError, "rhs_dilation"),

@@ -361,8 +361,10 @@ class TestPolynomials:
 
     @pytest.mark.parametrize("layer", [Monomial, RectifiedMonomial, Hermite])
     def test_degree(self, layer):
-        with pytest.raises(NotImplementedError, match=f"{layer.__name__} needs a degree of at least 0, got degree=-1"):
-            layer(-1)
+        for degree in (-1, 1.5):
+            message = f"{layer.__name__} needs a degree of at least 0, a whole number, got degree={degree}"
+            with pytest.raises(NotImplementedError, match=message):
+                layer(degree)
 
 
 class TestElementwise:

@@ -202,3 +202,13 @@ def test_known_graphs_under_jit(n, x64):
         return kernel_fn(x1, x2, "nngp", pattern=tuple(map(jnp.asarray, graphs)))
 
     assert_close(jax.jit(kernel)(x1, x2), kernel(x1, x2))
+
+
+@pytest.mark.parametrize("implementation", ["DENSE", SPARSE])
+def test_batches_without_samples(implementation):
+    x, nothing = np.ones((2, 3, 2), np.float32), np.ones((0, 3, 2), np.float32)
+    pattern = np.ones((2, 3, 3), np.float32) if implementation == "DENSE" else np.ones((2, 4, 2), int)
+    _, apply_fn, kernel_fn = Aggregate(implementation=implementation)
+    assert apply_fn((), nothing, pattern=pattern[:0]).shape == nothing.shape
+    assert kernel_fn(nothing, x, "nngp", pattern=(pattern[:0], pattern)).shape == (0, 2, 3, 3)
+    assert kernel_fn(nothing, None, "nngp", pattern=(pattern[:0],) * 2).shape == (0, 0, 3, 3)

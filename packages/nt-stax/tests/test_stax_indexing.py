@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
+from nt_core import explain
 from nt_stax import Conv, Dense, Flatten, GlobalAvgPool, Index, Relu, Slice, serial
 from stax_samples import normal
 
@@ -56,6 +57,20 @@ def test_in_networks(idx, finite_kernels, full, x64):
     np.testing.assert_allclose(
         equal(x1, x2).ntk, equal(x1, x2, None, diagonal_spatial=False, diagonal_batch=False).ntk, rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("idx", [Slice[:, 1:, ::-2], Slice[:, -1, 2], Slice[...]])
+def test_networks_with_parts_of_images_are_one_program(idx, full, x64):
+    x1, x2 = inputs(1, (2, 3, 4, 2)), inputs(2, (1, 3, 4, 2))
+    first = serial(Conv(1, (2, 2), None, "SAME", 1.3, 0.4), Relu(), Dense(1, b_std=0.3))
+    rest = serial(Relu(), GlobalAvgPool() if first[2](x1)[idx].spec.space else Dense(1))
+    network = serial(first, Index(idx), rest)[2]
+    assert "program 2" not in explain(network, x1.shape)
+    for layout in ({}, {"diagonal_spatial": False}):
+        expected = rest[2](first[2](x1, x2)[idx])
+        kernel = network(x1, x2, **layout)
+        for name in ("nngp", "ntk", "cov1", "cov2"):
+            np.testing.assert_allclose(getattr(kernel, name), getattr(expected, name), rtol=1e-12, err_msg=name)
 
 
 def test_axes_may_come_in_any_order(covariances, full, x64):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax, random
 from jax.image import ResizeMethod
-from nt_core import batch
-from nt_stax import Conv, Dense, DotGeneral, GlobalAvgPool, ImageResize, Relu, serial
+from nt_core import batch, explain
+from nt_stax import Conv, Dense, DotGeneral, Flatten, GlobalAvgPool, ImageResize, Relu, serial
 from stax_samples import normal
 
 NOTHING = ((), ())
@@ -150,6 +150,16 @@ def test_resize_after_a_convolution(finite_kernels, full, x64):
     assert twice.diagonal_batch
 
 
+@pytest.mark.parametrize("layer", [ImageResize((-1, 5, 2, -1), "nearest"), DotGeneral(rhs=0.7)])
+def test_networks_with_copies_and_multiples_are_one_program(layer, finite_kernels, full, x64):
+    x1, x2 = inputs(1, (2, 2, 3, 2)), inputs(2, (1, 2, 3, 2))
+    conv = Conv(1, (2, 2), None, "SAME", 1.3, 0.4)
+    assert_kernels_are_those_of_finite_networks(serial(conv, layer), x1, x2, finite_kernels, full)
+    network, rest = serial(conv, layer, Relu(), Flatten())[2], serial(Relu(), Flatten())[2]
+    assert "program 2" not in explain(network, x1.shape)
+    assert_close(network(x1, x2).ntk, rest(serial(conv, layer)[2](x1, x2)).ntk)
+
+
 def test_samples_are_resized_in_the_last_layer(covariances, full, x64):
     x1, x2 = inputs(1, (3, 2, 4)), inputs(2, (2, 2, 4))
     _, apply_fn, kernel_fn = ImageResize((5, 3, -1), "linear")
@@ -163,7 +173,7 @@ def test_samples_are_resized_in_the_last_layer(covariances, full, x64):
     assert only_samples.shape == (5, 5, 2)
 
 
-@pytest.mark.parametrize("method", ["linear", "lanczos3"])
+@pytest.mark.parametrize("method", ["nearest", "linear", "lanczos3"])
 def test_masks_of_resized_images(method, finite_kernels, full, x64):
     x1, x2 = np.array(inputs(1, (2, 4, 2))), np.array(inputs(2, (1, 4, 2)))
     x1[0, 1:], x1[1], x2[:, :2] = np.inf, np.inf, np.inf
@@ -187,9 +197,10 @@ def test_masks_of_resized_images(method, finite_kernels, full, x64):
     [
         (lambda x: DotGeneral(lhs=2.0, rhs=3.0), ValueError, "`lhs` or `rhs`, not both"),
         (lambda x: DotGeneral(rhs=np.ones(4), dimension_numbers=(((2,), (0,)), NOTHING))[2](x), ValueError, "channel"),
-        (lambda x: ImageResize((-1, 3, -1), "cubist"), ValueError, "cubist"),
+        (lambda x: ImageResize((-1, 3, -1), "cubist"), ValueError, "'cubist' is unknown, use 'nearest'"),
         (lambda x: ImageResize((-1, 3), "linear")[1]((), x), ValueError, "rank 2"),
         (lambda x: ImageResize((-1, 3, 5), "linear")[2](x), ValueError, "channel axis"),
+        (lambda x: ImageResize((-1, 3, 5), "nearest")[2](x), ValueError, "channel axis"),
         (lambda x: ImageResize((-1, 2, -1), "linear")[2](x, diagonal_spatial=True), ValueError, "diagonal_spatial"),
     ],
 )  # fmt: skip

@@ -208,11 +208,11 @@ def make_inputs(x1: Any, x2: Any, layout: dict[str, Any]) -> Inputs:
     x1 = _as_float(x1, "x1")
     x2 = None if x2 is None else (x1 if x2 is x1 else _as_float(x2, "x2"))
     ndim = x1.ndim
-    batch_axis = _axis(layout["batch_axis"], ndim, "batch_axis")
+    batch_axis = _axis(layout["batch_axis"], x1.shape, "batch_axis")
     channel_axis = layout["channel_axis"]
     if channel_axis is None:  # Flatten comes first: which axis counts as channels makes no difference
         channel_axis = -1 if batch_axis != ndim - 1 else -2
-    channel_axis = _axis(channel_axis, ndim, "channel_axis")
+    channel_axis = _axis(channel_axis, x1.shape, "channel_axis")
     if batch_axis == channel_axis:
         raise ValueError(f"batch_axis and channel_axis are both {batch_axis} for inputs of shape {x1.shape}.")
     if x2 is not None:
@@ -248,9 +248,13 @@ def _as_float(x: Any, name: str) -> Array:
     return jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
 
 
-def _axis(axis: int, ndim: int, name: str) -> int:
+def _axis(axis: int, shape: tuple[int, ...], name: str) -> int:
+    ndim = len(shape)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"{name}={axis} does not exist in inputs of rank {ndim}.")
+        raise ValueError(
+            f"{name}={axis}, which the layers ask for, does not exist in inputs of shape {shape}. Inputs of a "
+            "convolution over n axes have rank n + 2; other layers take `batch_axis` and `channel_axis`."
+        )
     return axis % ndim
 
 

@@ -189,7 +189,7 @@ class Gather(Step):
                 f"Gather from activations of shape {spec.shape1} needs, for each of {len(spec.space)} spatial axes, "
                 f"positions along it or -1 for zero, got {self.positions}."
             )
-        return spec.with_shape(tuple(map(len, self.positions)), spec.n_channels).replace(is_input=False)
+        return spec.with_shape(tuple(map(len, self.positions)), spec.n_channels)
 
 
 @step

@@ -283,7 +283,8 @@ def _concatenated_masks(masks: Sequence[Array | None], shapes: Sequence[Sequence
 
 def _branches(name: str, inputs: Any) -> Sequence[Any]:
     if not isinstance(inputs, list | tuple) or not inputs or isinstance(inputs[0], int):
-        raise ValueError(f"{name} takes a list or tuple of branches, e.g. from `parallel` or `FanOut`, got {inputs!r}.")
+        given = f"one of shape {inputs.spec.shape1}" if isinstance(inputs, Value) else repr(inputs)
+        raise ValueError(f"{name} takes a list or tuple of branches, e.g. from `parallel` or `FanOut`, got {given}.")
     return inputs
 
 

@@ -200,11 +200,7 @@ class _Conv:
         """Returns `(init_fn, apply_fn, rule, mask_fn)`."""
 
         def init_fn(rng, input_shape):
-            if len(input_shape) != len(self.lhs):
-                raise ValueError(
-                    f"{self.name} with dimension_numbers={self.letters} and filter_shape={self.in_filter_order.window} "
-                    f"takes inputs of rank {len(self.lhs)}, got input_shape={input_shape}."
-                )
+            self.check_rank(input_shape)
             n_channels = n_channels_of(self.name, input_shape, self.channel_axis)
             if n_channels % self.groups:
                 raise ValueError(
@@ -220,6 +216,7 @@ class _Conv:
             return tuple(sizes[letter] for letter in self.out), params
 
         def apply_fn(params, inputs, **kwargs):
+            self.check_rank(inputs.shape)
             W, b = params
             fan_in = inputs.shape[self.channel_axis] // self.groups * self.n_taps
             dtype = jnp.result_type(inputs, W)
@@ -232,6 +229,14 @@ class _Conv:
             "diagonal_spatial": self.diagonal_spatial,
         }
         return init_fn, apply_fn, Rule(self.name, requirements, self.emit), self.mask
+
+    def check_rank(self, shape: Sequence[int]) -> None:
+        """Raises `ValueError` for inputs with too many or too few axes."""
+        if len(shape) != len(self.lhs):
+            raise ValueError(
+                f"{self.name} with dimension_numbers={self.letters} and filter_shape={self.in_filter_order.window} "
+                f"takes inputs of rank {len(self.lhs)}, got shape {tuple(shape)}."
+            )
 
     def space(self, space: Sequence[int]) -> tuple[int, ...]:
         """Returns the sizes of the spatial axes of the outputs, in the order of the inputs; -1 if they are unknown."""

@@ -458,8 +458,8 @@ class _Derivative:
 
 
 def _check_degree(name: str, degree: int) -> None:
-    if degree < 0:
-        raise NotImplementedError(f"{name} needs a degree of at least 0, got degree={degree}.")
+    if degree < 0 or degree != int(degree):
+        raise NotImplementedError(f"{name} needs a degree of at least 0, a whole number, got degree={degree}.")
 
 
 def _no_exp_normalized(inputs):

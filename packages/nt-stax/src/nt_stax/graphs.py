@@ -100,7 +100,8 @@ def Aggregate(
         order = [batch_axis % inputs.ndim, *axes]
         order += [a for a in range(inputs.ndim) if a not in order]
         x = jnp.transpose(inputs, order)
-        y = _aggregate(x.reshape(x.shape[0], math.prod(x.shape[1 : 1 + len(axes)]), -1), graph)
+        nodes, rest = x.shape[1 : 1 + len(axes)], x.shape[1 + len(axes) :]
+        y = _aggregate(x.reshape(x.shape[0], math.prod(nodes), math.prod(rest)), graph)
         return jnp.transpose(y.reshape(x.shape), _inverse(order))
 
     def function(kernel: Kernel, run: Run) -> Kernel:
@@ -211,6 +212,13 @@ def _aggregate(x: Array, graph: Any) -> Array:
     return received(x, *graph)
 
 
+def _aggregate_columns(x: Array, graph: Any) -> Array:
+    """The same along the last axis, `(*batch, m, P)`."""
+    if isinstance(graph, tuple):
+        return jnp.swapaxes(_aggregate(jnp.swapaxes(x, -1, -2), graph), -1, -2)
+    return jnp.matmul(x, graph.astype(x.dtype), precision=lax.Precision.HIGHEST)
+
+
 @functools.partial(jax.jit, static_argnames="axes")
 def _aggregated(kernel: Kernel, graph1: Any, graph2: Any, axes: tuple[int, ...]) -> Kernel:
     """Returns the kernel after aggregation over the spatial axes numbered in `axes`.
@@ -230,11 +238,10 @@ def _aggregated(kernel: Kernel, graph1: Any, graph2: Any, axes: tuple[int, ...])
         order = [*range(start), *(start + 2 * a + half for a in rest for half in (0, 1))]
         order += [start + 2 * a + half for half in (0, 1) for a in axes]
         sorted_ = jnp.transpose(k, order)
-        n_nodes = math.prod(kernel.spec.space[a] for a in axes)
-        matrices = sorted_.reshape(*k.shape[:start], -1, n_nodes, n_nodes)
+        n_nodes, n_others = (math.prod(kernel.spec.space[a] for a in which) for which in (axes, rest))
+        matrices = sorted_.reshape(*k.shape[:start], n_others**2, n_nodes, n_nodes)
         first, second = (jax.tree.map(lambda g: jnp.expand_dims(g, start), graph) for graph in (first, second))
-        received = jnp.swapaxes(_aggregate(matrices, first), -1, -2)
-        received = jnp.swapaxes(_aggregate(received, second), -1, -2)
+        received = _aggregate_columns(_aggregate(matrices, first), second)
         return jnp.transpose(received.reshape(sorted_.shape), _inverse(order))
 
     return kernel.map(aggregate, graph1, graph2)

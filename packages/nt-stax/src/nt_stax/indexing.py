@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nt_core import Kernel, Rule, layer, supports_masking
-from nt_core.authoring import expand_index, index_mask
+from nt_core import Builder, Kernel, Rule, Run, Spec, Value, layer, steps, supports_masking
+from nt_core.authoring import NoStep, expand_index, index_mask
 
 
 class _Slice:
@@ -58,11 +58,38 @@ def Index(idx: Any, batch_axis: int = 0, channel_axis: int = -1):
     def mask_fn(mask, input_shape):
         return index_mask(mask, input_shape, channel_axis % len(input_shape), expand_index(idx, input_shape))
 
-    def function(kernel: Kernel, run: Any) -> Kernel:
+    def emit(builder: Builder, value: Value) -> Value:
+        positions, drops_axes = _positions(idx, value.spec)
+        if all(along == tuple(range(n)) for along, n in zip(positions, value.spec.space, strict=True)):
+            taken = value
+        else:
+            taken = builder.add(steps.Gather(positions), value)
+        return builder.add(steps.GlobalPool(mean=True), taken) if drops_axes else taken
+
+    def function(kernel: Kernel, run: Run) -> Kernel:
         return kernel[idx]
 
     requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    return init_fn, apply_fn, Rule("Index", requirements, function=function), mask_fn
+    return init_fn, apply_fn, Rule("Index", requirements, emit, function), mask_fn
+
+
+def _positions(idx: Any, spec: Spec) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    """Returns which positions are taken along each spatial axis, and whether that is one, without its axes.
+
+    Raises:
+      NoStep: other samples are taken, or channels; nothing is; or some spatial axes are dropped, and some are not.
+    """
+    index = expand_index(idx, spec.shape1)
+    whole = [(index[spec.batch_axis], n) for n in (spec.n1, spec.n2)] + [(index[spec.channel_axis], spec.n_channels)]
+    if any(not isinstance(i, slice) or range(n)[i] != range(n) for i, n in whole):
+        raise NoStep
+    along_space = [index[a] for a in spec.spatial_axes]
+    dropped = [not isinstance(i, slice) for i in along_space]
+    taken = [range(n)[i] for n, i in zip(spec.space, along_space, strict=True)]
+    positions = tuple((along,) if isinstance(along, int) else tuple(along) for along in taken)
+    if not all(positions) or (any(dropped) and not all(dropped)):
+        raise NoStep
+    return positions, any(dropped)
 
 
 def _indexed_shape(idx: Any, shape: Sequence[int]) -> tuple[int, ...]:

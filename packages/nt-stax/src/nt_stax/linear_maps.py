@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.image import ResizeMethod
-from nt_core import Bool, Diagonal, Kernel, Rule, Run, Spec, layer, supports_masking
+from nt_core import Bool, Builder, Diagonal, Kernel, Rule, Run, Spec, Value, layer, step_rule, steps, supports_masking
+from nt_core.authoring import is_traced
 
 
 @layer
@@ -78,6 +80,10 @@ def DotGeneral(
     if constant is None:
         return init_fn, apply_fn, Rule("DotGeneral", emit=lambda builder, value: value), mask_fn
 
+    if jnp.ndim(constant) == 0 and not is_traced(constant):
+        step = steps.Combine((float(constant) ** 2,))
+        return init_fn, apply_fn, step_rule(step, {"batch_axis": batch_axis, "channel_axis": channel_axis}), mask_fn
+
     def function(kernel: Kernel, run: Run) -> Kernel:
         other = jnp.asarray(constant, kernel.nngp.dtype)
         return kernel.dot_general(other, other, is_lhs, dimension_numbers)
@@ -128,7 +134,7 @@ def ImageResize(
      [2. 4. 6.]
      [3. 6. 9.]]
     """
-    method = ResizeMethod.from_string(method) if isinstance(method, str) else method
+    method = _method(method)
     sizes, ndim = tuple(shape), len(shape)
     batch, channel = batch_axis % ndim, channel_axis % ndim
 
@@ -146,22 +152,38 @@ def ImageResize(
                 counts = _along(counts, weights, axis)
         return counts < 16 * jnp.finfo(counts.dtype).eps  # weights that are 0 are so up to rounding
 
-    def function(kernel: Kernel, run: Run) -> Kernel:
-        if _resized_shape(sizes, kernel.shape1)[channel] != kernel.shape1[channel]:
+    def check_channels(spec: Spec) -> None:
+        if _resized_shape(sizes, spec.shape1)[channel] != spec.n_channels:
             raise ValueError(
                 f"ImageResize to {sizes} would interpolate along the channel axis {channel_axis}, and there are "
                 "infinitely many channels in no order. Use -1 there."
             )
+
+    def emit(builder: Builder, value: Value) -> Value:
+        check_channels(value.spec)
+        new_sizes = [sizes[a] for a in value.spec.spatial_axes]
+        along = zip(value.spec.space, new_sizes, strict=True)
+        copied = tuple(tuple(range(n)) if size == -1 else _nearest(n, size) for n, size in along)
+        return builder.add(steps.Gather(copied), value)
+
+    def function(kernel: Kernel, run: Run) -> Kernel:
+        check_channels(kernel.spec)
         return _resized(kernel, sizes, method, antialias)
 
+    copies_positions = method is ResizeMethod.NEAREST and sizes[batch] == -1  # and interpolates nothing
     resizes_space = any(size != -1 for axis, size in enumerate(sizes) if axis not in (batch, channel))
+    mixes_positions = resizes_space and not copies_positions
     requirements = {
         "batch_axis": batch_axis,
         "channel_axis": channel_axis,
         "diagonal_batch": sizes[batch] == -1,
-        "diagonal_spatial": Diagonal(input=Bool.NO if resizes_space else Bool.YES, output=Bool.NO),
+        "diagonal_spatial": Diagonal(input=Bool.NO if mixes_positions else Bool.YES, output=Bool.NO),
     }
-    return init_fn, apply_fn, Rule("ImageResize", requirements, function=function), mask_fn
+    if copies_positions:
+        rule = Rule("ImageResize", requirements, emit=emit)
+    else:
+        rule = Rule("ImageResize", requirements, function=function)
+    return init_fn, apply_fn, rule, mask_fn
 
 
 @partial(jax.jit, static_argnames=("sizes", "method", "antialias"))
@@ -196,6 +218,23 @@ def _resized_shape(sizes: tuple[int, ...], shape: Sequence[int]) -> tuple[int, .
 def _interpolation(n: int, size: int, method: ResizeMethod, antialias: bool, dtype: Any) -> Array:
     """Returns the matrix that interpolates along an axis of `n` positions, `(size, n)`."""
     return jax.image.resize(jnp.eye(n, dtype=dtype), (size, n), method, antialias, lax.Precision.HIGHEST)
+
+
+def _method(method: str | ResizeMethod) -> ResizeMethod:
+    try:
+        return ResizeMethod.from_string(method) if isinstance(method, str) else ResizeMethod(method)
+    except ValueError:
+        raise ValueError(
+            f"ImageResize: method={method!r} is unknown, use 'nearest', 'linear', 'cubic', 'lanczos3', 'lanczos5' or a "
+            "jax.image.ResizeMethod."
+        ) from None
+
+
+def _nearest(n: int, size: int) -> tuple[int, ...]:
+    """Returns which of `n` positions is copied to each of `size`."""
+    with jax.ensure_compile_time_eval():
+        copies = _interpolation(n, size, ResizeMethod.NEAREST, antialias=False, dtype=jnp.float32)
+    return tuple(np.asarray(copies).argmax(axis=1).tolist())
 
 
 def _along(x: Array, matrix: Array, axis: int) -> Array:

@@ -67,7 +67,10 @@ def arc_cosine_kernels(var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> 
     # The deficit of u and the nearer of v and -v, less what is due to unequal variances, is scale (1 - |c|).
     nearest = jnp.minimum(deficit, var1 + var2 - deficit)
     has_scale = scale > 0
-    w = (nearest - 0.5 * (std1 - std2) ** 2) / jnp.where(has_scale, scale, 1)
+    angular = nearest - 0.5 * (std1 - std2) ** 2
+    # No more than what rounding of the deficit leaves for parallel variables: as if it left nothing.
+    is_parallel = angular < 4 * float(jnp.finfo(deficit.dtype).eps) * deficit
+    w = jnp.where(is_parallel, 0, angular) / jnp.where(has_scale, scale, 1)
     # Not 0, for then the root has no derivative (see `safe_sqrt`); kappa_1 still underflows to 0.
     w = jnp.where(has_scale, jnp.clip(w, float(jnp.finfo(w.dtype).tiny), 1), 1)
     root = jnp.sqrt(w)

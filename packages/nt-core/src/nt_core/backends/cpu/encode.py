@@ -101,7 +101,7 @@ class _Encoder:
         self._values: list[list[int]] = []
         self._spaces: list[tuple[int, ...]] = []
         self._precision = dtype_of(sources[0]).name
-        self._coefficients: list[Any] = [identical_batches(sources), same_batches(sources)]
+        self._coefficients: list[Any] = self._equal_batches()
         self._n_coefficients = len(self._coefficients)
         self._tables: dict[int, int] = {}  # where the tables of activations start, by their identities
         self._numbers: list[Array] = []
@@ -145,6 +145,15 @@ class _Encoder:
         for source in self._sources:
             if len(source.spec.space) > self._n_axes:
                 raise Refused(f"inputs have {len(source.spec.space)} spatial axes, it takes up to {self._n_axes}")
+
+    def _equal_batches(self) -> list[Any]:
+        """Whether both batches hold equal samples, and the same ones to dropout; False where nothing asks."""
+        reads_deficits = any(form.deficit for form in self._forms)
+        drops_out = any(isinstance(node.primitive, Dropout) for node in self._lowered.nodes)
+        return [
+            reads_deficits and identical_batches(self._sources),
+            drops_out and same_batches(self._sources),
+        ]
 
     def _find_cuts(self) -> set[int]:
         """Returns the nodes before which the program is cut.
