@@ -16,6 +16,10 @@ NT_INLINE V deficit_or_covariance(V deficit, const First& first, const Second& s
   return deficit;
 }
 
+// Says that a number of a sample further on will be wanted soon; rows.h knows where it is.
+template <class Numbers>
+NT_INLINE void fetch_ahead(const Numbers&, int) {}
+
 template <class T>
 struct Angular {
   Vec<T> parallel, angular, scale;

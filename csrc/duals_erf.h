@@ -1,43 +1,57 @@
 // Error functions.
 #pragma once
 
-#include "duals_legs.h"
+#include "arc_polynomials.h"
+#include "duals_common.h"
 
 namespace nt {
 namespace NT_LEVEL {
 
-// And the angles of these triangles: see `_arcs` in nt_core/activations/erf.py.
+// The angles whose sines are |K| / sqrt((1 + var1) (1 + var2)), of `scale` times the covariances: one for each pair,
+// and for each sample its own. See docs/numerics.md.
 template <class T>
-struct Arcs : Legs<T> {
+struct Arcs {
   using V = Vec<T>;
-  using L = Legs<T>;
-  enum Plane { kNormRoot = L::kPlanes, kPlanes };  // and those of Legs
+  enum Plane { kHalf = 1, kLeg, kArc, kInverse, kPlanes };  // of each sample; before them, half the variance after
 
-  V sin, cos, skew;
+  V covariance;
+  V mean_leg, leg_product, gap;                 // of both samples alone
+  V deficit, leg_excess, inverse_leg;           // of |K|: from the triangle between the samples' own to its own
+  V inverse, inverse_square;                    // of the hypotenuse of either
+  V own_arc, turn, turn_excess, one_minus_cos;  // the angle between them is `turn`
 
-  static NT_INLINE void prepare(V scale, V var, V* planes) {
-    L::prepare(scale, var, planes);
-    planes[kNormRoot] = sqrt(fma(scale, var, broadcast(T(1))));
-  }
-
-  // asin(var / (1 + var)), of the scaled variance
-  static NT_INLINE V own_arcsine(V scale, const V* planes) {
-    return angle<T>(scale * planes[L::kVariance], planes[L::kLeg]);
+  static NT_INLINE void prepare(V scale, V half, V* planes) {
+    const V one = broadcast(T(1)), var = scale * (half + half);
+    planes[kHalf] = half;
+    planes[kLeg] = sqrt(fma(broadcast(T(2)), var, one));
+    planes[kArc] = broadcast(T(0.5)) * angle<T>(var, planes[kLeg]);
+    planes[kInverse] = one / sqrt(one + var);
   }
 
   template <class First, class Second>
-  NT_INLINE Arcs(V scale, V unscaled, const First& first, const Second& second) : L(scale, unscaled, first, second) {
+  NT_INLINE Arcs(V scale, V unscaled, const First& first, const Second& second) {
     const V zero{}, half = broadcast(T(0.5)), one = broadcast(T(1));
-    const V var1 = scale * first[L::kVariance], var2 = scale * second[L::kVariance], deficit = scale * unscaled;
-    const V mean = L::mean, mean_leg = L::mean_leg;
-    const V leg_product = first[L::kLeg] * second[L::kLeg];
-    const V norm_root = first[kNormRoot] * second[kNormRoot];
-    const V norm = one / ((one + mean) * norm_root);
-    sin = fma(mean, L::leg_excess, mean_leg * deficit) * norm;
-    cos = fma(mean_leg, L::leg, mean * (mean - deficit)) * norm;
-    const V half_slope = half * L::difference / mean_leg;
-    const V tan_half = half_slope * (one + leg_product) / (fma(norm_root, norm_root, leg_product) + var1 * var2);
-    skew = angle<T>(half * L::difference * tan_half / (one + mean), one + zero);
+    const V mean = first[kHalf] + second[kHalf];
+    covariance = mean - unscaled;
+    mean_leg = half * (first[kLeg] + second[kLeg]);
+    leg_product = first[kLeg] * second[kLeg];
+    const V half_difference = scale * (first[kHalf] - second[kHalf]) / mean_leg;  // of the legs
+    gap = half_difference * half_difference;
+    deficit = max(zero, fma(scale, min(mean + covariance, unscaled), -gap));
+    const V twice_opposite = leg_product - one;
+    const V leg_square_excess = deficit * (twice_opposite - deficit);
+    const V leg = sqrt(fma(mean_leg, mean_leg, leg_square_excess)), legs = leg + mean_leg;
+    const V inverses = one / (leg * legs);
+    inverse_leg = legs * inverses;
+    leg_excess = leg_square_excess * (leg * inverses);
+    inverse = first[kInverse] * second[kInverse];
+    inverse_square = inverse * inverse;
+    const V half_square = half * inverse_square;
+    const V sin = fma(leg_excess, twice_opposite, deficit * (mean_leg + mean_leg)) * half_square;
+    one_minus_cos = fma(leg_excess, leg_excess, deficit * deficit) * half_square;
+    turn_excess = sin * one_minus_cos * horner<T>(ArcPolynomials<T>::turn, one_minus_cos);
+    turn = sin + turn_excess;
+    own_arc = first[kArc] + second[kArc];
   }
 };
 
@@ -52,17 +66,18 @@ class Erf {
   explicit Erf(const T* c) : amplitude_(broadcast(c[0])), scale_(broadcast(c[1])), shift_(broadcast(c[2])) {}
 
   NT_INLINE V prepare(V half, V* planes) const {
-    Arcs<T>::prepare(scale_, half + half, planes);
-    planes[0] = broadcast(T(0.5)) * fma(amplitude_, Arcs<T>::own_arcsine(scale_, planes), shift_);
+    Arcs<T>::prepare(scale_, half, planes);
+    planes[0] = fma(amplitude_, planes[Arcs<T>::kArc], broadcast(T(0.5)) * shift_);
     return planes[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const Arcs<T> arcs(scale_, deficit, first, second);
-    const V after = amplitude_ * (angle<T>(arcs.sin, arcs.cos) - arcs.skew);
+    const V beyond = (arcs.own_arc + arcs.own_arc) - arcs.turn;
+    const V after = amplitude_ * if_positive(-arcs.covariance, beyond, arcs.turn);
     value = deficit_or_covariance<kCovariance>(after, first, second);
-    if constexpr (kNtk) factor = amplitude_ * scale_ / arcs.leg;
+    if constexpr (kNtk) factor = amplitude_ * scale_ * arcs.inverse_leg;
   }
 
  private:
@@ -73,56 +88,53 @@ class Erf {
 template <class T>
 class Gelu {
   using V = Vec<T>;
+  using A = Arcs<T>;
 
  public:
-  static constexpr int kPlanes = Arcs<T>::kPlanes + 1;
-  static constexpr int kInverse = Arcs<T>::kPlanes;  // 1 / (1 + var)
+  static constexpr int kPlanes = A::kPlanes;
 
   explicit Gelu(const T*) {}
 
   NT_INLINE V prepare(V half, V* planes) const {
     const V var = half + half, one = broadcast(T(1));
-    Arcs<T>::prepare(one, var, planes);
-    planes[kInverse] = one / (one + var);
-    const V angular =
-        fma(broadcast(T(0.5)), Arcs<T>::own_arcsine(one, planes), var * planes[kInverse] / planes[Arcs<T>::kLeg]);
+    A::prepare(one, half, planes);
+    const V angular = planes[A::kArc] + var / ((one + var) * planes[A::kLeg]);
     planes[0] = half * fma(angular, broadcast(1 / kPi<T>), broadcast(T(0.25)));
     return planes[0];
   }
 
-  // Each term of the covariance is subtracted from its mean over (u, u) and (v, v).
+  // Of x/2 a quarter of the deficit, and of the even part terms that are positive.
   template <bool kCovariance, bool kNtk, class First, class Second>
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
-    using A = Arcs<T>;
+    V before;
+    apply<kCovariance, kNtk>(deficit, first, second, value, factor, before);
+  }
+
+  // And the covariance before it.
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor, V& before) const {
     const V one = broadcast(T(1)), half = broadcast(T(0.5)), quarter = broadcast(T(0.25));
+    const V share = broadcast(T(0.5) / kPi<T>);
     const A arcs(one, deficit, first, second);
-    const V var1 = first[A::kVariance], var2 = second[A::kVariance];
-    const V leg_product = first[A::kLeg] * second[A::kLeg];
-    const V inverse1 = first[kInverse], inverse2 = second[kInverse];
-    const V inverses = inverse1 * inverse2, difference = arcs.difference;
-    const V covariance = arcs.mean - deficit;
-    const V arcsine = angle<T>(covariance, arcs.leg);
-    const V own_arcsine_difference = angle<T>(half * difference * (one + leg_product) / arcs.mean_leg * inverses,
-                                              fma(var1, var2, leg_product) * inverses);
-    const V of_inverse = arcs.inverse_deficit(first, second);
-    const V of_leg =
-        fma(half * difference * difference, inverses / arcs.mean_leg, arcs.leg_excess * (inverse1 + inverse2));
-    const V of_arcsine =
-        fma(deficit, arcsine, fma(quarter * difference, own_arcsine_difference, -arcs.mean * arcs.skew));
-    // mean * turn - leg_excess
-    const AngleAndExcess<T> turn = angle_and_excess<T>(arcs.sin, arcs.cos);
-    const V hypotenuse = sqrt(fma(one + arcs.mean, one + arcs.mean, -arcs.gap));
-    const V scale = first[A::kNormRoot] * second[A::kNormRoot];
-    const V lengthening = fma(quarter * difference, difference, -arcs.gap) / (hypotenuse + scale);
-    const V along = arcs.mean * lengthening * (turn.angle - turn.excess);
-    const V across = arcs.mean_leg * fma(scale, one_minus_cos<T>(arcs.sin, arcs.cos), lengthening);
-    const V of_both = fma(arcs.mean, turn.excess, (along + across) / hypotenuse);
-    const V sum = (of_inverse + of_leg) + (of_arcsine + of_both);
-    const V after = fma(broadcast(T(0.5) / kPi<T>), sum, quarter * deficit);
-    value = deficit_or_covariance<kCovariance>(after, first, second);
+    before = arcs.covariance;
+    const V arc = arcs.own_arc - arcs.turn;
+    const V inverses = fma(first[A::kInverse], first[A::kInverse], second[A::kInverse] * second[A::kInverse]);
+    const V per_legs = arcs.inverse_leg / arcs.leg_product;
+    // The sine of half the difference of the own angles has the square gap * inverse_square.
+    const V own_arcs = horner<T>(ArcPolynomials<T>::arcsine, arcs.gap * arcs.inverse_square);
+    const V of_gap =
+        fma(arcs.mean_leg * arcs.inverse, (arcs.inverse + arcs.inverse) + own_arcs, arcs.own_arc + per_legs);
+    const V of_leg = fma(arcs.mean_leg, per_legs, inverses);
+    V sum = arcs.mean_leg * arcs.one_minus_cos;
+    sum = fma(fma(half, arcs.leg_product, -half), arcs.turn_excess, sum);
+    sum = fma(arcs.deficit, arc, sum);
+    sum = fma(arcs.leg_excess, of_leg, sum);
+    sum = fma(arcs.gap, of_gap, sum);
+    value = deficit_or_covariance<kCovariance>(fma(share, sum, quarter * deficit), first, second);
     if constexpr (kNtk) {
-      const V slope = covariance / arcs.leg * (one / (arcs.leg * arcs.leg) + inverse1 + inverse2);
-      factor = fma(arcsine + slope, broadcast(T(0.5) / kPi<T>), quarter);
+      const V of_inverses = fma(arcs.inverse_leg, arcs.inverse_leg, inverses);
+      const V signed_arc = if_positive(arcs.covariance, arc, -arc);
+      factor = fma(share, fma(arcs.covariance * arcs.inverse_leg, of_inverses, signed_arc), quarter);
     }
   }
 };

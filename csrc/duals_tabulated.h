@@ -43,6 +43,7 @@ class Tabulated {
   template <bool kCovariance, bool kNtk, class First, class Second>
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
+    for (int k = kHalf; k < kValues + 2; ++k) fetch_ahead(second, k);
     const V difference = first[kHalf] - second[kHalf];
     const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
     const V inverse = first[kInverse] * second[kInverse];
@@ -59,6 +60,7 @@ class Tabulated {
     const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
     V suffix = zero, sum = zero, derivative = zero, square = zero;
     const auto add_term = [&](int k, auto is_for_all) {
+      fetch_ahead(second, kValues + k);
       V both = first[kValues + k] * second[kValues + k], apart = first[kValues + k] - second[kValues + k];
       if constexpr (!is_for_all.value) {
         const V is_needed = terms - broadcast(T(k));

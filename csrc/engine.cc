@@ -1,6 +1,7 @@
 // The engine. Compiled once per instruction set, with NT_LEVEL the name of the namespace it goes to.
 #include "backward.h"
 #include "execute.h"
+#include "pages.h"
 #include "products.h"
 #include "samples.h"
 
@@ -11,6 +12,8 @@ namespace {
 // Statistics of more samples than fit into this many bytes are computed block by block. A block is one group of lanes
 // (or of kRowsPerTile samples without images) at least.
 constexpr int64_t kRecordBytes = int64_t{96} << 20;
+// Beyond, a processor no longer finds all small pages of them at once.
+constexpr std::size_t kManyPages = std::size_t{1} << 24;
 
 // ---- all of a call
 
@@ -33,7 +36,7 @@ class Engine {
       first.end = std::min(program_.n1, begin1 + block);
       const int64_t n1 = first.end - first.begin;
       Buffer<T> scalar(ceil_div(n1, c_.rows) * c_.rows * record);
-      Buffer<T> wide(program_.symmetric ? ceil_div(n1, kL) * c_.wide_size : 0);
+      Records wide(program_.symmetric ? ceil_div(n1, kL) * c_.wide_size : 0);
       Buffer<T> inputs(c_.one_position ? n1 * c_.n_inputs : 0);
       first.scalar = scalar.data();
       first.inputs = c_.one_position ? inputs.data() : nullptr;
@@ -47,7 +50,7 @@ class Engine {
         Batch<T> second;
         second.begin = begin2;
         second.end = std::min(program_.n2, begin2 + block);
-        Buffer<T> wide2(ceil_div(second.end - second.begin, kL) * c_.wide_size);
+        Records wide2(ceil_div(second.end - second.begin, kL) * c_.wide_size);
         second.wide = wide2.data();
         const bool covariances = program_.covariances && begin1 == 0 && !program_.symmetric;
         statistics(second, program_.symmetric ? 1 : 2, covariances);
@@ -57,6 +60,14 @@ class Engine {
   }
 
  private:
+  // Those of many layers with tables are read from all over, at every plane.
+  struct Records : Buffer<T> {
+    explicit Records(int64_t size) : Buffer<T>(size) {
+      const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
+      if (bytes >= kManyPages) ask_for_large_pages(this->data(), bytes);
+    }
+  };
+
   // Fills the records of a batch, and the covariances of each sample with itself if they are wanted.
   void statistics(const Batch<T>& batch, int which, bool covariances) {
     parallel_.run(ceil_div(batch.end - batch.begin, kL), [&](const auto& next) {

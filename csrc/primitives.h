@@ -33,9 +33,15 @@ void as_covariance(const Work<T>& work, const Instance& instance, const Place& a
 
 template <bool kWide, class T>
 DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
-  const int64_t n = n_positions(at.geometry.space);
-  return {first<kWide>(work, Statistic::kDual, value, at), second(work, Statistic::kDual, value, at),
-          n * (kWide ? kLanes<T> : work.c.rows), n * kLanes<T>};
+  const int numbers = n_planes(work.c.program.values[value]);
+  const auto of = [&](const Index3& p) {
+    return work.c.prepared.record.find(Statistic::kDual, value) + position(at.geometry.space, p) * numbers;
+  };
+  const T* numbers1 = at1<kWide>(work.c, work.tile, of(at.first));
+  const T* numbers2 = work.tile.record2 + of(at.second) * kLanes<T>;
+  // Rows over first samples have one second sample for all.
+  if (work.c.one_position) return {numbers1, numbers2, 1, 0, work.c.rows};
+  return {numbers1, numbers2, numbers * (kWide ? kLanes<T> : 1), numbers * kLanes<T>, 1};
 }
 
 template <bool kWide, class T>
@@ -100,26 +106,28 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
   }
 }
 
-// A tied map in the 'ntk' parameterization and the dual of the ReLU family after it.
+// A tied map in the 'ntk' parameterization and the dual after it, of the ReLU family or of GELU.
 template <bool kWide, int kRows, class T>
-void tied_and_relu(const Work<T>& work, const Instance& instance, const Instance& relu, const Place& at,
+void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance& after, const Place& at,
                    const WindowRows<T>& rows, Vec<T>* d_out, Vec<T>* t_out) {
   const Value& value = work.value(instance);
+  const Value& activation = work.value(after);
   const Vec<T>* const zeros = work.scratch.zeros.data();
   const Vec<T>* const no_tangents[3] = {zeros, zeros, zeros};
   const Plane<T>& between = work.plane(instance);
-  dispatch(t_out != nullptr, !relu.deficit, [&](auto ntk, auto covariance) {
-    const auto run = [&](auto keep) {
-      tied_relu<T, kWide, ntk.value, covariance.value, keep.value, kRows>(
+  dispatch(t_out != nullptr, !after.deficit, [&](auto ntk, auto covariance) {
+    const auto run = [&](const auto& dual, auto keep) {
+      tied_dual<T, std::decay_t<decltype(dual)>, kWide, ntk.value, covariance.value, keep.value, kRows>(
           at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-          work.coefficients(value)[0] * (T(1) / window_size<T>(value)), AbRelu<T>(work.coefficients(work.value(relu))),
-          dual_rows<kWide>(work, relu.value, at), d_out, t_out, between.row_d(at.z, at.y, at.x),
-          between.row_t(at.z, at.y, at.x));
+          work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows<kWide>(work, after.value, at),
+          d_out, t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
     };
+    if (activation.activation == Activation::kGelu) return run(Gelu<T>(nullptr), std::false_type{});
+    const AbRelu<T> relu(work.coefficients(activation));
     if constexpr (kWide) {  // as on the way back
-      if (work.plan.keeps_planes) return run(std::true_type{});
+      if (work.plan.keeps_planes) return run(relu, std::true_type{});
     }
-    run(std::false_type{});
+    run(relu, std::false_type{});
   });
 }
 
@@ -131,7 +139,7 @@ void finish_tied(const Work<T>& work, const Instance& instance, int fused, const
   Vec<T>* d = out.row_d(at.z, at.y, at.x);
   Vec<T>* t = out.row_t(at.z, at.y, at.x);
   if (fused >= 0) {
-    tied_and_relu<kWide, kRows>(work, instance, target, at, rows, d, t);
+    tied_and_dual<kWide, kRows>(work, instance, target, at, rows, d, t);
   } else {
     tied<kWide, kRows>(work, instance, at, rows, d, t);
   }

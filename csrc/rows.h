@@ -68,41 +68,49 @@ NT_INLINE V sum_across(const V* const* rows, int x) {
 template <bool kWide, class T>
 struct Numbers1 {
   const T* at;
-  int64_t step;
+  int step;
 
   NT_INLINE Vec<T> operator[](int k) const {
-    if constexpr (kWide) return load(at + k * step);
+    if constexpr (kWide) return load(at + k * kLanes<T>);
     return broadcast(at[k * step]);
   }
 };
 template <class T>
 struct Numbers2 {
   const T* at;
-  int64_t step;
+  int64_t ahead;  // to those that are wanted soon
 
-  NT_INLINE Vec<T> operator[](int k) const { return load(at + k * step); }
+  NT_INLINE Vec<T> operator[](int k) const { return load(at + k * kLanes<T>); }
 };
 
-// The same along a row. The numbers lie plane after plane: `step` is from one to the next.
+// Tables have more numbers of each position than what fetches from memory by itself would guess.
+template <class T>
+NT_INLINE void fetch_ahead(const Numbers2<T>& numbers, int k) {
+  __builtin_prefetch(numbers.at + numbers.ahead + k * kLanes<T>);
+}
+
+// The same along a row. The numbers of a position lie side by side: in planes, those of large images would compete for
+// the same few places of a cache.
 template <class T>
 struct DualRows {
-  Row1<T> row1;
-  Row2<T> row2;
-  int64_t step1, step2;
+  const T* at1;
+  const T* at2;
+  int64_t stride1, stride2;  // from one position to the next
+  int step1;                 // from one number of the first sample to the next, unless it is wide
 
   template <bool kWide>
   NT_INLINE Numbers1<kWide, T> first(int x) const {
-    return {row1.at + (kWide ? int64_t{x} * kLanes<T> : x), step1};
+    return {at1 + x * stride1, step1};
   }
-  NT_INLINE Numbers2<T> second(int x) const { return {row2.at + int64_t{x} * row2.stride, step2}; }
+  NT_INLINE Numbers2<T> second(int x) const { return {at2 + x * stride2, 2 * stride2}; }
 };
 
-// A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
+// A tied map in the 'ntk' parameterization and the dual after it. `d` and `t` are rows whose sum
 // over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what
 // is between both goes to `d_between` and `t_between`.
-template <class T, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
-void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, AbRelu<T> relu,
-               DualRows<T> rows, Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {
+template <class T, class Dual, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
+void tied_dual(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, Dual dual, DualRows<T> rows,
+               Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {
   using V = Vec<T>;
   const V w = broadcast(weight);
   const V* const rows_d[3] = {d[0] + begin, kRows > 1 ? d[1] + begin : nullptr, kRows > 2 ? d[2] + begin : nullptr};
@@ -111,7 +119,7 @@ void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
   for (int x = 0; x < n; ++x) {
     V value, factor, before;
     const V deficit = sum_across<kRows>(rows_d, x) * w;
-    relu.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor,
+    dual.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor,
                                            before);
     if constexpr (kNtk) {
       const V tangent = fma(sum_across<kRows>(rows_t, x), w, before);

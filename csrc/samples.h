@@ -52,12 +52,12 @@ Vec<T> half_mean_square(const T* x, int channels) {
 }
 
 template <class Dual, class T>
-void prepare_dual(const Dual& dual, int n_planes, const T* half_in, int64_t n, T* planes, T* half) {
+void prepare_dual(const Dual& dual, int n_numbers, const T* half_in, int64_t n, T* numbers, T* half) {
   constexpr int kL = kLanes<T>;
-  const Buffer<Vec<T>> of_sample(n_planes);
+  const Buffer<Vec<T>> of_sample(n_numbers);
   for (int64_t p = 0; p < n; ++p) {
     const Vec<T> after = dual.prepare(load(half_in + p * kL), of_sample.data());
-    for (int k = 0; k < n_planes; ++k) store(planes + (k * n + p) * kL, of_sample.data()[k]);
+    for (int k = 0; k < n_numbers; ++k) store(numbers + (p * n_numbers + k) * kL, of_sample.data()[k]);
     if (half) store(half + p * kL, after);
   }
 }

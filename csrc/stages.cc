@@ -126,9 +126,10 @@ int count_uses(const Stage& stage, int instance) {
   return uses;
 }
 
-// A tied map and the dual of the ReLU family after it are one loop, if nothing else reads what is between them:
-// nothing, or a mask.
+// A tied map and the dual after it, of the ReLU family or of GELU, are one loop, if nothing else reads what is between
+// them: nothing, or a mask.
 bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, int mask = -1) {
+  const Activation activation = program.values[stage.instances[dual].value].activation;
   const Instance& a = stage.instances[tied];
   const Instance& b = stage.instances[dual];
   if (mask >= 0) {
@@ -137,7 +138,7 @@ bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, in
   }
   return a.kind == Kind::kTied && b.kind == Kind::kDual && b.inputs[0] == (mask < 0 ? tied : mask) && a.deficit &&
          (!a.has_ntk || program.values[a.value].bias_follows_weights) && count_uses(stage, tied) == 1 &&
-         program.values[b.value].activation == Activation::kAbRelu;
+         (activation == Activation::kAbRelu || activation == Activation::kGelu);
 }
 
 void schedule(const Program& program, Stage& stage, bool keeps_planes) {

@@ -1,4 +1,4 @@
-"""Fits the two polynomials behind the duals of the ReLU family and prints them as source code.
+"""Fits the polynomials behind the duals of the ReLU family and of error functions, and prints them as source code.
 
     python tools/fit_relu_polynomials.py [python|c++]
 
@@ -8,9 +8,12 @@ correlations are
     arccos(1 - w) / pi                                     = w^(1/2) P(w),
     (sqrt(w (2 - w)) - (1 - w) arccos(1 - w)) / pi         = w^(3/2) Q(w),
 
-with P and Q analytic for |w| < 2. They are interpolated at Chebyshev nodes on [0, 1] in 60 digits, and the printed
-error is the largest relative one on a fine grid, of the polynomial itself ("fit") and of its evaluation in that
-precision.
+with P and Q analytic for |w| < 2. Error functions on CPU need, of an angle t in [0, pi/2] and of one in [0, pi/4],
+
+    t / sin t = 1 + (1 - cos t) turn(1 - cos t),           t / sin t = arcsine(sin(t)^2).
+
+All are interpolated at Chebyshev nodes (on [0, 1], the last on [0, 1/2]) in 60 digits, and the printed error is the
+largest relative one on a fine grid, of the polynomial itself ("fit") and of its evaluation in that precision.
 Needs mpmath and numpy.
 """
 
@@ -20,7 +23,11 @@ import mpmath as mp
 import numpy as np
 
 # The lowest degrees whose error is below half a unit in the last place, and of float32 well below that of evaluation.
-DEGREES = {"float32": {"P": 7, "Q": 6}, "float64": {"P": 18, "Q": 17}}
+# `turn` is there beside 1.
+DEGREES = {
+    "float32": {"P": 7, "Q": 6, "turn": 8, "arcsine": 6},
+    "float64": {"P": 18, "Q": 17, "turn": 20, "arcsine": 18},
+}
 
 
 def _p(w):
@@ -33,9 +40,20 @@ def _q(w):
     return (mp.sqrt(w * (2 - w)) - (1 - w) * mp.acos(1 - w)) / (mp.pi * w ** mp.mpf(1.5))
 
 
-def _interpolate(f, degree):
-    """Returns the coefficients, constant first, of the interpolant of `f` at the Chebyshev nodes of [0, 1]."""
-    nodes = [(1 - mp.cos(mp.pi * (2 * k + 1) / (2 * degree + 2))) / 2 for k in range(degree + 1)]
+def _turn(w):
+    return mp.mpf(1) / 3 if w == 0 else (mp.acos(1 - w) / mp.sqrt(w * (2 - w)) - 1) / w
+
+
+def _arcsine(square):
+    return mp.mpf(1) if square == 0 else mp.asin(mp.sqrt(square)) / mp.sqrt(square)
+
+
+FUNCTIONS = {"P": (_p, 1), "Q": (_q, 1), "turn": (_turn, 1), "arcsine": (_arcsine, 0.5)}  # and where they end
+
+
+def _interpolate(f, end, degree):
+    """Returns the coefficients, constant first, of the interpolant of `f` at the Chebyshev nodes of [0, end]."""
+    nodes = [end * (1 - mp.cos(mp.pi * (2 * k + 1) / (2 * degree + 2))) / 2 for k in range(degree + 1)]
     vandermonde = mp.matrix(degree + 1, degree + 1)
     for i, node in enumerate(nodes):
         for j in range(degree + 1):
@@ -50,8 +68,8 @@ def _horner(coefficients, w):
     return value
 
 
-def _errors(f, coefficients, dtype):
-    grid = np.linspace(0, 1, 2001).astype(dtype)
+def _errors(f, end, coefficients, dtype):
+    grid = np.linspace(0, end, 2001).astype(dtype)
     exact = [f(mp.mpf(float(w))) for w in grid]
     fit = max(
         abs(sum(c * mp.mpf(float(w)) ** k for k, c in enumerate(coefficients)) / e - 1)
@@ -86,9 +104,9 @@ def _main():
         sys.exit(f"The language should be 'python' or 'c++', got {language!r}.")
     mp.mp.dps = 60
     for dtype, degrees in DEGREES.items():
-        for name, f in (("P", _p), ("Q", _q)):
-            coefficients = _interpolate(f, degrees[name])
-            note = _errors(f, coefficients, np.dtype(dtype).type)
+        for name, (f, end) in FUNCTIONS.items():
+            coefficients = _interpolate(f, end, degrees[name])
+            note = _errors(f, end, coefficients, np.dtype(dtype).type)
             (_print_python if language == "python" else _print_cpp)(dtype, name, coefficients, note)
 
 

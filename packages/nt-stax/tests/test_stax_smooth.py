@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nt_core import explain
 from nt_stax import (
     Dense,
+    ElementwiseNumerical,
     LogSigmoid,
     Mish,
     QuickGelu,
@@ -89,3 +91,10 @@ def test_derivatives(x64):
 
     step = 1e-5
     np.testing.assert_allclose(jax.grad(total)(1.0), (total(1 + step) - total(1 - step)) / (2 * step), rtol=1e-6)
+
+
+def test_explain_says_what_is_beyond_the_terms():
+    """Of x^3 the mean square is 15 var^3, of which the first two coefficients have 9 var^3."""
+    cube = ElementwiseNumerical(lambda x: x**3, 1, lambda x: 3 * x**2)
+    plan = explain(serial(Dense(3), cube, Dense(1))[2], (2, 4))
+    assert "%2: 2 Hermite coefficients, the rest of the mean square (4e-01 at variance 1, 4e-01 at variance 10)" in plan

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from nt_core import backends
+from nt_core.activations.numerical import ElementwiseNumerical, number_of_terms
+from nt_core.activations.tables import TracedFunction, share_beyond_terms
 from nt_core.backends import Implementation, Request
 from nt_core.get import Get
 from nt_core.layer import kernel_fields, request_for, rules_of
@@ -24,6 +26,8 @@ from nt_core.trees import nt_tree_map
 # polynomials of degrees 7 and 6, and what is around them.
 _OPERATIONS_OF_DUAL = 40
 _OPERATIONS_OF_SCALING = 4
+# At which it is said how much of a function is beyond its Hermite coefficients.
+_VARIANCES = (1.0, 10.0)
 # Where functions of the user are in memory: another place in every process.
 _ADDRESS = re.compile(" at 0x[0-9a-fA-F]+")
 
@@ -36,6 +40,9 @@ def explain(
     implementation: Implementation = None,
 ) -> str:
     """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
+
+    Of activations by Hermite coefficients it says how many there are, and at two variances the share of the mean square
+    that is beyond them.
 
     Args:
       kernel_fn: of a layer or network; made by `batch`, its cells and devices are described too.
@@ -92,8 +99,28 @@ def _describe(segment: Segment, title: str) -> list[str]:
         f"{title}, on {backend.name}",
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),
         *(f"  {line}" for line in _ADDRESS.sub("", str(program)).splitlines()),
+        *(f"  {line}" for line in _series(program)),
         f"  {_estimate(program, request)}",
     ]
+
+
+def _series(program: Program) -> list[str]:
+    """What activations by Hermite coefficients add up, and what is beyond that."""
+    numbers: dict[ElementwiseNumerical, list[str]] = {}
+    for number, node in enumerate(program.nodes, len(program.sources)):
+        if isinstance(node.step, Dual) and isinstance(node.step.activation, ElementwiseNumerical):
+            numbers.setdefault(node.step.activation, []).append(f"%{number}")
+    return [f"{', '.join(values)}: {_series_of(activation)}" for activation, values in numbers.items()]
+
+
+def _series_of(activation: ElementwiseNumerical) -> str:
+    terms = f"{number_of_terms(activation.deg)} Hermite coefficients"
+    try:
+        shares = share_beyond_terms(activation, _VARIANCES)
+    except TracedFunction:
+        return f"{terms} of a function of traced values"
+    known = (f"{share:.0e} at variance {var:g}" for share, var in zip(shares, _VARIANCES, strict=True))
+    return f"{terms}, the rest of the mean square ({', '.join(known)}) as a power of the order"
 
 
 def operations(program: Program, request: Request) -> int:

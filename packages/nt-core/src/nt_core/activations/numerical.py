@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ _REST = [
     (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
     for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
 ]
-# The relative error that coefficients may have where they are divided by a standard deviation.
-_VARIES = 1e-6
+# A function that varies less than this share of its size has coefficients with more digits from its derivative.
+_VARIES = 0.125
 
 
 @activation
@@ -79,34 +80,11 @@ class ElementwiseNumerical(Activation):
         is_equal = (deficit == 0) & (var1 == var2)
         return value - jnp.where(is_equal, lax.stop_gradient(value), 0), factor
 
-    def _coefficients(self, var: Array) -> "_Coefficients":
+    def _coefficients(self, var: Array) -> "HermiteCoefficients":
         nodes, weights, products = _quadrature(self.deg, var.dtype)
         at = _at(nodes, var)
-        values, slopes = self.fn(at), derivative_of(self)(at)
-        a = jnp.tensordot(products, values, 1, precision=lax.Precision.HIGHEST)
-        orders = np.arange(len(products), dtype=var.dtype).reshape(-1, *[1] * var.ndim)
-
-        # The derivative has the coefficients sqrt(k + 1) a_(k+1) / std: better than those by quadrature for functions
-        # with kinks, and worse where the variance is so small that the function hardly varies. Derivatives, which would
-        # be worse still, are those of the latter.
-        mean_square, mean_square_slope = _mean(weights, values**2), _mean(weights, slopes**2)
-        eps = float(jnp.finfo(var.dtype).eps)
-        varies = eps**2 * mean_square < _VARIES**2 * var * mean_square_slope
-        by_values = (jnp.sqrt(orders) * a)[1:] / jnp.where(varies, safe_sqrt(var), 1)[None]
-        by_slopes = jnp.tensordot(products[:-1], slopes, 1, precision=lax.Precision.HIGHEST)
-        d = by_slopes + lax.stop_gradient(jnp.where(varies[None], by_values - by_slopes, 0))
-
-        def rest(parity: int) -> _Rest:
-            sign = 1 - 2 * parity
-            part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
-            missing = _mean(weights, part**2) - jnp.sum(a[parity::2] ** 2, 0)
-            missing_slope = var * _mean(weights, slope**2) - jnp.sum((orders * a**2)[parity::2], 0)
-            is_missing = missing > _NOISE * eps * mean_square
-            order = missing_slope / jnp.where(is_missing, missing, 1)
-            order = jnp.where(is_missing, jnp.maximum(order, len(products)), len(products))
-            return _Rest(safe_sqrt(jnp.where(is_missing, missing, 0)), order)
-
-        return _Coefficients(a, jnp.concatenate([d, jnp.zeros_like(a[:1])]), [rest(0), rest(1)])
+        with jax.default_matmul_precision("highest"):
+            return hermite_coefficients(jnp, weights, products, var, self.fn(at), derivative_of(self)(at))
 
 
 @jax.custom_jvp
@@ -122,7 +100,7 @@ def _with_slope_jvp(primals, tangents):
     return _with_slope(*primals), dvalue + primals[2] * dof
 
 
-class _Rest(NamedTuple):
+class Rest(NamedTuple):
     """What is beyond the terms, of the even or the odd part of a function.
 
     Attributes:
@@ -130,25 +108,74 @@ class _Rest(NamedTuple):
       order: the mean order.
     """
 
-    root: Array
-    order: Array
+    root: Any
+    order: Any
 
 
-class _Coefficients(NamedTuple):
+class HermiteCoefficients(NamedTuple):
     """Of a function at some variances.
 
     Attributes:
       values: its Hermite coefficients, `(terms, *shape)`.
       slopes: those of its derivative.
       rest: of its even part, and of its odd part.
+      mean_square: of the function.
+      slope_square: the mean square of its derivative, times the variance.
     """
 
-    values: Array
-    slopes: Array
-    rest: list[_Rest]
+    values: Any
+    slopes: Any
+    rest: list[Rest]
+    mean_square: Any
+    slope_square: Any
 
 
-def _sum_of_terms(first: _Coefficients, second: _Coefficients, w: Array) -> tuple[Array, Array]:
+def hermite_coefficients(
+    xp: ModuleType, weights: Any, products: Any, var: Any, values: Any, slopes: Any
+) -> HermiteCoefficients:
+    """Returns the coefficients of a function by quadrature.
+
+    Args:
+      xp: `numpy` or `jax.numpy`.
+      weights, products: of `hermite_functions`.
+      var: the variances, `(*shape)`.
+      values, slopes: the function and its derivative at the nodes for these variances, `(nodes, *shape)`.
+    """
+    eps = float(np.finfo(values.dtype).eps)
+    orders = np.arange(len(products), dtype=values.dtype).reshape(-1, *[1] * var.ndim)
+    std, roots = _root(xp, var), np.sqrt(orders[1:])
+    mean_square = xp.tensordot(weights, values**2, 1)
+    slope_square = var * xp.tensordot(weights, slopes**2, 1)
+    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std. Of functions with kinks those are better, where
+    # the function hardly varies those of the derivative by quadrature. JAX differentiates the latter.
+    a, of_slopes = xp.tensordot(products, values, 1), xp.tensordot(products[:-1], slopes, 1)
+    varies = (_VARIES**2 * mean_square < slope_square)[None]
+    by_slopes, by_values = std[None] / roots * of_slopes, roots * a[1:] / xp.where(varies, std[None], 1)
+    constant = lax.stop_gradient if xp is jnp else np.asarray
+    of_slopes = of_slopes + constant(xp.where(varies, by_values - of_slopes, 0))
+    a = xp.concatenate([a[:1], a[1:] + constant(xp.where(varies, 0, by_slopes - a[1:]))])
+
+    def rest(parity: int) -> Rest:
+        sign = 1 - 2 * parity
+        part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
+        missing = xp.tensordot(weights, part**2, 1) - xp.sum(a[parity::2] ** 2, 0)
+        missing_slope = var * xp.tensordot(weights, slope**2, 1) - xp.sum((orders * a**2)[parity::2], 0)
+        is_missing = missing > _NOISE * eps * mean_square
+        order = missing_slope / xp.where(is_missing, missing, 1)
+        order = xp.where(is_missing, xp.maximum(order, len(products)), len(products))
+        return Rest(_root(xp, xp.where(is_missing, missing, 0)), order)
+
+    of_slopes = xp.concatenate([of_slopes, xp.zeros_like(a[:1])])
+    return HermiteCoefficients(a, of_slopes, [rest(0), rest(1)], mean_square, slope_square)
+
+
+def _root(xp: ModuleType, x: Any) -> Any:
+    """As `safe_sqrt`."""
+    is_positive = x > 0
+    return xp.where(is_positive, xp.sqrt(xp.where(is_positive, x, 1)), 0)
+
+
+def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Array) -> tuple[Array, Array]:
     """Returns the sums of `(a - b)^2 / 2 + a b (1 - c^k)` and of `a' b' c^k` over the terms, for `w = 1 - c`."""
     c = 1 - w
 
@@ -165,7 +192,7 @@ def _sum_of_terms(first: _Coefficients, second: _Coefficients, w: Array) -> tupl
     return value, factor
 
 
-def _sum_of_rest(parity: int, n_terms: int, first: _Rest, second: _Rest, w: Array) -> tuple[Array, Array]:
+def _sum_of_rest(parity: int, n_terms: int, first: Rest, second: Rest, w: Array) -> tuple[Array, Array]:
     """Returns the share of the rest in the deficit, and that in the factor times the standard deviations.
 
     Terms in proportion to a power of their order k, for k from k0 on: with v = (k / k0)^(-1 / (3 spread)) they are the

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nt_core.activations.numerical import ElementwiseNumerical, derivative_of, hermite_functions, number_of_terms
+from nt_core.activations.numerical import (
+    ElementwiseNumerical,
+    HermiteCoefficients,
+    derivative_of,
+    hermite_coefficients,
+    hermite_functions,
+    number_of_terms,
+)
 from nt_core.tracing import evaluate_now, is_traced
 
 # For each precision the degree of the polynomials, and the octaves: the power of 2 at which they begin, below which a
@@ -16,12 +23,10 @@ from nt_core.tracing import evaluate_now, is_traced
 _SHAPES = {"float32": (8, -24, 54), "float64": (17, -52, 82)}
 # Quadrature on either side of 0: panels, and nodes in each. Kinks away from 0 fall into panels.
 _PANELS, _NODES = 96, 12
-# What is beyond the terms is noise below this share of the mean square: it is computed in double precision.
+# Coefficients are noise below this share of the root of the mean square: they are computed in double precision.
 _NOISE = 2**6 * float(np.finfo(float).eps)
 # Exponents that differ less from whole numbers are whole.
 _NEARLY = 1e-2
-# The relative error that coefficients may have where they come from values that hardly vary.
-_VARIES = 1e-13
 
 
 class TracedFunction(Exception):
@@ -96,30 +101,33 @@ def _columns(
     activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and the counts."""
-    nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
-    std, orders = np.sqrt(variances), np.arange(terms)[:, None]
-    values, slopes = _values(activation, nodes[:, None] * std)
-    mean_square, slope_square = weights @ values**2, variances * (weights @ slopes**2)
-    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std, and is better where a function hardly varies.
-    a = products @ values
-    varies = float(np.finfo(float).eps) ** 2 * mean_square < _VARIES**2 * slope_square
-    a[1:] = np.where(varies, a[1:], std / np.sqrt(orders[1:]) * (products[:-1] @ slopes))
-    rests = []
-    for parity in (0, 1):
-        sign = 1 - 2 * parity
-        part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
-        missing = weights @ part**2 - (a[parity::2] ** 2).sum(0)
-        missing_slope = variances * (weights @ slope**2) - (orders * a**2)[parity::2].sum(0)
-        is_missing = missing > _NOISE * mean_square
-        order = np.where(is_missing, missing_slope / np.where(is_missing, missing, 1), terms)
-        rests.append((np.where(is_missing, missing, 0), np.maximum(order, terms)))
-    (even, even_order), (odd, odd_order) = rests
+    at_variances = _coefficients(activation, variances, terms)
+    a, mean_square, (even, odd) = at_variances.values, at_variances.mean_square, at_variances.rest
     kept = _orders_that_are_there(a, mean_square)
-    a, orders = a[kept], orders[kept]
-    counts = _terms_that_count(a**2, even + odd, mean_square, tolerance)
-    counts_of_slope = _terms_that_count(orders * a**2, even * even_order + odd * odd_order, slope_square, tolerance)
-    columns = [*a, 0.5 * mean_square, np.sqrt(even), np.sqrt(odd), even_order, odd_order]
+    a, orders = a[kept], kept[:, None]
+    even_square, odd_square = even.root**2, odd.root**2
+    counts = _terms_that_count(a**2, even_square + odd_square, mean_square, tolerance)
+    of_slope = even_square * even.order + odd_square * odd.order
+    counts_of_slope = _terms_that_count(orders * a**2, of_slope, at_variances.slope_square, tolerance)
+    columns = [*a, 0.5 * mean_square, even.root, odd.root, even.order, odd.order]
     return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
+
+
+def _coefficients(activation: ElementwiseNumerical, variances: np.ndarray, terms: int) -> HermiteCoefficients:
+    nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
+    values, slopes = _values(activation, nodes[:, None] * np.sqrt(variances))
+    return hermite_coefficients(np, weights, products, variances, values, slopes)
+
+
+def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float, ...]) -> np.ndarray:
+    """Returns which share of the mean square of the function is beyond its terms, for each variance.
+
+    Raises:
+      TracedFunction: the function's values depend on what is being traced.
+    """
+    with np.errstate(all="ignore"):
+        of = _coefficients(activation, np.array(variances), number_of_terms(activation.deg))
+        return sum(rest.root**2 for rest in of.rest) / of.mean_square
 
 
 def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
