@@ -35,7 +35,7 @@ template <bool kWide, class T>
 DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
   const int64_t n = n_positions(at.geometry.space);
   return {first<kWide>(work, Statistic::kDual, value, at), second(work, Statistic::kDual, value, at),
-          n * (kWide ? kLanes<T> : work.c.rows), n * kLanes<T>};
+          n * (kWide ? kLanes<T> : work.c.rows), n * kLanes<T>, at.geometry.space[2]};
 }
 
 template <bool kWide, class T>

@@ -83,18 +83,34 @@ struct Numbers2 {
   NT_INLINE Vec<T> operator[](int k) const { return load(at + k * step); }
 };
 
-// The same along a row. The numbers lie plane after plane: `step` is from one to the next.
+// The same along a row. The numbers lie plane after plane: `step` is from one to the next. Rows that lie next to each
+// other are `width` positions apart.
 template <class T>
 struct DualRows {
   Row1<T> row1;
   Row2<T> row2;
   int64_t step1, step2;
+  int width;
 
   template <bool kWide>
   NT_INLINE Numbers1<kWide, T> first(int x) const {
     return {row1.at + (kWide ? int64_t{x} * kLanes<T> : x), step1};
   }
   NT_INLINE Numbers2<T> second(int x) const { return {row2.at + int64_t{x} * row2.stride, step2}; }
+
+  // Asks for the first two numbers one row ahead: records are larger than caches, and rows too short for the processor
+  // to see where they lead.
+  template <bool kWide>
+  NT_INLINE void prefetch(int x) const {
+    const Numbers2<T> next = second(x + width);
+    __builtin_prefetch(next.at);
+    __builtin_prefetch(next.at + step2);
+    if constexpr (kWide) {
+      const Numbers1<kWide, T> first_next = first<kWide>(x + width);
+      __builtin_prefetch(first_next.at);
+      __builtin_prefetch(first_next.at + step1);
+    }
+  }
 };
 
 // A tied map in the 'ntk' parameterization and the dual of the ReLU family after it. `d` and `t` are rows whose sum
@@ -110,6 +126,7 @@ void tied_relu(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
                               kNtk && kRows > 2 ? t[2] + begin : nullptr};
   for (int x = 0; x < n; ++x) {
     V value, factor, before;
+    rows.template prefetch<kWide>(x);
     const V deficit = sum_across<kRows>(rows_d, x) * w;
     relu.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor,
                                            before);
