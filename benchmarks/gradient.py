@@ -6,7 +6,8 @@
 One fresh process per library and case, one after the other, float32: the value and the gradient (in the first batch) of
 the sum of NNGP and NTK over a block of two batches, jitted. The block is smaller for the archived library where its
 memory is short; times are per entry of the block. `compile` is the gradient's tracing, lowering and compilation; `GB`
-is the peak of the process above what it held before.
+is the peak of the process above what it held before. With `--only` also the CPU time of all threads, the least of the
+repetitions, which other processes disturb less.
 """
 
 import argparse
@@ -74,12 +75,15 @@ def measure(case, block):
         start = time.perf_counter()
         compiled = jax.jit(fn).lower(x1, x2).compile()
         figures[f"{name}_compile_s"] = time.perf_counter() - start
-        seconds = []
+        seconds, cpu_seconds = [], []
         for _ in range(1 + REPEATS):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = jax.block_until_ready(compiled(x1, x2))
             seconds.append(time.perf_counter() - start)
-        figures[f"{name}_ms"] = 1e3 * statistics.median(seconds[1:]) / (block[0] * block[1])
+            cpu_seconds.append(time.process_time() - cpu_start)
+        per_entry = 1e3 / (block[0] * block[1])
+        figures[f"{name}_ms"] = statistics.median(seconds[1:]) * per_entry
+        figures[f"{name}_cpu_ms"] = min(cpu_seconds[1:]) * per_entry
     # Of the first pair of images alone: blocks may differ.
     figures["norm"] = float(jnp.linalg.norm(jax.jit(jax.grad(total))(x1[:1], x2[:1])))
     assert jnp.isfinite(result).all()

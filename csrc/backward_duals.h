@@ -7,9 +7,10 @@
 namespace nt {
 namespace NT_LEVEL {
 
-// Cotangents of what a nonlinearity reads of a pair.
+// Of a pair: what is after a nonlinearity, and the cotangents of what that reads.
 template <class T>
 struct DualBars {
+  Vec<T> value, tangent_after;
   Vec<T> deficit, tangent, half1, half2;
 };
 
@@ -46,11 +47,15 @@ class AbReluBack {
     coefficients[0] = fma(bar, deficit, coefficients[0]);
     coefficients[1] = fma(-bar, opposed, coefficients[1]);
     DualBars<T> bars;
+    bars.value = fma(-kink_, opposed, slope_ * deficit);
+    if constexpr (kCovariance) bars.value = fma(kink_, opposed, -slope_ * negative);
+    bars.tangent = bars.tangent_after = V{};
     if constexpr (kNtk) {
-      const V factor_bar = tangent_bar * tangent;
+      const V factor = fma(-kink_, angle, slope_), factor_bar = tangent_bar * tangent;
+      bars.tangent_after = tangent * factor;
       coefficients[0] += factor_bar;
       coefficients[1] = fma(-factor_bar, angle, coefficients[1]);
-      bars.tangent = tangent_bar * fma(-kink_, angle, slope_);
+      bars.tangent = tangent_bar * factor;
       const V sine = root * fma(one - w, p, of_q);  // over pi
       const V regular = sine - broadcast(kSmallestSine);
       const V per_sine = inverse1 * inverse2 / if_positive(regular, pi * pi * sine, one);

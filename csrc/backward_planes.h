@@ -35,8 +35,10 @@ struct BackwardScratch {
   Buffer<V> tensors;               // of cotangents
   Buffer<V> rows_d, rows_t;        // sums of rows
   Buffer<V> windows_d, windows_t;  // a row before a convolution, with what lies beside it
-  Buffer<V> coefficients;          // of one plane: a single sum over many planes would add up its rounding errors
-  Buffer<V> unused;                // cotangents that nobody reads
+  Buffer<V> inside_d, inside_t;    // and those of its positions that are inside both images
+  Buffer<V> zeros;
+  Buffer<V> coefficients;  // of one plane: a single sum over many planes would add up its rounding errors
+  Buffer<V> unused;        // cotangents that nobody reads
   int64_t n_coefficients, n_tensors = 0;
 
   explicit BackwardScratch(const Context<T>& c)
@@ -46,10 +48,15 @@ struct BackwardScratch {
         rows_t(c.widest),
         windows_d(c.widest),
         windows_t(c.widest),
+        inside_d(c.widest),
+        inside_t(c.widest),
+        zeros(c.widest),
         coefficients(c.program.n_coefficients),
         unused(std::max<int64_t>(c.cotangent_size, c.program.n_coefficients)),
         n_coefficients(c.program.n_coefficients),
-        n_tensors(size_of_tensors(c)) {}
+        n_tensors(size_of_tensors(c)) {
+    std::fill(zeros.data(), zeros.data() + c.widest, V{});
+  }
 
   void clear_tensors() const { std::fill(tensors.data(), tensors.data() + 2 * n_tensors, V{}); }
 
@@ -80,16 +87,29 @@ struct Back {
   const Bars<T>& bars;
   const BackwardScratch<T>& scratch;
   std::vector<Plane<T>> planes{};  // of cotangents, of every instance
+  std::vector<char> is_written{};  // whether there are any yet
 
   const Plane<T>& plane(const Instance& instance) const { return planes[&instance - work.stage.instances.data()]; }
 
   void place_planes() {
     planes = work.planes;
+    is_written.assign(planes.size(), false);
     for (size_t i = 0; i < planes.size(); ++i) {
       const Instance& instance = work.stage.instances[i];
+      if (instance.cotangent_buffer < 0) continue;
       planes[i].d = work.buffers + instance.cotangent_buffer * work.stage.buffer_size + work.stage.pad_low;
       planes[i].t = instance.has_ntk ? work.tangent(planes[i].d) : nullptr;
     }
+  }
+
+  // Makes the cotangents of an instance zero, unless there are some.
+  void clear(int instance) {
+    if (is_written[instance]) return;
+    is_written[instance] = true;
+    const Plane<T>& plane = planes[instance];
+    const int64_t size = int64_t{plane.r.size[0]} * plane.r.size[1] * plane.stride - (plane.stride - plane.r.size[2]);
+    std::fill(plane.d, plane.d + size, V{});
+    if (plane.t) std::fill(plane.t, plane.t + size, V{});
   }
 
   // The cotangents of statistics of the samples, from one position on.
@@ -111,6 +131,13 @@ struct Back {
     scratch.coefficients.data()[value.coefficient + k] += bar;
   }
 };
+
+// Whether the tangent kernel after an instance is the sum of another one and of the covariance there.
+template <class T>
+bool has_own_covariance(const Work<T>& work, const Instance& instance) {
+  return instance.kind == Kind::kTied && instance.has_ntk && instance.deficit &&
+         work.value(instance).bias_follows_weights;
+}
 
 // Rows of an instance and of its first input, and of their cotangents.
 template <class T>
@@ -136,32 +163,104 @@ struct BackRows {
 
 // ---- instances of one position each
 
+// The way back through a dual, row by row: to the cotangents of what is before it.
 template <class T>
-void dual_back(const Back<T>& back, const Instance& instance, const Place& at) {
+class DualBack {
   using V = Vec<T>;
-  const Work<T>& work = back.work;
-  const Value& value = work.value(instance);
-  const int before = value.inputs[0];
-  const BackRows<T> rows(back, instance, at);
-  const auto numbers = dual_rows<true>(work, instance.value, at);
-  V* bar1 = back.first(Statistic::kHalfVariance, before, at);
-  V* bar2 = back.second(Statistic::kHalfVariance, before, at);
-  V coefficients[2] = {};
-  const AbReluBack<T> dual(work.coefficients(value));
-  dispatch(rows.bar_t != nullptr, !instance.deficit, [&](auto ntk, auto covariance) {
+
+ public:
+  // `is_first`: nothing was added to the cotangents before the dual yet.
+  DualBack(const Back<T>& back, const Instance& instance, bool is_first)
+      : back_(back),
+        instance_(instance),
+        value_(back.work.value(instance)),
+        before_(back.work.input(instance)),
+        is_first_(is_first),
+        dual_(back.work.coefficients(value_)) {
+    own_share_ = broadcast(has_own_covariance(back.work, before_) && before_.feeds_dual_alone ? T(1) : T(0));
+  }
+
+  // Sums of products of cotangents of a row and what they are of.
+  struct Products {
+    V d{}, t{};  // of what is added up of the row, and of what is added to tangent kernels of its deficits
+  };
+
+  // With rows `d` and `t` of numbers whose products with `weight`, and of `t` with `own_weight`, are the cotangents of
+  // what is after the dual.
+  Products row(const Place& at, const V* d, const V* t, V weight, V own_weight) {
+    Products products;
+    dispatch(instance_.has_ntk, !instance_.deficit, [&](auto ntk, auto covariance) {
+      products = this->template row<ntk.value, covariance.value>(at, d, t, weight, own_weight);
+    });
+    return products;
+  }
+
+  // Of the two coefficients.
+  void add_coefficients() const {
+    for (int k = 0; k < 2; ++k) back_.add_coefficient(value_, k, coefficients_[k]);
+  }
+
+ private:
+  template <bool kNtk, bool kCovariance>
+  Products row(const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
+    const Plane<T>& in = back_.work.plane(before_);
+    const Plane<T>& in_bar = back_.plane(before_);
+    const V* d = in.row_d(at.z, at.y, at.x);
+    const V* t = in.row_t(at.z, at.y, at.x);
+    V* bar_d = is_first_ ? in_bar.row_d(at.z, at.y, at.x) : back_.scratch.rows_d.data();
+    V* bar_t = is_first_ ? in_bar.row_t(at.z, at.y, at.x) : back_.scratch.rows_t.data();
+    V* bar1 = back_.first(Statistic::kHalfVariance, value_.inputs[0], at);
+    V* bar2 = back_.second(Statistic::kHalfVariance, value_.inputs[0], at);
+    const auto numbers = dual_rows<true>(back_.work, instance_.value, at);
+    const AbReluBack<T> dual = dual_;
+    const V own_share = own_share_;
+    const int width =
+        at.geometry.space[2];  // cotangents are asked for one row ahead: rows are too short to see where they lead
+    V coefficients[2] = {coefficients_[0], coefficients_[1]};
+    Products products;
     for (int x = 0; x < at.n; ++x) {
-      const V tangent = ntk.value ? rows.t[x] : V{}, tangent_bar = ntk.value ? rows.bar_t[x] : V{};
-      const auto in =
-          dual.template apply<covariance.value, ntk.value>(rows.d[x], tangent, numbers.template first<true>(x),
-                                                           numbers.second(x), rows.bar_d[x], tangent_bar, coefficients);
-      rows.in_d[x] += in.deficit;
-      if constexpr (ntk.value) rows.in_t[x] += in.tangent;
+      __builtin_prefetch(bar1 + x + width, 1);
+      __builtin_prefetch(bar2 + x + width, 1);
+      const V value_bar = fma(own_weight, after_t[x], weight * after_d[x]);
+      const V tangent_bar = kNtk ? weight * after_t[x] : V{}, tangent = kNtk ? t[x] : V{};
+      auto in = dual.template apply<kCovariance, kNtk>(d[x], tangent, numbers.template first<true>(x),
+                                                       numbers.second(x), value_bar, tangent_bar, coefficients);
+      products.d = fma(after_d[x], in.value, products.d);
+      products.t = fma(after_t[x], in.value, products.t);
+      if constexpr (kNtk) {
+        products.d = fma(after_t[x], in.tangent_after, products.d);
+        const V own = own_share * in.tangent;
+        in.deficit -= own;
+        in.half1 += own;
+        in.half2 += own;
+        bar_t[x] = in.tangent;
+      }
+      bar_d[x] = in.deficit;
       bar1[x] += in.half1;
       bar2[x] += in.half2;
     }
-  });
-  for (int k = 0; k < 2; ++k) back.add_coefficient(value, k, coefficients[k]);
-}
+    if (!is_first_) {
+      add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
+      if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
+    }
+    coefficients_[0] = coefficients[0];
+    coefficients_[1] = coefficients[1];
+    return products;
+  }
+
+  static void add(const V* row, int n, V* to) {
+    for (int x = 0; x < n; ++x) to[x] += row[x];
+  }
+
+  const Back<T>& back_;
+  const Instance& instance_;
+  const Value& value_;
+  const Instance& before_;
+  const bool is_first_;
+  const AbReluBack<T> dual_;
+  V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
+  V coefficients_[2] = {};
+};
 
 template <class T>
 void rescale_back(const Back<T>& back, const Instance& instance, const Place& at) {
@@ -303,66 +402,113 @@ void load_tensor_back(const Back<T>& back, const Instance& instance, const Place
 // ---- convolutions
 
 // Which windows of a plane's axis each position before the convolution is in: from `begin` on, also beside the image.
-struct WindowsOf {
-  int begin = 0;
-  std::vector<std::vector<int>> windows;
+class WindowsOf {
+ public:
+  struct Few {
+    const int* first;
+    const int* last;
+    const int* begin() const { return first; }
+    const int* end() const { return last; }
+  };
 
-  WindowsOf(const Window& w, int low, int n, int space) {
-    begin = w.circular ? 0 : low * w.stride - w.low;
-    windows.resize(w.circular ? space : (n - 1) * w.stride + w.extent());
+  // `low` and `n` are of the plane after it; the plane before it holds [inside, inside + n_inside).
+  WindowsOf(const Window& w, int low, int n, int space, int inside, int n_inside) {
+    const int reach = low * w.stride - w.low;
+    begin_ = w.circular ? 0 : std::min(reach, inside);
+    end_ = w.circular ? space : std::max(reach + (n - 1) * w.stride + w.extent(), inside + n_inside);
+    counts_.resize(end_ - begin_);
+    room_ = w.circular ? w.taps * ((n - 1) * w.stride / space + 1) : w.taps;
+    windows_.resize(counts_.size() * room_);
     for (int i = 0; i < n; ++i) {
       for (int k = 0; k < w.taps; ++k) {
         const int q = (low + i) * w.stride + k * w.dilation - w.low;
-        windows[w.circular ? modulo(q, space) : q - begin].push_back(i);
+        const int at = (w.circular ? modulo(q, space) : q) - begin_;
+        windows_[at * room_ + counts_[at]++] = i;
       }
     }
   }
+
+  int begin() const { return begin_; }
+  int end() const { return end_; }
+  Few of(int position) const {
+    const int* first = windows_.data() + (position - begin_) * room_;
+    return {first, first + counts_[position - begin_]};
+  }
+
+ private:
+  int begin_, end_;
+  int64_t room_;  // windows that a position may be in
+  std::vector<int> counts_, windows_;
 };
 
-// out[q] = the sum over the windows along a row that q is in.
+// out[q] = the sum over the windows along a row that q is in, of rows that are added up.
 template <class V>
-void sum_of_windows(const V* in, V* out, int n, int extended, const Window& w) {
-  if (w.taps == 3 && w.stride == 1 && w.dilation == 1) {
+void sum_of_windows(const std::vector<const V*>& rows, V mean, V* sums, V* out, int n, const Window& w) {
+  const auto sum = [&](int x) {
+    V total{};
+    for (const V* row : rows) total += row[x];
+    return total * mean;
+  };
+  const auto sum_of_three = [&](const auto& at) {
     V a{}, b{};
     for (int q = 0; q < n; ++q) {
-      const V c = in[q];
+      const V c = at(q);
       out[q] = (a + b) + c;
       a = b;
       b = c;
     }
     out[n] = a + b;
     out[n + 1] = b;
-    return;
+  };
+  if (w.taps == 3 && w.stride == 1 && w.dilation == 1) {
+    if (rows.size() != 3) return sum_of_three(sum);
+    const V *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
+    return sum_of_three([&](int x) { return ((row0[x] + row1[x]) + row2[x]) * mean; });
   }
-  std::fill(out, out + extended, V{});
+  for (int x = 0; x < n; ++x) sums[x] = sum(x);
+  std::fill(out, out + (n - 1) * w.stride + w.extent(), V{});
   for (int k = 0; k < w.taps; ++k) {
-    for (int x = 0; x < n; ++x) out[x * w.stride + k * w.dilation] += in[x];
+    for (int x = 0; x < n; ++x) out[x * w.stride + k * w.dilation] += sums[x];
   }
 }
 
-// A tied map: its cotangents, summed over the windows that each position is in, go to that position; and where it is
-// beside one of the two images, and has a deficit that is half the variance in the other, to that variance.
+// The same where positions are counted modulo the size of the image.
+template <class V>
+void sum_of_circular_windows(const std::vector<const V*>& rows, V mean, V* out, int n, int size, const Window& w) {
+  std::fill(out, out + size, V{});
+  for (int x = 0; x < n; ++x) {
+    V total{};
+    for (const V* row : rows) total += row[x];
+    for (int k = 0; k < w.taps; ++k) out[modulo(x * w.stride + k * w.dilation - w.low, size)] += total * mean;
+  }
+}
+
+// A tied map: its cotangents, summed over the windows that each position is in, go to that position, and through the
+// dual before it if nothing else reads that; where a position is beside one of the two images, and has a deficit that
+// is half the variance in the other, to that variance.
 template <class T>
 class TiedBack {
   using V = Vec<T>;
 
  public:
-  TiedBack(const Back<T>& back, const Instance& tied)
+  TiedBack(Back<T>& back, const Instance& tied)
       : back_(back),
         tied_(tied),
         value_(back.work.value(tied)),
         input_(back.work.input(tied)),
-        in_(back.work.plane(input_)),
-        in_bar_(back.plane(input_)),
+        r_(back.work.plane(input_).r),
         out_bar_(back.plane(tied)),
         has_ntk_(out_bar_.t != nullptr),
-        has_own_(has_ntk_ && !(tied.deficit && value_.bias_follows_weights)),
-        sums_ntk_(has_own_ || in_.t != nullptr) {
+        has_own_(has_ntk_ && !has_own_covariance(back.work, tied)),
+        sums_ntk_(has_own_ || input_.has_ntk) {
     const T* c = back.work.coefficients(value_);
     const T mean = T(1) / window_size<T>(value_);
     weight_ = broadcast(c[0]);
-    own_weight_ = broadcast(!tied.deficit ? c[2] : value_.bias_follows_weights ? T(0) : -c[2]);
+    own_weight_ = broadcast(!has_own_ ? T(0) : tied.deficit ? -c[2] : c[2]);
     mean_ = broadcast(mean);
+    const Window& w = value_.window[2];
+    begin_ = w.circular ? 0 : out_bar_.r.low[2] * w.stride - w.low;
+    end_ = w.circular ? input_.space[2] : begin_ + (out_bar_.r.size[2] - 1) * w.stride + w.extent();
   }
 
   void run() {
@@ -372,22 +518,34 @@ class TiedBack {
         each_part(tied_, r, z, y, [&](const Place& at) { biases(at); });
       }
     }
-    const auto along = [&](int a) { return WindowsOf(value_.window[a], r.low[a], r.size[a], input_.space[a]); };
-    const WindowsOf z = along(0), y = along(1);
-    for (size_t i = 0; i < z.windows.size(); ++i) {
-      for (size_t k = 0; k < y.windows.size(); ++k) {
-        const int qz = z.begin + static_cast<int>(i), qy = y.begin + static_cast<int>(k);
-        if (!z.windows[i].empty() && !y.windows[k].empty()) row(qz, qy, z.windows[i], y.windows[k]);
-      }
+    if (input_.feeds_tied_alone) {
+      const int before = input_.inputs[0];
+      DualBack<T> dual(back_, input_, !back_.is_written[before]);
+      back_.is_written[before] = true;
+      each_row([&](int z, int y) {
+        each_part(input_, r_, z, y, [&](const Place& at) {
+          add(dual.row(at, inside_d_ + at.x, inside_t_ + at.x, weight_, own_weight_));
+        });
+      });
+      dual.add_coefficients();
+    } else {
+      each_row([&](int z, int y) { inner(z, y); });
     }
     back_.add_coefficient(value_, 0, weight_bar_);
     if (has_own_) back_.add_coefficient(value_, 2, tied_.deficit ? -own_weight_bar_ : own_weight_bar_);
   }
 
  private:
+  using Products = typename DualBack<T>::Products;
+
+  void add(const Products& products) {
+    weight_bar_ += products.d;
+    own_weight_bar_ += products.t;
+  }
+
   // What is added to each position after the windows.
   void biases(const Place& at) {
-    const V* d = out_bar_.row_d(at.z, at.y, at.x);
+    V* d = out_bar_.row_d(at.z, at.y, at.x);
     const V* t = out_bar_.row_t(at.z, at.y, at.x);
     V bias{}, own_bias{}, own_weight{};
     if (!tied_.deficit) {
@@ -395,7 +553,10 @@ class TiedBack {
       back_.add_coefficient(value_, 1, bias);
     }
     if (!t) return;
-    if (tied_.deficit && value_.bias_follows_weights) return own_covariance(at);
+    if (!has_own_) {
+      if (!tied_.feeds_dual_alone) own_covariance(at);
+      return;
+    }
     for (int x = 0; x < at.n; ++x) own_bias += t[x];
     back_.add_coefficient(value_, 3, own_bias);
     if (!tied_.deficit) return;
@@ -425,110 +586,148 @@ class TiedBack {
     }
   }
 
-  // The row (qz, qy) before the convolution, from the rows of the windows that it is in.
-  void row(int qz, int qy, const std::vector<int>& windows_z, const std::vector<int>& windows_y) {
+  // Calls visit(z, y) for the rows before the map, when `inside_d_` and `inside_t_` are sums of cotangents over the
+  // windows that their positions are in.
+  template <class Visit>
+  void each_row(const Visit& visit) {
+    const Rectangle& r = out_bar_.r;
+    const auto along = [&](int a) {
+      return WindowsOf(value_.window[a], r.low[a], r.size[a], input_.space[a], r_.low[a], r_.size[a]);
+    };
+    const WindowsOf z = along(0), y = along(1);
+    for (int qz = z.begin(); qz < z.end(); ++qz) {
+      for (int qy = y.begin(); qy < y.end(); ++qy) row(qz, qy, z.of(qz), y.of(qy), visit);
+    }
+  }
+
+  // The row (qz, qy), from the rows of the windows that it is in.
+  template <class Visit>
+  void row(int qz, int qy, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
     const Index3& space = input_.space;
     const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
-    const bool inside2 = is_inside(in_.r.partner(0, qz), space[0]) && is_inside(in_.r.partner(1, qy), space[1]);
-    const int z = qz - in_.r.low[0], y = qy - in_.r.low[1];
-    const bool both = is_inside(z, in_.r.size[0]) && is_inside(y, in_.r.size[1]);
+    const bool inside2 = is_inside(r_.partner(0, qz), space[0]) && is_inside(r_.partner(1, qy), space[1]);
+    const int z = qz - r_.low[0], y = qy - r_.low[1];
+    const bool both = is_inside(z, r_.size[0]) && is_inside(y, r_.size[1]);
     if (!both && (!tied_.deficit || (!inside1 && !inside2))) return;
-    sum_rows(windows_z, windows_y);
-    const Window& w = value_.window[2];
-    const int begin = out_bar_.r.low[2] * w.stride - w.low, n = (out_bar_.r.size[2] - 1) * w.stride + w.extent();
-    if (w.circular) {
-      if (both) {
-        for (int q = begin; q < begin + n; ++q) inner(z, y, modulo(q, space[2]), q - begin, 1);
-      } else {
-        for (int q = begin; q < begin + n; ++q) outer(qz, qy, modulo(q, space[2]), q - begin, inside1, inside2);
-      }
-      return;
-    }
-    const int inner_begin = both ? std::max(begin, in_.r.low[2]) : begin + n;
-    const int inner_end = both ? std::min(begin + n, in_.r.low[2] + in_.r.size[2]) : begin + n;
-    if (inner_end > inner_begin) inner(z, y, inner_begin - in_.r.low[2], inner_begin - begin, inner_end - inner_begin);
-    if (!tied_.deficit) return;
-    for (int q = begin; q < std::min(inner_begin, begin + n); ++q) outer(qz, qy, q, q - begin, inside1, inside2);
-    for (int q = std::max(inner_end, begin); q < begin + n; ++q) outer(qz, qy, q, q - begin, inside1, inside2);
-  }
-
-  // Sums of cotangents over the windows, divided by their size, in scratch.windows_d and scratch.windows_t.
-  void sum_rows(const std::vector<int>& windows_z, const std::vector<int>& windows_y) {
-    const Window& w = value_.window[2];
-    const int n = out_bar_.r.size[2], extended = (n - 1) * w.stride + w.extent();
-    const auto sum = [&](const auto& row_of, V* rows, V* windows) {
-      bool first = true;
-      for (int z : windows_z) {
-        for (int y : windows_y) {
-          const V* row = row_of(z, y);
-          for (int x = 0; x < n; ++x) rows[x] = first ? row[x] * mean_ : fma(row[x], mean_, rows[x]);
-          first = false;
-        }
-      }
-      sum_of_windows(rows, windows, n, extended, w);
-    };
     const BackwardScratch<T>& s = back_.scratch;
-    sum([&](int z, int y) { return out_bar_.row_d(z, y); }, s.rows_d.data(), s.windows_d.data());
-    if (sums_ntk_) sum([&](int z, int y) { return out_bar_.row_t(z, y); }, s.rows_t.data(), s.windows_t.data());
+    const int inner_begin = both ? r_.low[2] : end_, inner_end = both ? r_.low[2] + r_.size[2] : end_;
+    const Outer beside{*this, qz, qy, inside1, inside2};
+    if (both && tied_.deficit) {
+      beside.prefetch(begin_, inner_begin);
+      beside.prefetch(inner_end, end_);
+    }
+    sum_rows(windows_z, windows_y, out_bar_.d, s.rows_d.data(), s.windows_d.data());
+    if (sums_ntk_) sum_rows(windows_z, windows_y, out_bar_.t, s.rows_t.data(), s.windows_t.data());
+    if (both) {
+      inside_d_ = inside(s.windows_d.data(), s.inside_d.data());
+      inside_t_ = sums_ntk_ ? inside(s.windows_t.data(), s.inside_t.data()) : s.zeros.data();
+      visit(z, y);
+    }
+    if (!tied_.deficit) return;
+    beside.each(begin_, std::min(inner_begin, end_), [&](const auto&... at) { outer(at...); });
+    beside.each(std::max(inner_end, begin_), end_, [&](const auto&... at) { outer(at...); });
   }
 
-  // Positions inside both images.
-  void inner(int z, int y, int x, int from, int n) {
-    const V* windows_d = back_.scratch.windows_d.data() + from;
-    const V* windows_t = back_.scratch.windows_t.data() + from;
-    const V* d = in_.row_d(z, y, x);
-    const V* t = in_.row_t(z, y, x);
-    V* bar_d = in_bar_.row_d(z, y, x);
-    V* bar_t = in_bar_.row_t(z, y, x);
-    V weight_bar{}, own_weight_bar{};
-    for (int k = 0; k < n; ++k) {
-      V bar = weight_ * windows_d[k];
-      weight_bar = fma(windows_d[k], d[k], weight_bar);
-      if (has_own_) {
-        bar = fma(own_weight_, windows_t[k], bar);
-        own_weight_bar = fma(windows_t[k], d[k], own_weight_bar);
-      }
-      bar_d[k] += bar;
+  // Sums of cotangents over the windows, divided by their size.
+  void sum_rows(WindowsOf::Few windows_z, WindowsOf::Few windows_y, const V* plane, V* sums, V* windows) {
+    rows_.clear();
+    for (int z : windows_z) {
+      for (int y : windows_y) rows_.push_back(plane + (int64_t{z} * out_bar_.r.size[1] + y) * out_bar_.stride);
     }
-    if (t) {
-      for (int k = 0; k < n; ++k) {
-        bar_t[k] = fma(weight_, windows_t[k], bar_t[k]);
-        weight_bar = fma(windows_t[k], t[k], weight_bar);
-      }
+    const Window& w = value_.window[2];
+    if (w.circular) {
+      sum_of_circular_windows(rows_, mean_, windows, out_bar_.r.size[2], input_.space[2], w);
+    } else {
+      sum_of_windows(rows_, mean_, sums, windows, out_bar_.r.size[2], w);
     }
-    weight_bar_ += weight_bar;
-    own_weight_bar_ += own_weight_bar;
   }
 
-  // A position inside one image only.
-  void outer(int qz, int qy, int qx, int at, bool inside1, bool inside2) {
-    const Index3& space = input_.space;
-    const Rectangle& r = in_.r;
-    const Index3 p{qz, qy, qx}, partner{r.partner(0, qz), r.partner(1, qy), r.partner(2, qx)};
-    const bool first_there = inside1 && is_inside(qx, space[2]);
-    const bool second_there = inside2 && is_inside(partner[2], space[2]);
-    if (first_there == second_there) return;
-    const V d = back_.scratch.windows_d.data()[at], t = has_own_ ? back_.scratch.windows_t.data()[at] : V{};
-    const Statistic half = Statistic::kHalfVariance;
-    const V deficit = first_there ? get<true>(first<true>(back_.work, half, input_.value, space, p), 0)
-                                  : get(second(back_.work, half, input_.value, space, partner), 0);
-    V* bar = first_there ? back_.first(half, input_.value, space, p) : back_.second(half, input_.value, space, partner);
+  // The part of a row inside both images, zero where no window is.
+  const V* inside(const V* windows, V* copy) const {
+    const int low = r_.low[2], high = low + r_.size[2];
+    if (begin_ <= low && high <= end_) return windows + (low - begin_);
+    for (int q = low; q < high; ++q) copy[q - low] = q >= begin_ && q < end_ ? windows[q - begin_] : V{};
+    return copy;
+  }
+
+  // A row of positions inside both images.
+  void inner(int z, int y) {
+    const Plane<T>& in = back_.work.plane(input_);
+    const Plane<T>& in_bar = back_.plane(input_);
+    const V* d = in.row_d(z, y);
+    const V* t = in.row_t(z, y);
+    V* bar_d = in_bar.row_d(z, y);
+    V* bar_t = in_bar.row_t(z, y);
+    Products products;
+    for (int x = 0; x < r_.size[2]; ++x) {
+      bar_d[x] += fma(own_weight_, inside_t_[x], weight_ * inside_d_[x]);
+      products.d = fma(inside_d_[x], d[x], products.d);
+      products.t = fma(inside_t_[x], d[x], products.t);
+    }
+    for (int x = 0; t && x < r_.size[2]; ++x) {
+      bar_t[x] = fma(weight_, inside_t_[x], bar_t[x]);
+      products.d = fma(inside_t_[x], t[x], products.d);
+    }
+    add(products);
+  }
+
+  // Positions of a row that are inside one image only: where half their variances are, and the cotangents of these.
+  struct Outer {
+    const TiedBack& tied;
+    int z, y;
+    bool inside1, inside2;
+
+    // Calls visit(q, half variance, its cotangent).
+    template <class Visit>
+    void each(int from, int to, const Visit& visit) const {
+      if (from >= to) return;
+      const Back<T>& back = tied.back_;
+      const Index3& space = tied.input_.space;
+      const int value = tied.input_.value;
+      const Index3 p{z, y, 0}, partner{tied.r_.partner(0, z), tied.r_.partner(1, y), 0};
+      const Statistic half = Statistic::kHalfVariance;
+      const T* half1 = first<true>(back.work, half, value, space, p).at;
+      const T* half2 = second(back.work, half, value, space, partner).at;
+      V* bar1 = back.first(half, value, space, p);
+      V* bar2 = back.second(half, value, space, partner);
+      for (int q = from; q < to; ++q) {
+        const int other = tied.r_.partner(2, q);
+        const bool first_there = inside1 && is_inside(q, space[2]);
+        const bool second_there = inside2 && is_inside(other, space[2]);
+        if (first_there && !second_there) visit(q, half1 + int64_t{q} * kLanes<T>, bar1 + q);
+        if (second_there && !first_there) visit(q, half2 + int64_t{other} * kLanes<T>, bar2 + other);
+      }
+    }
+
+    void prefetch(int from, int to) const {
+      each(from, to, [](int, const T* half, const V* bar) {
+        __builtin_prefetch(half);
+        __builtin_prefetch(bar, 1);
+      });
+    }
+  };
+
+  void outer(int q, const T* half, V* bar) {
+    const V d = back_.scratch.windows_d.data()[q - begin_];
+    const V t = sums_ntk_ ? back_.scratch.windows_t.data()[q - begin_] : V{};
     *bar += fma(own_weight_, t, weight_ * d);
-    weight_bar_ = fma(d, deficit, weight_bar_);
-    own_weight_bar_ = fma(t, deficit, own_weight_bar_);
+    weight_bar_ = fma(d, load(half), weight_bar_);
+    own_weight_bar_ = fma(t, load(half), own_weight_bar_);
   }
 
-  const Back<T>& back_;
+  Back<T>& back_;
   const Instance& tied_;
   const Value& value_;
   const Instance& input_;
-  const Plane<T>& in_;
-  const Plane<T>& in_bar_;
+  const Rectangle& r_;  // of the input
   const Plane<T>& out_bar_;
   const bool has_ntk_;
   const bool has_own_;            // the sums over windows add to the tangent kernel
   const bool sums_ntk_;           // cotangents of tangent kernels are read in sums over windows
   V weight_, own_weight_, mean_;  // `own_weight_` is that of deficits, where these are carried: less than 0
+  int begin_, end_;               // the positions of a row that windows reach
+  const V *inside_d_ = nullptr, *inside_t_ = nullptr;
+  std::vector<const V*> rows_{};
   V weight_bar_{}, own_weight_bar_{};
 };
 
@@ -637,7 +836,24 @@ void finish_back(const Context<T>& c, const Plan& plan, const Tile<T>& tile, int
 // ---- one plane, and one stage
 
 template <class T>
-void instance_back(const Back<T>& back, const Instance& instance) {
+void dual_back(Back<T>& back, const Instance& instance) {
+  const int before = instance.inputs[0];
+  DualBack<T> dual(back, instance, !back.is_written[before]);
+  back.is_written[before] = true;
+  const Plane<T>& bar = back.plane(instance);
+  const Vec<T> zero{}, one = broadcast(T(1));
+  for (int z = 0; z < bar.r.size[0]; ++z) {
+    for (int y = 0; y < bar.r.size[1]; ++y) {
+      const Vec<T>* t = bar.t ? bar.row_t(z, y) : back.scratch.zeros.data();
+      each_part(instance, bar.r, z, y,
+                [&](const Place& at) { dual.row(at, bar.row_d(z, y, at.x), t + at.x, one, zero); });
+    }
+  }
+  dual.add_coefficients();
+}
+
+template <class T>
+void instance_back(Back<T>& back, const Instance& instance) {
   const auto each_row = [&](const auto& visit) {
     const Rectangle& r = back.plane(instance).r;
     for (int z = 0; z < r.size[0]; ++z) {
@@ -650,7 +866,7 @@ void instance_back(const Back<T>& back, const Instance& instance) {
     case Kind::kTied:
       return TiedBack<T>(back, instance).run();
     case Kind::kDual:
-      return each_row(dual_back<T>);
+      return dual_back(back, instance);
     case Kind::kRescale:
       return each_row(rescale_back<T>);
     case Kind::kDropout:
@@ -673,24 +889,20 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
   execute_plane<true>(work, end);
   Back<T> back{work, bars, scratch};
   back.place_planes();
-  std::vector<char> cleared(work.stage.instances.size(), false);
-  const auto clear = [&](int instance) {
-    if (cleared[instance]) return;
-    cleared[instance] = true;
-    const Plane<T>& plane = back.planes[instance];
-    const int64_t size = int64_t{plane.r.size[0]} * plane.r.size[1] * plane.stride - (plane.stride - plane.r.size[2]);
-    std::fill(plane.d, plane.d + size, V{});
-    if (plane.t) std::fill(plane.t, plane.t + size, V{});
-  };
   std::fill(scratch.coefficients.data(), scratch.coefficients.data() + scratch.n_coefficients, V{});
-  clear(work.stage.root);
+  back.clear(work.stage.root);
   const Rectangle& r = back.planes[work.stage.root].r;
   for (int z = 0; z < r.size[0]; ++z) {
     for (int y = 0; y < r.size[1]; ++y) end_row_back(back, seed, r, z, y);
   }
   for (int i = static_cast<int>(work.stage.instances.size()) - 1; i >= 0; --i) {
-    for (int input : work.stage.instances[i].inputs) clear(input);
-    instance_back(back, work.stage.instances[i]);
+    const Instance& instance = work.stage.instances[i];
+    if (instance.feeds_tied_alone) continue;  // that carries it back
+    const bool overwrites = instance.kind == Kind::kDual || &inputs_back(work.stage, instance) != &instance.inputs;
+    for (int input : instance.inputs) {
+      if (!overwrites) back.clear(input);
+    }
+    instance_back(back, instance);
   }
   for (int64_t k = 0; k < scratch.n_coefficients; ++k) bars.coefficients[k] += scratch.coefficients.data()[k];
 }

@@ -99,7 +99,11 @@ struct Instance {
   bool deficit = false;
   bool has_ntk = false;
   int buffer = -1;
-  int cotangent_buffer = -1;  // in plans that keep planes
+  // In plans that keep planes, for the way back:
+  bool kept = false;              // its plane is read there
+  bool feeds_dual_alone = false;  // a kTied: what is added to it after the windows is carried back by that dual
+  bool feeds_tied_alone = false;  // a kDual: that tied map carries it back, row by row
+  int cotangent_buffer = -1;      // none if `feeds_tied_alone`
 };
 
 struct Pass {
@@ -157,9 +161,15 @@ struct Stage {
   int64_t ring_size = 0;          // in positions: rows summed horizontally, that later rows will need again
 };
 
+// The instances to whose cotangents one adds: its inputs, or those of the dual that it carries back.
+inline const std::vector<int>& inputs_back(const Stage& stage, const Instance& instance) {
+  const bool takes_dual = instance.kind == Kind::kTied && stage.instances[instance.inputs[0]].feeds_tied_alone;
+  return takes_dual ? stage.instances[instance.inputs[0]].inputs : instance.inputs;
+}
+
 struct Plan {
   bool ntk = false;
-  bool keeps_planes = false;  // for the way back: each value of a stage has a plane of its own
+  bool keeps_planes = false;  // for the way back: what that reads is not overwritten
   std::vector<Stage> stages;
   std::vector<int> tensor_of;  // for every value, the number of its tensor, or -1
   std::vector<Tensor> tensors;

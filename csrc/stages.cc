@@ -180,7 +180,9 @@ bool can_overwrite(const Value& tied, const Index3& space_in) {
 class BufferAllocator {
  public:
   BufferAllocator(const Program& program, Stage& stage) : program_(program), stage_(stage) {
-    for (size_t i = 0; i < stage.instances.size(); ++i) uses_.push_back(count_uses(stage, static_cast<int>(i)));
+    for (size_t i = 0; i < stage.instances.size(); ++i) {
+      uses_.push_back(count_uses(stage, static_cast<int>(i)) + (stage.instances[i].kept ? 1 : 0));
+    }
   }
 
   void run() {
@@ -202,6 +204,7 @@ class BufferAllocator {
           }
         }
         if (stage_.instances[target].buffer < 0) stage_.instances[target].buffer = take();
+        if (head.kept && head.buffer < 0) head.buffer = take();  // what is before the fused dual
       }
       for (int op : pass.row_ops) {
         Instance& instance = stage_.instances[op];
@@ -234,20 +237,44 @@ class BufferAllocator {
   std::vector<int> free_;
 };
 
-// Every plane has a buffer of its own. Those of cotangents are taken from the root back, and given back.
-void keep_planes(Stage& stage) {
-  for (Instance& instance : stage.instances) instance.buffer = stage.n_buffers++;
+// Which planes the way back reads, and what it carries back together. A dual that one tied map alone reads needs no
+// plane: from its rows it computes what was after it.
+void plan_way_back(Stage& stage) {
+  auto& instances = stage.instances;
+  for (Instance& instance : instances) {
+    for (int input : instance.inputs) {
+      Instance& before = instances[input];
+      const bool alone = count_uses(stage, input) == 1;
+      before.feeds_dual_alone = alone && before.kind == Kind::kTied && instance.kind == Kind::kDual;
+      before.feeds_tied_alone = alone && before.kind == Kind::kDual && instance.kind == Kind::kTied;
+      before.kept |= instance.kind == Kind::kDual || instance.kind == Kind::kRescale ||
+                     instance.kind == Kind::kDropout || (instance.kind == Kind::kTied && !before.feeds_tied_alone);
+    }
+  }
+}
+
+// Planes of cotangents are taken from the root back, and given back; first where nothing is kept.
+void place_cotangents(Stage& stage) {
+  auto& instances = stage.instances;
+  std::vector<char> is_kept(stage.n_buffers, false);
+  for (const Instance& instance : instances) {
+    if (instance.kept) is_kept[instance.buffer] = true;
+  }
   std::vector<int> free;
+  for (int buffer = 0; buffer < stage.n_buffers; ++buffer) {
+    if (!is_kept[buffer]) free.push_back(buffer);
+  }
   const auto take = [&](int& buffer) {
     if (buffer >= 0) return;
     if (free.empty()) free.push_back(stage.n_buffers++);
     buffer = free.back();
     free.pop_back();
   };
-  take(stage.instances[stage.root].cotangent_buffer);
-  for (int i = static_cast<int>(stage.instances.size()) - 1; i >= 0; --i) {
-    for (int input : stage.instances[i].inputs) take(stage.instances[input].cotangent_buffer);
-    free.push_back(stage.instances[i].cotangent_buffer);
+  take(instances[stage.root].cotangent_buffer);
+  for (int i = static_cast<int>(instances.size()) - 1; i >= 0; --i) {
+    if (instances[i].feeds_tied_alone) continue;
+    for (int input : inputs_back(stage, instances[i])) take(instances[input].cotangent_buffer);
+    free.push_back(instances[i].cotangent_buffer);
   }
 }
 
@@ -280,11 +307,9 @@ Stage build_stage(const Program& program, const Plan& plan, int root, bool defic
   Stage stage;
   stage.root = StageBuilder(program, plan, stage).build(root, {1, 1, 1}, deficit);
   schedule(program, stage, plan.keeps_planes);
-  if (plan.keeps_planes) {
-    keep_planes(stage);
-  } else {
-    BufferAllocator(program, stage).run();
-  }
+  if (plan.keeps_planes) plan_way_back(stage);
+  BufferAllocator(program, stage).run();
+  if (plan.keeps_planes) place_cotangents(stage);
   measure(program, stage);
   return stage;
 }

@@ -35,3 +35,16 @@ def test_cross_entropy_learns_digits():
     np.testing.assert_allclose(digits.cross_entropy(on_train[0], train[1]), np.log(10), rtol=1e-6)
     assert digits.cross_entropy(on_train[1], train[1]) < 0.5
     assert digits.accuracy(on_test[1], y_test) > 0.7
+
+
+def test_distilled_images_predict_better(tmp_path):
+    distillation = example("distillation")
+    images, labels, mean = (x[:40] if np.ndim(x) else x for x in distillation.digits())
+    kernel_fn, start = distillation.myrtle5()[2], distillation.draw(images, labels, 1, 0)
+    assert start.images.shape == (10, 10, 10, 1)
+    np.testing.assert_array_equal(start.labels.argmax(1), range(10))
+    end = distillation.distil(kernel_fn, start, images, labels, 5)
+    before, after = (distillation.squared_error(kernel_fn, s, images, labels) for s in (start, end))
+    assert after < 0.8 * before
+    distillation.draw_figure(figure := tmp_path / "images.png", start, end, mean, ("real", "distilled"))
+    assert figure.stat().st_size > 1000
