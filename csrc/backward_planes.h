@@ -1,6 +1,6 @@
 // The way back through a stage: from cotangents of what is after its end to those of what it loads, and of what it
-// reads of each sample. Plane by plane: forward again, with the planes of all instances kept, then instance by instance
-// in reverse. A cotangent is written as what it belongs to with `bar` behind it.
+// reads of each sample. Plane by plane: forward again, with the planes that the way back reads kept, then instance by
+// instance in reverse. A cotangent is written as what it belongs to with `bar` behind it.
 #pragma once
 
 #include "backward_duals.h"
@@ -36,9 +36,8 @@ struct BackwardScratch {
   Buffer<V> rows_d, rows_t;        // sums of rows
   Buffer<V> windows_d, windows_t;  // a row before a convolution, with what lies beside it
   Buffer<V> inside_d, inside_t;    // and those of its positions that are inside both images
-  Buffer<V> zeros;
-  Buffer<V> coefficients;  // of one plane: a single sum over many planes would add up its rounding errors
-  Buffer<V> unused;        // cotangents that nobody reads
+  Buffer<V> coefficients;          // of one plane: a single sum over many planes would add up its rounding errors
+  Buffer<V> unused;                // cotangents that nobody reads
   int64_t n_coefficients, n_tensors = 0;
 
   explicit BackwardScratch(const Context<T>& c)
@@ -50,13 +49,10 @@ struct BackwardScratch {
         windows_t(c.widest),
         inside_d(c.widest),
         inside_t(c.widest),
-        zeros(c.widest),
         coefficients(c.program.n_coefficients),
         unused(std::max<int64_t>(c.cotangent_size, c.program.n_coefficients)),
         n_coefficients(c.program.n_coefficients),
-        n_tensors(size_of_tensors(c)) {
-    std::fill(zeros.data(), zeros.data() + c.widest, V{});
-  }
+        n_tensors(size_of_tensors(c)) {}
 
   void clear_tensors() const { std::fill(tensors.data(), tensors.data() + 2 * n_tensors, V{}); }
 
@@ -214,9 +210,8 @@ class DualBack {
     const auto numbers = dual_rows<true>(back_.work, instance_.value, at);
     const AbReluBack<T> dual = dual_;
     const V own_share = own_share_;
-    const int width =
-        at.geometry.space[2];  // cotangents are asked for one row ahead: rows are too short to see where they lead
-    V coefficients[2] = {coefficients_[0], coefficients_[1]};
+    const int width = at.geometry.space[2];  // cotangents are asked for one row ahead
+    V coefficients[2] = {};
     Products products;
     for (int x = 0; x < at.n; ++x) {
       __builtin_prefetch(bar1 + x + width, 1);
@@ -243,8 +238,8 @@ class DualBack {
       add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
       if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
     }
-    coefficients_[0] = coefficients[0];
-    coefficients_[1] = coefficients[1];
+    coefficients_[0] += coefficients[0];
+    coefficients_[1] += coefficients[1];
     return products;
   }
 
@@ -620,7 +615,7 @@ class TiedBack {
     if (sums_ntk_) sum_rows(windows_z, windows_y, out_bar_.t, s.rows_t.data(), s.windows_t.data());
     if (both) {
       inside_d_ = inside(s.windows_d.data(), s.inside_d.data());
-      inside_t_ = sums_ntk_ ? inside(s.windows_t.data(), s.inside_t.data()) : s.zeros.data();
+      inside_t_ = sums_ntk_ ? inside(s.windows_t.data(), s.inside_t.data()) : s.forward.zeros.data();
       visit(z, y);
     }
     if (!tied_.deficit) return;
@@ -844,7 +839,7 @@ void dual_back(Back<T>& back, const Instance& instance) {
   const Vec<T> zero{}, one = broadcast(T(1));
   for (int z = 0; z < bar.r.size[0]; ++z) {
     for (int y = 0; y < bar.r.size[1]; ++y) {
-      const Vec<T>* t = bar.t ? bar.row_t(z, y) : back.scratch.zeros.data();
+      const Vec<T>* t = bar.t ? bar.row_t(z, y) : back.scratch.forward.zeros.data();
       each_part(instance, bar.r, z, y,
                 [&](const Place& at) { dual.row(at, bar.row_d(z, y, at.x), t + at.x, one, zero); });
     }
@@ -899,8 +894,8 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
     const Instance& instance = work.stage.instances[i];
     if (instance.feeds_tied_alone) continue;  // that carries it back
     const bool overwrites = instance.kind == Kind::kDual || &inputs_back(work.stage, instance) != &instance.inputs;
-    for (int input : instance.inputs) {
-      if (!overwrites) back.clear(input);
+    if (!overwrites) {
+      for (int input : instance.inputs) back.clear(input);
     }
     instance_back(back, instance);
   }

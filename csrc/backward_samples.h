@@ -6,6 +6,24 @@
 namespace nt {
 namespace NT_LEVEL {
 
+// A sum of many terms, in blocks: one sum of all would add up its rounding errors.
+template <class V>
+class Sum {
+ public:
+  void add(V term) {
+    block_ += term;
+    if (++n_ < 256) return;
+    blocks_ += block_;
+    block_ = V{};
+    n_ = 0;
+  }
+  V total() const { return blocks_ + block_; }
+
+ private:
+  V blocks_{}, block_{};
+  int n_ = 0;
+};
+
 // Carries the cotangents of the records of a group of samples back, value by value in reverse: to the inputs, behind
 // them, and to coefficients. Goes forward once more for that, whereupon the scratch memory holds what the pools of each
 // sample with itself are.
@@ -105,16 +123,16 @@ class RecordBack {
 
   void tied(const Value& value, T weight, const T* half_in, const V* half_bar, const V* average_bar, V* in_bar) const {
     const V w = broadcast(weight), mean = broadcast(T(1) / window_size<T>(value));
-    V bias_bar{}, weight_bar{};
+    Sum<V> bias_bar, weight_bar;
     each_tap(value, [&](int64_t window, int64_t q) {
       V bar = w * half_bar[window];
       if (average_bar) bar += average_bar[window];
       in_bar[q] += bar * mean;
-      weight_bar += half_bar[window] * mean * load(half_in + q * kL);
+      weight_bar.add(half_bar[window] * mean * load(half_in + q * kL));
     });
-    for (int64_t p = 0; p < n_positions(value.space); ++p) bias_bar += half_bar[p];
-    add_coefficient(value, 0, weight_bar);
-    add_coefficient(value, 1, broadcast(T(0.5)) * bias_bar);
+    for (int64_t p = 0; p < n_positions(value.space); ++p) bias_bar.add(half_bar[p]);
+    add_coefficient(value, 0, weight_bar.total());
+    add_coefficient(value, 1, broadcast(T(0.5)) * bias_bar.total());
   }
 
   // Visits the windows of a step and the positions in them: visit(window, position).
@@ -147,12 +165,12 @@ class RecordBack {
   }
 
   void relu(const Value& value, T slope, const T* half_in, const V* half_bar, V* in_bar) const {
-    V slope_bar{};
+    Sum<V> slope_bar;
     for (int64_t p = 0; p < n_positions(value.space); ++p) {
       in_bar[p] += broadcast(slope) * half_bar[p];
-      slope_bar += half_bar[p] * load(half_in + p * kL);
+      slope_bar.add(half_bar[p] * load(half_in + p * kL));
     }
-    add_coefficient(value, 0, slope_bar);
+    add_coefficient(value, 0, slope_bar.total());
   }
 
   void rescale(int i, const T* half_in, const V* half_bar, V* in_bar) const {
@@ -175,31 +193,31 @@ class RecordBack {
     const int64_t n = n_positions(value.space);
     const Buffer<V> weights(n);
     if (value.weighted) copy_numbers(value, tile_, c_.job.numbers[i], reinterpret_cast<T*>(weights.data()));
-    V eps_bar{};
+    Sum<V> eps_bar;
     each_normalized(value, [&](int64_t n_averaged, const auto& each) {
       V bar{};
       each([&](int64_t p) {
         const V r = load(scale + p * kL);
         bar -= broadcast(T(0.5)) * r * r * r * scale_bar[p];
       });
-      eps_bar += bar;
+      eps_bar.add(bar);
       bar *= broadcast(T(2) / static_cast<T>(n_averaged));  // the mean is of variances
       each([&](int64_t p) {
         scale_bar[p] = bar * load(half_in + p * kL);
         in_bar[p] += value.weighted ? bar * weights.data()[p] : bar;
       });
     });
-    add_coefficient(value, 0, eps_bar);
+    add_coefficient(value, 0, eps_bar.total());
   }
 
   void dropout(const Value& value, T rate, const T* half_in, const V* half_bar, V* in_bar) const {
-    V rate_bar{};
+    Sum<V> rate_bar;
     const V larger = broadcast(1 / rate);
     for (int64_t p = 0; p < n_positions(value.space); ++p) {
       in_bar[p] += half_bar[p] * larger;
-      rate_bar -= half_bar[p] * larger * larger * load(half_in + p * kL);
+      rate_bar.add(-half_bar[p] * larger * larger * load(half_in + p * kL));
     }
-    add_coefficient(value, 0, rate_bar);
+    add_coefficient(value, 0, rate_bar.total());
   }
 
   void copy(const Value& value, const V* half_bar, V* in_bar) const {

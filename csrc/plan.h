@@ -101,7 +101,7 @@ struct Instance {
   int buffer = -1;
   // In plans that keep planes, for the way back:
   bool kept = false;              // its plane is read there
-  bool feeds_dual_alone = false;  // a kTied: what is added to it after the windows is carried back by that dual
+  bool feeds_dual_alone = false;  // a kTied: the covariance added to its tangent kernel is carried back by that dual
   bool feeds_tied_alone = false;  // a kDual: that tied map carries it back, row by row
   int cotangent_buffer = -1;      // none if `feeds_tied_alone`
 };

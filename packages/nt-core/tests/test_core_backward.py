@@ -37,6 +37,15 @@ def two_outputs(spec):
     return builder.build(first, second)
 
 
+def shared(spec):
+    """One nonlinearity is read by two convolutions, one of which reads every other position alone."""
+    builder = Builder()
+    x = builder.add(RELU, builder.add(conv(), builder.source(spec)))
+    branches = builder.add(conv(strides=(2, 2)), x), builder.add(conv((1, 1), (2, 2)), x)
+    total = builder.add(RELU, builder.add(steps.Combine((1.0, 1.0)), *branches))
+    return builder.build(builder.add(steps.GlobalPool(MEAN), total))
+
+
 # One axis and two, every kind of step, with one stage and with several.
 CHAINED = (
     "valid",
@@ -59,10 +68,22 @@ CHAINED = (
     "untie, pool",
     "untie, equal positions",
 )
+STANDARD = {"parameterization": "standard", "s": (2, 3)}
+# Positions that no window of the second convolution reads, and weights whose tangent kernel is not the covariance.
+SHORTCUT = [
+    conv(),
+    RELU,
+    conv((1, 1), (2, 2), "VALID", **STANDARD),
+    RELU,
+    conv((2, 2), padding="VALID", **STANDARD),
+    ABS,
+]
 LINE = [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS]
 NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in CHAINED}
 NETWORKS |= {
     "residual": ((8, 8), residual),
+    "shared": ((5, 6), shared),
+    "shortcut": ((5, 6), lambda spec: chain(spec, [*SHORTCUT, steps.GlobalPool(MEAN)])),
     "dropout": ((6, 6), lambda spec: chain(spec, DROPOUT)),
     "two outputs": ((4, 3), two_outputs),
     "linear": ((4, 3), lambda spec: chain(spec, [conv(), steps.GlobalPool(MEAN), dense(b_var=None)])),
@@ -135,6 +156,12 @@ def test_covariances_of_each_batch(x64):
     check_direction(*kernels_of(program, x1, x2, Request(ntk=True, covariances=True)))
 
 
+def test_without_a_tangent_kernel(x64):
+    x1, x2 = inputs((6, 6), 3, 2, "float64")
+    program = chain(spec_of(x1, x2), [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)])
+    check_direction(*kernels_of(program, x1, x2, Request(ntk=False, covariances=False)))
+
+
 def test_subgradients_are_those_of_xla(x64):
     """Where inputs coincide, are parallel, antiparallel or zero; and everywhere else, entry by entry."""
     (x, other), _ = inputs((3, 3), 2, 1, "float64")
@@ -167,24 +194,34 @@ def test_gradient_of_a_gradient(x64):
     np.testing.assert_allclose(jax.grad(along)(0.0), (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-6)
 
 
+def gradient(layers, x1, x2, dtype):
+    """In all coefficients and the inputs."""
+    with jax.enable_x64(dtype == "float64"):
+        a, b = x1.astype(dtype), x2.astype(dtype)
+        kernels, point = kernels_of(chain(spec_of(a, b), layers), a, b)
+        leaves = jax.tree.leaves(jax.grad(lambda *x: jnp.sum(kernels(*x)[0][1]), argnums=(0, 1, 2))(*point))
+        return [np.asarray(leaf, np.float64) for leaf in leaves]
+
+
 def test_float32_keeps_its_digits():
     """Of a pair of nearly equal images, too."""
     layers = [conv(), RELU] * 6 + [pool()] + [conv(), RELU] * 2 + [steps.GlobalPool(MEAN), dense()]
     x1, x2 = (x.astype("float32") for x in inputs((6, 6), 2, 2, "float64"))
     x2[0] = x1[0] + np.float32(0.01) * x2[0]
-
-    def gradient(dtype):
-        with jax.enable_x64(dtype == "float64"):
-            a, b = x1.astype(dtype), x2.astype(dtype)
-            kernels, point = kernels_of(chain(spec_of(a, b), layers), a, b)
-            leaves = jax.tree.leaves(jax.grad(lambda *x: jnp.sum(kernels(*x)[0][1]), argnums=(0, 1, 2))(*point))
-            return [np.asarray(leaf, np.float64) for leaf in leaves]
-
-    expected = gradient("float64")
+    expected = gradient(layers, x1, x2, "float64")
     of_coefficients = max(np.abs(leaf) for leaf in expected if leaf.ndim == 0)
-    for actual, wanted in zip(gradient("float32"), expected, strict=True):
+    for actual, wanted in zip(gradient(layers, x1, x2, "float32"), expected, strict=True):
         scale = np.abs(wanted).max() if wanted.ndim else of_coefficients
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=5e-5 * scale)
+
+
+def test_sums_over_large_images_keep_their_digits():
+    """A coefficient has a cotangent from each of 65,536 positions."""
+    x1, x2 = (1 + np.float32(0.01) * x for x in inputs((256, 256), 1, 1, "float32"))
+    layers = [conv(), RELU, conv(), ABS, steps.Flatten()]
+    for actual, wanted in zip(*(gradient(layers, x1, x2, dtype) for dtype in ("float32", "float64")), strict=True):
+        if not wanted.ndim and wanted:
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5)
 
 
 POOLED, FLAT = [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(MEAN)], [conv(), RELU, steps.Flatten()]
