@@ -139,4 +139,5 @@ def check(case, arrays, dtype, ntk_tolerance=None):
         expected = arrays[f"{case['id']}/{name}"]
         assert kernel.dtype == dtype
         assert kernel.shape == expected.shape
-        np.testing.assert_allclose(kernel, expected, rtol=0, atol=tolerances[name] * np.abs(expected).max(), err_msg=name)
+        atol = tolerances[name] * np.abs(expected).max()
+        np.testing.assert_allclose(kernel, expected, rtol=0, atol=atol, err_msg=name)
