@@ -44,38 +44,27 @@ class Series {
     return total;
   }
 
-  // The deficit after, and the factor.
-  template <bool kNtk>
+  // The covariance after, or the deficit, and the factor. A covariance that is small beside the variances keeps its
+  // digits only where it is summed by itself: it is not their mean less the deficit.
+  template <bool kCovariance, bool kNtk>
   NT_INLINE void dual(V deficit, V var1, V var2, V& value, V& factor) const {
-    const V zero{}, one = broadcast(T(1)), half = broadcast(T(0.5)), two = broadcast(T(2));
-    const V mean = half * (var1 + var2), half_difference = half * (var1 - var2);
-    const V square = half_difference * half_difference, mean_square = mean * mean;
-    const V covariance = mean - deficit, of_squares = deficit * (mean + covariance);
+    const V mean = broadcast(T(0.5)) * (var1 + var2), covariance = mean - deficit;
     V powers1[kDegree + 1], powers2[kDegree + 1], powers[kDegree + 1];
     set_powers(var1, powers1);
     set_powers(var2, powers2);
     set_powers(covariance, powers);
-    // (var1^k - var2^k) / (var1 - var2); the mean of var1^k and var2^k less K^k
-    V quotients[kDegree + 1], own[kDegree + 1];
-    quotients[0] = own[0] = zero;
-    V mean_of_powers = one, excess = zero, missing[2] = {zero, deficit};
-    for (int k = 1; k <= degree_; ++k) {
-      excess = fma(mean, excess, square * quotients[k - 1]);
-      quotients[k] = fma(mean, quotients[k - 1], mean_of_powers);
-      mean_of_powers = fma(mean, mean_of_powers, square * quotients[k - 1]);
-      if (k > 1) {
-        const V next = fma(mean_square, missing[0], powers[k - 2] * of_squares);
-        missing[0] = missing[1];
-        missing[1] = next;
-      }
-      own[k] = excess + missing[1];
-    }
-    value = factor = zero;
+    [[maybe_unused]] Differences apart;
+    if constexpr (!kCovariance) set_differences(mean, broadcast(T(0.5)) * (var1 - var2), deficit, powers, apart);
+    value = factor = V{};
     for (int l = 0; l <= degree_; ++l) {
       if (terms_[l] == 0) continue;
       const V both = evaluate(l, powers1) * evaluate(l, powers2);
-      const V slopes = evaluate(l, quotients) * evaluate(l, quotients + l);
-      value = fma(both, own[l], fma(two * square, slopes, value));
+      if constexpr (kCovariance) {
+        value = fma(both, powers[l], value);
+      } else {
+        const V slopes = evaluate(l, apart.quotients) * evaluate(l, apart.quotients + l);
+        value = fma(both, apart.own[l], fma(apart.two_squares, slopes, value));
+      }
       if constexpr (kNtk) {
         if (l > 0) factor = fma(broadcast(T(l)) * both, powers[l - 1], factor);
       }
@@ -83,6 +72,31 @@ class Series {
   }
 
  private:
+  // What tells the powers of two variances and of a covariance apart: (var1^k - var2^k) / (var1 - var2), the mean of
+  // var1^k and var2^k less K^k, and twice the square of half the difference of the variances.
+  struct Differences {
+    V quotients[kDegree + 1], own[kDegree + 1], two_squares;
+  };
+
+  NT_INLINE void set_differences(V mean, V half_difference, V deficit, const V* powers, Differences& apart) const {
+    const V zero{}, square = half_difference * half_difference, mean_square = mean * mean;
+    const V of_squares = deficit * (mean + (mean - deficit));  // mean^2 - K^2
+    apart.two_squares = square + square;
+    apart.quotients[0] = apart.own[0] = zero;
+    V mean_of_powers = broadcast(T(1)), excess = zero, missing[2] = {zero, deficit};
+    for (int k = 1; k <= degree_; ++k) {
+      excess = fma(mean, excess, square * apart.quotients[k - 1]);
+      apart.quotients[k] = fma(mean, apart.quotients[k - 1], mean_of_powers);
+      mean_of_powers = fma(mean, mean_of_powers, square * apart.quotients[k - 1]);
+      if (k > 1) {
+        const V next = fma(mean_square, missing[0], powers[k - 2] * of_squares);
+        missing[0] = missing[1];
+        missing[1] = next;
+      }
+      apart.own[k] = excess + missing[1];
+    }
+  }
+
   NT_INLINE void set_powers(V x, V* powers) const {
     powers[0] = broadcast(T(1));
     for (int k = 1; k <= degree_; ++k) powers[k] = powers[k - 1] * x;
@@ -116,9 +130,7 @@ class Polynomial {
 
   template <bool kCovariance, bool kNtk, class First, class Second>
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
-    V after;
-    series_.template dual<kNtk>(deficit, first[1], second[1], after, factor);
-    value = deficit_or_covariance<kCovariance>(after, first, second);
+    series_.template dual<kCovariance, kNtk>(deficit, first[1], second[1], value, factor);
   }
 
  private:

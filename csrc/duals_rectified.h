@@ -101,7 +101,7 @@ class RectifiedMonomial {
     }
     const V opposed = power * a.scale * arc.kernel;
     V after, slope = zero;
-    series_.template dual<kNtk>(deficit, first[1], second[1], after, slope);
+    series_.template dual<false, kNtk>(deficit, first[1], second[1], after, slope);
     const V of_negative = (first[0] + second[0]) - opposed;
     after = if_positive(is_negative, of_negative, fma(half, after, sign * opposed));
     value = deficit_or_covariance<kCovariance>(after, first, second);

@@ -7,7 +7,7 @@ namespace nt {
 namespace NT_LEVEL {
 
 // 1 - |c|, with `angular` = scale (1 - c) and `negative` = -scale c: exactly 0 where it is no more than rounding of the
-// deficit leaves for parallel variables, and 1 at zero variance. NaN stays NaN.
+// deficit leaves for parallel variables (nearly always: docs/numerics.md), and 1 at zero variance. NaN stays NaN.
 template <class T>
 NT_INLINE Vec<T> distance_from_parallel(Vec<T> deficit, Vec<T> angular, Vec<T> negative, Vec<T> scale, Vec<T> inverse1,
                                         Vec<T> inverse2) {

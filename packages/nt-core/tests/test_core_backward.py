@@ -174,10 +174,12 @@ def test_subgradients_are_those_of_xla(x64):
         return jax.jit(jax.grad(lambda *point: dot(kernels(*point), weights), argnums=(0, 1, 2)))(*point)
 
     weights = random_like([(jnp.zeros((3, 5)), jnp.zeros((3, 5)), None, None)])
-    for actual, expected in zip(*(jax.tree.leaves(gradients(i)) for i in ("cpu", "xla")), strict=True):
+    for n, (actual, expected) in enumerate(zip(*(jax.tree.leaves(gradients(i)) for i in ("cpu", "xla")), strict=True)):
         assert np.isfinite(actual).all()
-        # Roundings of antiparallel inputs are those of a square root.
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-7 * np.abs(expected).max())
+        # Roundings of antiparallel inputs are those of a square root: most in the slopes of the first nonlinearity, of
+        # which the second, coefficient 2, is that of positive inputs.
+        tolerance = 3e-7 if n == 2 else 1e-7
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def test_gradient_of_a_gradient(x64):

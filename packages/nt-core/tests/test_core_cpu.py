@@ -216,7 +216,7 @@ class WindowsPool(steps.Step):
 
     def infer(self, *specs):
         (spec,) = specs
-        return spec.with_shape(counts(self.windows), spec.n_channels).replace(is_input=False)
+        return spec.with_shape(counts(self.windows), spec.n_channels)
 
     def primitive(self, spec):
         return Pool(self.windows, self.mean, self.normalize_edges)
@@ -350,6 +350,19 @@ def test_what_is_refused_goes_to_the_next_backend():
 def call(code, *operands, shapes=((3, 2), (3, 2))):
     outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.block_until_ready(jax.ffi.ffi_call("nt_propagate", outputs)(*operands, code=np.array(code, np.int64)))
+
+
+def test_batches_are_compared_where_a_step_asks_for_it():
+    """Deficits and dropout do; linear networks would compile the comparison for nothing."""
+    x, _ = inputs((4, 3), 3, 2, "float32")
+    for layers, expected in (
+        ([conv(), steps.GlobalPool(MEAN), dense()], [False, False]),
+        ([conv(), RELU, steps.GlobalPool(MEAN)], [True, False]),
+        ([conv(), RELU, steps.Dropout(0.5), conv()], [True, True]),
+    ):
+        program = chain(spec_of(x, x), layers)
+        source = Inputs(jnp.asarray(x), jnp.asarray(x.copy()), program.sources[0])
+        assert [bool(flag) for flag in encode(program, (source,), Request(True, False)).coefficients[:2]] == expected
 
 
 def test_malformed_calls_are_errors():

@@ -265,6 +265,29 @@ def test_transformations(make, x64):
     assert_close(derivative, (ntk(x + 1e-6 * direction) - ntk(x - 1e-6 * direction)) / 2e-6, 1e-8)
 
 
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("make", [Conv, ConvTranspose, ConvLocal])
+@pytest.mark.parametrize("seed", range(24))
+def test_random_orders_of_axes(seed, make, finite_kernels, full, x64):
+    """Of inputs, filter and outputs; every other time with masks."""
+    rng = np.random.default_rng(seed)
+    lhs, rhs, out = ("".join(rng.permutation(list(letters))) for letters in ("NHWC", "HWIO", "NHWC"))
+    window, strides = ([sizes[c] for c in rhs if c in sizes] for sizes in ({"H": 2, "W": 1}, {"H": 1, "W": 2}))
+    layer = make(1, window, strides, PADDINGS[seed % 3], dimension_numbers=(lhs, rhs, out))
+    x1, x2 = (rng.normal(size=[{"N": n, "H": 3, "W": 4, "C": 2}[c] for c in lhs]) for n in (2, 3))
+    kwargs = {}
+    if seed % 2:
+        kwargs["mask_constant"] = np.nan
+        for x in (x1, x2):
+            is_masked = rng.random([1 if c == "C" else n for c, n in zip(lhs, x.shape, strict=True)]) < 0.3
+            x[np.broadcast_to(is_masked, x.shape)] = np.nan
+    nngp, ntk = finite_kernels(layer, x1, x2, out.index("N"), out.index("C"), **kwargs)
+    with warn_of_batch_axis(lhs.index("N")):
+        kernel = layer[2](x1, x2, diagonal_spatial=False, **kwargs)
+    assert_close(full(kernel.nngp, kernel), nngp)
+    assert_close(full(kernel.ntk, kernel), ntk)
+
+
 # Groups
 
 

@@ -359,9 +359,16 @@ class TestPolynomials:
             np.testing.assert_allclose(kernel.nngp, expected, rtol=1e-5, atol=1e-3 if degree == 0 else 1e-6)
             assert np.all(np.isfinite(kernel.ntk))
 
+    @pytest.mark.parametrize("layer", [Monomial, RectifiedMonomial])
+    def test_whole_degrees_of_any_type(self, layer):
+        x = np.array([[1.0], [2.0], [-1.0]], "float32")
+        kernels = [serial(Dense(4), layer(degree))[2](x, None, "ntk") for degree in (2, 2.0, np.int64(2))]
+        for kernel in kernels[1:]:
+            np.testing.assert_array_equal(kernel, kernels[0])
+
     @pytest.mark.parametrize("layer", [Monomial, RectifiedMonomial, Hermite])
     def test_degree(self, layer):
-        for degree in (-1, 1.5):
+        for degree in (-1, 1.5, float("nan"), float("inf")):
             message = f"{layer.__name__} needs a degree of at least 0, a whole number, got degree={degree}"
             with pytest.raises(NotImplementedError, match=message):
                 layer(degree)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import random
 from nt_core import explain
-from nt_stax import Conv, Dense, Flatten, GlobalAvgPool, Index, Relu, Slice, serial
+from nt_stax import Conv, Dense, Flatten, GlobalAvgPool, ImageResize, Index, Relu, Slice, serial
 from stax_samples import normal
 
 INDICES = [
@@ -71,6 +71,17 @@ def test_networks_with_parts_of_images_are_one_program(idx, full, x64):
         kernel = network(x1, x2, **layout)
         for name in ("nngp", "ntk", "cov1", "cov2"):
             np.testing.assert_allclose(getattr(kernel, name), getattr(expected, name), rtol=1e-12, err_msg=name)
+
+
+def test_parts_of_more_images_than_lanes():
+    """In the native engine, by name: every copy is a step."""
+    x = normal(1, (19, 3, 4, 2), "float32")
+    conv = Conv(1, (2, 2), None, "SAME", 1.3, 0.4)
+    copies = ImageResize((-1, 5, 3, -1), "nearest"), Index(Slice[:, 1:, ::-1]), Index(Slice[:, -1, 1])
+    network = serial(*(layer for copy in copies for layer in (conv, Relu(), copy)), Dense(1, b_std=0.3), Relu())[2]
+    kernel, expected = (network(x, None, ("nngp", "ntk"), implementation=name) for name in ("cpu", "xla"))
+    np.testing.assert_allclose(kernel.nngp, expected.nngp, rtol=0, atol=2e-6 * np.abs(expected.nngp).max())
+    np.testing.assert_allclose(kernel.ntk, expected.ntk, rtol=0, atol=2e-6 * np.abs(expected.ntk).max())
 
 
 def test_axes_may_come_in_any_order(covariances, full, x64):

@@ -9,7 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
-from nt_stax import Conv, Dense, Dropout, Flatten, Identity, Padding, Relu, serial
+from nt_stax import (
+    Conv,
+    Dense,
+    DotGeneral,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    Identity,
+    ImageResize,
+    Index,
+    Padding,
+    Relu,
+    Scale,
+    Slice,
+    serial,
+)
 from stax_samples import normal
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
@@ -405,6 +420,26 @@ def test_dropout_in_jit_knows_equal_inputs_by_their_values(x64):
 
 
 # Errors
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        GlobalAvgPool(),
+        Flatten(),
+        Scale(0.5),
+        DotGeneral(rhs=2.0),
+        DotGeneral(rhs=np.ones((3, 2)), dimension_numbers=(((1,), (0,)), ((), ()))),
+        Index(Slice[:, 1]),
+        Index(Slice[1:]),
+        ImageResize((-1, 5, -1), "nearest"),
+    ],
+)  # fmt: skip
+def test_dropout_of_linear_maps_of_the_inputs(layer):
+    """Without weights, as steps and as functions of kernels: channels remain as few as they are."""
+    network = serial(layer, Dropout(0.5), Dense(1))[2]
+    with pytest.raises(ValueError, match="cannot be applied to the inputs"):
+        network(np.ones((2, 3, 4)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from jax import lax, random
 from jax.image import ResizeMethod
 from nt_core import batch, explain
-from nt_stax import Conv, Dense, DotGeneral, Flatten, GlobalAvgPool, ImageResize, Relu, serial
+from nt_stax import Conv, Dense, DotGeneral, Flatten, GlobalAvgPool, Identity, ImageResize, Relu, serial
 from stax_samples import normal
 
 NOTHING = ((), ())
@@ -160,6 +160,23 @@ def test_networks_with_copies_and_multiples_are_one_program(layer, finite_kernel
     assert_close(network(x1, x2).ntk, rest(serial(conv, layer)[2](x1, x2)).ntk)
 
 
+@pytest.mark.parametrize("number", [-0.7, 0.0, np.float32(0.3)])
+def test_numbers(number, x64):
+    x = inputs(1, (2, 3, 2))
+    kernel, expected = DotGeneral(lhs=number)[2](x), Identity()[2](x)
+    np.testing.assert_allclose(kernel.nngp, float(number) ** 2 * expected.nngp, rtol=1e-14)
+
+
+@pytest.mark.parametrize("number", [1e200, 1j])
+def test_numbers_without_a_real_square_have_finite_networks(number, x64):
+    np.testing.assert_array_equal(DotGeneral(rhs=number)[1]((), np.ones((2, 3))), np.full((2, 3), number))
+
+
+def test_copies_of_all_positions_are_no_step():
+    resize = ImageResize((-1, 3, -1, -1), "nearest")
+    assert "Gather" not in explain(serial(Conv(1, (2, 2)), resize, Relu(), Flatten())[2], (2, 4, 3, 2))
+
+
 def test_samples_are_resized_in_the_last_layer(covariances, full, x64):
     x1, x2 = inputs(1, (3, 2, 4)), inputs(2, (2, 2, 4))
     _, apply_fn, kernel_fn = ImageResize((5, 3, -1), "linear")
@@ -196,6 +213,8 @@ def test_masks_of_resized_images(method, finite_kernels, full, x64):
     ("make", "error", "message"),
     [
         (lambda x: DotGeneral(lhs=2.0, rhs=3.0), ValueError, "`lhs` or `rhs`, not both"),
+        (lambda x: DotGeneral(rhs=0.7, dimension_numbers=(((2,), (0,)), NOTHING))[2](x), ValueError, "channel"),
+        (lambda x: DotGeneral(rhs=0.7, dimension_numbers=(((1,), (0,)), NOTHING))[2](x), TypeError, "nonnegative"),
         (lambda x: DotGeneral(rhs=np.ones(4), dimension_numbers=(((2,), (0,)), NOTHING))[2](x), ValueError, "channel"),
         (lambda x: ImageResize((-1, 3, -1), "cubist"), ValueError, "'cubist' is unknown, use 'nearest'"),
         (lambda x: ImageResize((-1, 3), "linear")[1]((), x), ValueError, "rank 2"),

@@ -50,7 +50,7 @@ class Kernel:
       x1_is_x2: whether both batches are the same samples, a boolean or a boolean array.
       is_gaussian: the activations are Gaussian and independent over channels.
       is_reversed: pairs of spatial axes are stored last to first; no meaning with `diagonal_spatial`.
-      is_input: these are the inputs of the network.
+      is_input: these are the inputs of the network, or made of them without random weights and nonlinearities.
       diagonal_batch: `cov1` and `cov2` hold only same-sample entries.
       diagonal_spatial: all covariances hold only same-position entries.
       shape1, shape2: shapes of the activations of the finite network, batch and channel axes included.

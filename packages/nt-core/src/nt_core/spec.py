@@ -12,7 +12,7 @@ class Spec:
       batch_axis, channel_axis: their positions in `shape1` and `shape2`, non-negative. All other axes are spatial.
       is_gaussian: the activations are Gaussian and independent over channels (the last layer was a linear one).
       is_reversed: pairs of spatial axes are stored last to first, see `Kernel`.
-      is_input: these are the inputs of the network.
+      is_input: these are the inputs of the network, or made of them without random weights and nonlinearities.
       diagonal_batch: covariances of a batch with itself hold only same-sample entries.
       diagonal_spatial: all covariances hold only same-position entries.
     """

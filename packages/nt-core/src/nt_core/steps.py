@@ -167,7 +167,7 @@ class Pool(Step):
         _check_spatial_rank("Pooling", spec, self.window)
         ones = (1,) * len(self.window)
         space = window_space(spec.space, self.window, self.strides, self.padding, ones, "Pooling")
-        return spec.with_shape(space, spec.n_channels).replace(is_input=False)
+        return spec.with_shape(space, spec.n_channels)
 
 
 @step
@@ -204,7 +204,7 @@ class Untie(Step):
 
     def infer(self, *specs: Spec) -> Spec:
         (spec,) = specs
-        return spec.replace(is_reversed=self.is_reversed, is_input=False)
+        return spec.replace(is_reversed=self.is_reversed)
 
 
 @step
@@ -222,7 +222,6 @@ class GlobalPool(Step):
             batch_axis=keep.index(spec.batch_axis),
             channel_axis=keep.index(spec.channel_axis),
             is_reversed=False,
-            is_input=False,
         )
 
 
@@ -243,7 +242,6 @@ class Flatten(Step):
             channel_axis=1 - batch_axis,
             is_gaussian=False,
             is_reversed=False,
-            is_input=False,
             diagonal_spatial=False,
         )
 
@@ -287,7 +285,7 @@ class Scale(Step):
                     f"Scale of activations of shapes {spec.shape1} and {spec.shape2} needs one number for each sample "
                     f"and position: `{name}` has shape {numbers.shape}, not {(n, *spec.space)}."
                 )
-        return spec.replace(is_input=False)
+        return spec
 
 
 @step
@@ -325,7 +323,7 @@ class Combine(Step):
         return first.with_shape(first.space, n_channels).replace(
             is_gaussian=all(s.is_gaussian for s in specs) and (not self.concat or len(specs) == 1),
             is_reversed=reversals > len(specs) / 2,
-            is_input=False,
+            is_input=all(s.is_input for s in specs),
         )
 
 
@@ -359,7 +357,7 @@ class Multiply(Step):
         return first.replace(
             is_gaussian=first.is_gaussian and len(specs) == 1,
             is_reversed=reversals > len(specs) / 2,
-            is_input=False,
+            is_input=all(s.is_input for s in specs),
         )
 
 

@@ -214,7 +214,7 @@ def _concatenate_apart(kernels: Sequence[Kernel], axis: int) -> Kernel:
         shape2=_concatenated_shape([kernel.shape2 for kernel in kernels], axis),
         is_gaussian=all(kernel.is_gaussian for kernel in kernels),
         is_reversed=reverse,
-        is_input=False,
+        is_input=all(kernel.is_input for kernel in kernels),
     )
 
 

@@ -6,6 +6,7 @@ limit. With `(u, v)` Gaussian of zero mean and the covariance of the pre-activat
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -249,7 +250,7 @@ def Monomial(degree: int):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))
     [[15.]]
     """
-    _check_degree("Monomial", degree)
+    degree = _whole_degree("Monomial", degree)
     return elementwise(lambda x: x**degree, activations.Monomial(degree))
 
 
@@ -268,7 +269,7 @@ def RectifiedMonomial(degree: int):
     >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp"))  # half of that of Monomial(2)
     [[1.5]]
     """
-    _check_degree("RectifiedMonomial", degree)
+    degree = _whole_degree("RectifiedMonomial", degree)
     activation = {0: activations.Step(0.0, 1.0, 1.0), 1: activations.ABRelu(0.0, 1.0)}.get(degree)
     activation = activation or activations.RectifiedMonomial(degree)
     return elementwise(lambda x: jnp.where(x >= 0, x**degree, 0), activation)
@@ -316,7 +317,7 @@ def Hermite(degree: int):
     [[1.   0.64]
      [0.64 1.  ]]
     """
-    _check_degree("Hermite", degree)
+    degree = _whole_degree("Hermite", degree)
     warnings.warn(
         "Hermite: the kernel is that of inputs of variance 1. See that the layers before it have such outputs, or use "
         "Polynomial with the same coefficients, whose kernel is exact for all variances.",
@@ -457,9 +458,10 @@ class _Derivative:
         return jax.grad(self.fn)(x)
 
 
-def _check_degree(name: str, degree: int) -> None:
-    if degree < 0 or degree != int(degree):
+def _whole_degree(name: str, degree: float) -> int:
+    if not 0 <= degree < math.inf or degree != int(degree):
         raise NotImplementedError(f"{name} needs a degree of at least 0, a whole number, got degree={degree}.")
+    return int(degree)
 
 
 def _no_exp_normalized(inputs):

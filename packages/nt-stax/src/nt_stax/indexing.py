@@ -60,10 +60,7 @@ def Index(idx: Any, batch_axis: int = 0, channel_axis: int = -1):
 
     def emit(builder: Builder, value: Value) -> Value:
         positions, drops_axes = _positions(idx, value.spec)
-        if all(along == tuple(range(n)) for along, n in zip(positions, value.spec.space, strict=True)):
-            taken = value
-        else:
-            taken = builder.add(steps.Gather(positions), value)
+        taken = copied(builder, value, positions)
         return builder.add(steps.GlobalPool(mean=True), taken) if drops_axes else taken
 
     def function(kernel: Kernel, run: Run) -> Kernel:
@@ -71,6 +68,13 @@ def Index(idx: Any, batch_axis: int = 0, channel_axis: int = -1):
 
     requirements = {"batch_axis": batch_axis, "channel_axis": channel_axis}
     return init_fn, apply_fn, Rule("Index", requirements, emit, function), mask_fn
+
+
+def copied(builder: Builder, value: Value, positions: tuple[tuple[int, ...], ...]) -> Value:
+    """Emits copies of these positions, along each spatial axis; nothing if they are all of them, in order."""
+    if positions == tuple(tuple(range(n)) for n in value.spec.space):
+        return value
+    return builder.add(steps.Gather(positions), value)
 
 
 def _positions(idx: Any, spec: Spec) -> tuple[tuple[tuple[int, ...], ...], bool]:

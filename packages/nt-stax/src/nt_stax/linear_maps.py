@@ -12,6 +12,8 @@ from jax.image import ResizeMethod
 from nt_core import Bool, Builder, Diagonal, Kernel, Rule, Run, Spec, Value, layer, step_rule, steps, supports_masking
 from nt_core.authoring import is_traced
 
+from nt_stax.indexing import copied
+
 
 @layer
 @supports_masking(remask_kernel=False)
@@ -80,8 +82,10 @@ def DotGeneral(
     if constant is None:
         return init_fn, apply_fn, Rule("DotGeneral", emit=lambda builder, value: value), mask_fn
 
-    if jnp.ndim(constant) == 0 and not is_traced(constant):
-        step = steps.Combine((float(constant) ** 2,))
+    is_number = jnp.ndim(constant) == 0 and jnp.isrealobj(constant) and not is_traced(constant)
+    if is_number and not any(len(axes) for pair in dimension_numbers for axes in pair):
+        factor = float(constant)
+        step = steps.Combine((factor * factor,))
         return init_fn, apply_fn, step_rule(step, {"batch_axis": batch_axis, "channel_axis": channel_axis}), mask_fn
 
     def function(kernel: Kernel, run: Run) -> Kernel:
@@ -163,8 +167,8 @@ def ImageResize(
         check_channels(value.spec)
         new_sizes = [sizes[a] for a in value.spec.spatial_axes]
         along = zip(value.spec.space, new_sizes, strict=True)
-        copied = tuple(tuple(range(n)) if size == -1 else _nearest(n, size) for n, size in along)
-        return builder.add(steps.Gather(copied), value)
+        positions = tuple(tuple(range(n)) if size == -1 else _nearest(n, size) for n, size in along)
+        return copied(builder, value, positions)
 
     def function(kernel: Kernel, run: Run) -> Kernel:
         check_channels(kernel.spec)

@@ -42,6 +42,10 @@ class Activation:
         """
         raise NotImplementedError
 
+    def covariance(self, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array | None:
+        """Returns `E f(u) f(v)`, or None where it is as accurate as the mean of the variances less the deficit."""
+        return None
+
 
 def cast(coefficient: Scalar, like: jax.Array) -> jax.Array:
     """Returns a coefficient in the dtype of `like`, so that a float64 coefficient does not promote float32 arrays."""

@@ -50,6 +50,9 @@ class Series(Activation):
         series = self.expansion()
         return series_deficit(series, var1, var2, deficit), series_factor(series, var1, var2, deficit)
 
+    def covariance(self, var1, var2, deficit):
+        return series_covariance(self.expansion(), var1, var2, deficit)
+
 
 @activation
 class Polynomial(Series):
@@ -119,17 +122,24 @@ def series_variance(series: Expansion, var: jax.Array) -> jax.Array:
     return total
 
 
+def series_covariance(series: Expansion, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array:
+    """Returns `E f(u) f(v)`."""
+    terms = _terms(series, var1, var2, deficit)
+    return sum((both * powers[l] for l, both, powers in terms), jnp.zeros_like(deficit))
+
+
 def series_factor(series: Expansion, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array:
     """Returns `E f'(u) f'(v)`."""
+    terms = _terms(series, var1, var2, deficit)
+    return sum((l * both * powers[l - 1] for l, both, powers in terms if l > 0), jnp.zeros_like(deficit))
+
+
+def _terms(series, var1, var2, deficit):
+    """For each order `l`: it, `p_l(var1) p_l(var2)`, and all powers of the covariance."""
     degree = _degree(series)
     powers = _powers(0.5 * (var1 + var2) - deficit, degree)
     powers1, powers2 = _powers(var1, degree), _powers(var2, degree)
-    total = jnp.zeros_like(deficit)
-    for l in _orders(series):
-        if l > 0:
-            both = _evaluate(series, l, powers1) * _evaluate(series, l, powers2)
-            total = total + l * both * powers[l - 1]
-    return total
+    return [(l, _evaluate(series, l, powers1) * _evaluate(series, l, powers2), powers) for l in _orders(series)]
 
 
 def series_deficit(series: Expansion, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array:

@@ -157,9 +157,13 @@ class Dual(Primitive):
 
     def pairs(self, deficit: Pairs, as_deficit: bool, before: Variances, after: Variances) -> Pairs:
         """Returns pairs after the nonlinearity, from deficits before it."""
-        value, factor = self.activation.dual(before.first, before.second, deficit.value)
+        arguments = before.first, before.second, deficit.value
+        value, factor = self.activation.dual(*arguments)
         x = Pairs(value, None if deficit.ntk is None else deficit.ntk * factor)
-        return x if as_deficit else as_covariance(x, after)
+        if as_deficit:
+            return x
+        covariance = self.activation.covariance(*arguments)
+        return as_covariance(x, after) if covariance is None else Pairs(covariance, x.ntk)
 
 
 class Rescale(Primitive):
