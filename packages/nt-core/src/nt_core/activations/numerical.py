@@ -153,9 +153,10 @@ def hermite_coefficients(
     mean = xp.tensordot(products[:1], values, 1)
     values = values - constant(mean)  # beyond the first term, errors are in proportion to how much the function varies
     # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std. By quadrature those of the derivative have more
-    # digits where the function varies less than its size: the values are rounded. They are not those where it jumps, and
-    # poor where it has kinks away from 0, so they are taken where the values do not contradict. Jumps, which have more
-    # of a slope than the derivative, are not in that. JAX differentiates both as they are by quadrature.
+    # digits where the function varies less than its size: the values are rounded. They lack what jumps add, and are
+    # poor where it has kinks away from 0, so they are taken where those of the values agree. A function that jumps has
+    # terms of more slope than the derivative, which then stays as it is. JAX differentiates both as they are by
+    # quadrature.
     a, of_slopes = xp.tensordot(products[1:], values, 1), xp.tensordot(products[:-1], slopes, 1)
     by_slopes = std[None] / roots * of_slopes
     tolerance = noise * _root(xp, mean_square) + _QUADRATURE * _root(xp, slope_square)
