@@ -56,23 +56,23 @@ class Clip {
   using V = Vec<T>;
   static constexpr int kL = kLanes<T>;
 
-  enum Plane { kHalfAfter, kHalf, kStd, kOwn, kOfBounds };
+  enum Number { kHalfAfter, kHalf, kStd, kOwn, kOfBounds };
   // The last is the density, less that at 0: of large deviations the differences matter.
-  enum OfBound { kRelative, kInside, kBeyond, kSecondMoment, kDrop, kNumbers };
+  enum OfBound { kRelative, kInside, kBeyond, kSecondMoment, kDrop, kNumbersOfBound };
 
  public:
-  static constexpr int kPlanes = kOfBounds + 2 * kNumbers;
+  static constexpr int kNumbers = kOfBounds + 2 * kNumbersOfBound;
   static constexpr T kDensityAtZero = T(0.39894228040143267794);
 
   explicit Clip(const T* c) : square_(c[0]), mixed_(c[1]), constant_(c[2]), bounds_{c[3], c[4]} {}
 
-  V prepare(V half, V* planes) const {
+  V prepare(V half, V* numbers) const {
     for (int l = 0; l < kL; ++l) {
-      T numbers[kPlanes];
-      prepare(half[l], numbers);
-      for (int k = 0; k < kPlanes; ++k) planes[k][l] = numbers[k];
+      T of_lane[kNumbers];
+      prepare(half[l], of_lane);
+      for (int k = 0; k < kNumbers; ++k) numbers[k][l] = of_lane[k];
     }
-    return planes[kHalfAfter];
+    return numbers[kHalfAfter];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -99,7 +99,7 @@ class Clip {
   }
 
  private:
-  static int of(int bound, int number) { return kOfBounds + bound * kNumbers + number; }
+  static int of(int bound, int number) { return kOfBounds + bound * kNumbersOfBound + number; }
   V square() const { return broadcast(square_); }
 
   // The tangent of half the angle whose cosine is 1 - w, up to a right one.
@@ -108,26 +108,26 @@ class Clip {
     return sqrt(near / (broadcast(T(2)) - near));
   }
 
-  void prepare(T half, T* planes) const {
+  void prepare(T half, T* numbers) const {
     const T std = std::sqrt(half + half);
     T own = 0, mean = 0;
     for (int bound = 0; bound < 2; ++bound) {
       const T far = 40, at = std::min(bounds_[bound], far * std);
       const T x = std > 0 ? at / std : bounds_[bound] > 0 ? far : T(0);
-      T* numbers = planes + of(bound, 0);
-      numbers[kRelative] = x;
-      numbers[kInside] = T(0.5) * std::erf(T(0.70710678118654752440) * x);
-      numbers[kBeyond] = T(0.5) * std::erfc(T(0.70710678118654752440) * x);
-      numbers[kDrop] = kDensityAtZero * std::expm1(T(-0.5) * x * x);
-      numbers[kSecondMoment] = second_moment(x, numbers[kInside], kDensityAtZero + numbers[kDrop]);
-      own += std * std * numbers[kSecondMoment] + at * at * numbers[kBeyond];
-      const T positive = at * numbers[kBeyond] - std * numbers[kDrop];
+      T* of_bound = numbers + of(bound, 0);
+      of_bound[kRelative] = x;
+      of_bound[kInside] = T(0.5) * std::erf(T(0.70710678118654752440) * x);
+      of_bound[kBeyond] = T(0.5) * std::erfc(T(0.70710678118654752440) * x);
+      of_bound[kDrop] = kDensityAtZero * std::expm1(T(-0.5) * x * x);
+      of_bound[kSecondMoment] = second_moment(x, of_bound[kInside], kDensityAtZero + of_bound[kDrop]);
+      own += std * std * of_bound[kSecondMoment] + at * at * of_bound[kBeyond];
+      const T positive = at * of_bound[kBeyond] - std * of_bound[kDrop];
       mean += bound == 0 ? -positive : positive;
     }
-    planes[kHalf] = half;
-    planes[kStd] = std;
-    planes[kOwn] = own;
-    planes[kHalfAfter] = T(0.5) * (square_ * own + mixed_ * mean + constant_);
+    numbers[kHalf] = half;
+    numbers[kStd] = std;
+    numbers[kOwn] = own;
+    numbers[kHalfAfter] = T(0.5) * (square_ * own + mixed_ * mean + constant_);
   }
 
   // E z^2 for z from 0 to x.

@@ -9,7 +9,7 @@ namespace NT_LEVEL {
 template <class T>
 inline constexpr T kPi = T(3.14159265358979323846);
 
-// Most derive the covariance from the variances: the first plane is half the variance after.
+// Most derive the covariance from the variances: the first number is half the variance after.
 template <bool kCovariance, class V, class First, class Second>
 NT_INLINE V deficit_or_covariance(V deficit, const First& first, const Second& second) {
   if constexpr (kCovariance) return (first[0] + second[0]) - deficit;

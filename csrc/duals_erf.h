@@ -3,6 +3,7 @@
 
 #include "arc_polynomials.h"
 #include "duals_common.h"
+#include "relu_polynomials.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -12,20 +13,21 @@ namespace NT_LEVEL {
 template <class T>
 struct Arcs {
   using V = Vec<T>;
-  enum Plane { kHalf = 1, kLeg, kArc, kInverse, kPlanes };  // of each sample; before them, half the variance after
+  enum Number { kHalf = 1, kLeg, kArc, kInverse, kNumbers };  // of each sample; before them, half the variance after
 
   V covariance;
   V mean_leg, leg_product, gap;                 // of both samples alone
   V deficit, leg_excess, inverse_leg;           // of |K|: from the triangle between the samples' own to its own
-  V inverse, inverse_square;                    // of the hypotenuse of either
+  V inverse, mean_share;                        // of the hypotenuse of either; `mean_leg` in units of it
   V own_arc, turn, turn_excess, one_minus_cos;  // the angle between them is `turn`
 
-  static NT_INLINE void prepare(V scale, V half, V* planes) {
-    const V one = broadcast(T(1)), var = scale * (half + half);
-    planes[kHalf] = half;
-    planes[kLeg] = sqrt(fma(broadcast(T(2)), var, one));
-    planes[kArc] = broadcast(T(0.5)) * angle<T>(var, planes[kLeg]);
-    planes[kInverse] = one / sqrt(one + var);
+  static NT_INLINE void prepare(V scale, V half, V* numbers) {
+    const V one = broadcast(T(1)), var = scale * (half + half), plus = one + var;
+    numbers[kHalf] = half;
+    numbers[kLeg] = sqrt(fma(broadcast(T(2)), var, one));
+    numbers[kInverse] = one / sqrt(plus);
+    const V root = var * numbers[kInverse] / sqrt(plus + numbers[kLeg]);  // of 1 less the cosine of the own angle
+    numbers[kArc] = broadcast(kPi<T> / 2) * root * horner<T>(ReluPolynomials<T>::p, root * root);
   }
 
   template <class First, class Second>
@@ -37,18 +39,21 @@ struct Arcs {
     leg_product = first[kLeg] * second[kLeg];
     const V half_difference = scale * (first[kHalf] - second[kHalf]) / mean_leg;  // of the legs
     gap = half_difference * half_difference;
-    deficit = max(zero, fma(scale, min(mean + covariance, unscaled), -gap));
-    const V twice_opposite = leg_product - one;
+    const V twice_opposite = leg_product - one, opposite = half * twice_opposite;
+    // Where the variances differ much, most of the deficit is the gap; the other difference has more digits.
+    const V near = fma(scale, min(mean + covariance, unscaled), -gap);
+    const V far = fma(-scale, max(covariance, -covariance), opposite);
+    deficit = max(zero, if_positive(gap - opposite, far, near));
     const V leg_square_excess = deficit * (twice_opposite - deficit);
     const V leg = sqrt(fma(mean_leg, mean_leg, leg_square_excess)), legs = leg + mean_leg;
     const V inverses = one / (leg * legs);
     inverse_leg = legs * inverses;
     leg_excess = leg_square_excess * (leg * inverses);
     inverse = first[kInverse] * second[kInverse];
-    inverse_square = inverse * inverse;
-    const V half_square = half * inverse_square;
-    const V sin = fma(leg_excess, twice_opposite, deficit * (mean_leg + mean_leg)) * half_square;
-    one_minus_cos = fma(leg_excess, leg_excess, deficit * deficit) * half_square;
+    mean_share = mean_leg * inverse;
+    const V excess_share = leg_excess * inverse, deficit_share = deficit * inverse;
+    const V sin = fma(excess_share, opposite * inverse, deficit_share * mean_share);
+    one_minus_cos = half * fma(excess_share, excess_share, deficit_share * deficit_share);
     turn_excess = sin * one_minus_cos * horner<T>(ArcPolynomials<T>::turn, one_minus_cos);
     turn = sin + turn_excess;
     own_arc = first[kArc] + second[kArc];
@@ -61,14 +66,14 @@ class Erf {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = Arcs<T>::kPlanes;
+  static constexpr int kNumbers = Arcs<T>::kNumbers;
 
   explicit Erf(const T* c) : amplitude_(broadcast(c[0])), scale_(broadcast(c[1])), shift_(broadcast(c[2])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    Arcs<T>::prepare(scale_, half, planes);
-    planes[0] = fma(amplitude_, planes[Arcs<T>::kArc], broadcast(T(0.5)) * shift_);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    Arcs<T>::prepare(scale_, half, numbers);
+    numbers[0] = fma(amplitude_, numbers[Arcs<T>::kArc], broadcast(T(0.5)) * shift_);
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -91,16 +96,16 @@ class Gelu {
   using A = Arcs<T>;
 
  public:
-  static constexpr int kPlanes = A::kPlanes;
+  static constexpr int kNumbers = A::kNumbers;
 
   explicit Gelu(const T*) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
+  NT_INLINE V prepare(V half, V* numbers) const {
     const V var = half + half, one = broadcast(T(1));
-    A::prepare(one, half, planes);
-    const V angular = planes[A::kArc] + var / ((one + var) * planes[A::kLeg]);
-    planes[0] = half * fma(angular, broadcast(1 / kPi<T>), broadcast(T(0.25)));
-    return planes[0];
+    A::prepare(one, half, numbers);
+    const V angular = numbers[A::kArc] + var / ((one + var) * numbers[A::kLeg]);
+    numbers[0] = half * fma(angular, broadcast(1 / kPi<T>), broadcast(T(0.25)));
+    return numbers[0];
   }
 
   // Of x/2 a quarter of the deficit, and of the even part terms that are positive.
@@ -120,10 +125,9 @@ class Gelu {
     const V arc = arcs.own_arc - arcs.turn;
     const V inverses = fma(first[A::kInverse], first[A::kInverse], second[A::kInverse] * second[A::kInverse]);
     const V per_legs = arcs.inverse_leg / arcs.leg_product;
-    // The sine of half the difference of the own angles has the square gap * inverse_square.
-    const V own_arcs = horner<T>(ArcPolynomials<T>::arcsine, arcs.gap * arcs.inverse_square);
-    const V of_gap =
-        fma(arcs.mean_leg * arcs.inverse, (arcs.inverse + arcs.inverse) + own_arcs, arcs.own_arc + per_legs);
+    // The sine of half the difference of the own angles has the square gap * inverse^2.
+    const V own_arcs = horner<T>(ArcPolynomials<T>::arcsine, (arcs.gap * arcs.inverse) * arcs.inverse);
+    const V of_gap = fma(arcs.mean_share, (arcs.inverse + arcs.inverse) + own_arcs, arcs.own_arc + per_legs);
     const V of_leg = fma(arcs.mean_leg, per_legs, inverses);
     V sum = arcs.mean_leg * arcs.one_minus_cos;
     sum = fma(fma(half, arcs.leg_product, -half), arcs.turn_excess, sum);

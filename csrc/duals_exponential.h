@@ -12,7 +12,7 @@ class Sin {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 2;  // half the variance after, the variance
+  static constexpr int kNumbers = 2;  // half the variance after, the variance
 
   explicit Sin(const T* c)
       : amplitude_(broadcast(c[0])),
@@ -21,11 +21,11 @@ class Sin {
         one_plus_cos2_(broadcast(c[3])),
         sin_square_(broadcast(c[4])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[1] = half + half;
-    const V minus_one = exp_pair<T>(-square_ * (planes[1] + planes[1])).expm1;
-    planes[0] = amplitude_ * fma(broadcast(T(-0.5)) * cos2_, minus_one, sin_square_);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[1] = half + half;
+    const V minus_one = exp_pair<T>(-square_ * (numbers[1] + numbers[1])).expm1;
+    numbers[0] = amplitude_ * fma(broadcast(T(-0.5)) * cos2_, minus_one, sin_square_);
+    return numbers[0];
   }
 
   // With D the deficit of u and v and F that of u and -v, times b^2: 2/a^2 E f(u) f(v) = exp(-D) - cos(2 c) exp(-F).
@@ -60,13 +60,13 @@ class Rbf {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 1;
+  static constexpr int kNumbers = 1;
 
   explicit Rbf(const T* c) : rate_(broadcast(c[0])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[0] = fma(half, V{}, broadcast(T(0.5)));  // NaN stays NaN
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[0] = fma(half, V{}, broadcast(T(0.5)));  // NaN stays NaN
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -86,14 +86,14 @@ class Exp {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 2;  // half the variance after, the variance
+  static constexpr int kNumbers = 2;  // half the variance after, the variance
 
   explicit Exp(const T* c) : amplitude_(broadcast(c[0])), square_(broadcast(c[1])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[1] = half + half;
-    planes[0] = broadcast(T(0.5)) * amplitude_ * exp_pair<T>(square_ * (planes[1] + planes[1])).exp;
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[1] = half + half;
+    numbers[0] = broadcast(T(0.5)) * amplitude_ * exp_pair<T>(square_ * (numbers[1] + numbers[1])).exp;
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -119,15 +119,15 @@ class ExpNormalized {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 3;  // half the variance after, the variance, its root
+  static constexpr int kNumbers = 3;  // half the variance after, the variance, its root
 
   explicit ExpNormalized(const T* c) : gamma_(broadcast(c[0])), amplitude_(broadcast(c[1])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[0] = amplitude_ * half;
-    planes[1] = half + half;
-    planes[2] = sqrt(planes[1]);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[0] = amplitude_ * half;
+    numbers[1] = half + half;
+    numbers[2] = sqrt(numbers[1]);
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>

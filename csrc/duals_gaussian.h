@@ -13,14 +13,14 @@ class Gaussian {
   using L = Legs<T>;
 
  public:
-  static constexpr int kPlanes = L::kPlanes;
+  static constexpr int kNumbers = L::kNumbers;
 
   explicit Gaussian(const T* c) : amplitude_(broadcast(c[0])), scale_(broadcast(c[1])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    L::prepare(scale_, half + half, planes);
-    planes[0] = broadcast(T(0.5)) * amplitude_ / planes[L::kLeg];
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    L::prepare(scale_, half + half, numbers);
+    numbers[0] = broadcast(T(0.5)) * amplitude_ / numbers[L::kLeg];
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -45,17 +45,17 @@ class Gabor {
   using L = Legs<T>;
 
  public:
-  static constexpr int kPlanes = L::kPlanes;
+  static constexpr int kNumbers = L::kNumbers;
 
   explicit Gabor(const T*) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
+  NT_INLINE V prepare(V half, V* numbers) const {
     const V var = half + half;
-    L::prepare(broadcast(T(2)), var, planes);
-    const V leg = planes[L::kLeg];
-    planes[0] =
+    L::prepare(broadcast(T(2)), var, numbers);
+    const V leg = numbers[L::kLeg];
+    numbers[0] =
         broadcast(T(-0.25)) * exp_pair<T>(-(var + var) / fma(broadcast(T(4)), var, broadcast(T(1)))).expm1 / leg;
-    return planes[0];
+    return numbers[0];
   }
 
   // See nt_core/activations/gaussian.py.

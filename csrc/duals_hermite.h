@@ -118,14 +118,14 @@ class Polynomial {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 2;  // half the variance after, the variance
+  static constexpr int kNumbers = 2;  // half the variance after, the variance
 
   explicit Polynomial(const T* c) : series_(c) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[1] = half + half;
-    planes[0] = broadcast(T(0.5)) * series_.variance(planes[1]);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[1] = half + half;
+    numbers[0] = broadcast(T(0.5)) * series_.variance(numbers[1]);
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>

@@ -1,4 +1,4 @@
-// Sides of triangles that error functions and Gaussians have in common.
+// Sides of the triangles of Gaussians.
 #pragma once
 
 #include "duals_common.h"
@@ -11,14 +11,14 @@ namespace NT_LEVEL {
 template <class T>
 struct Legs {
   using V = Vec<T>;
-  enum Plane { kVariance = 1, kRoot, kLeg, kPlanes };  // of each sample; before them, half the variance after
+  enum Number { kVariance = 1, kRoot, kLeg, kNumbers };  // of each sample; before them, half the variance after
 
   V leg, mean_leg, leg_excess, gap, mean, difference, det;
 
-  static NT_INLINE void prepare(V scale, V var, V* planes) {
-    planes[kVariance] = var;
-    planes[kRoot] = sqrt(var);
-    planes[kLeg] = sqrt(fma(scale + scale, var, broadcast(T(1))));
+  static NT_INLINE void prepare(V scale, V var, V* numbers) {
+    numbers[kVariance] = var;
+    numbers[kRoot] = sqrt(var);
+    numbers[kLeg] = sqrt(fma(scale + scale, var, broadcast(T(1))));
   }
 
   template <class First, class Second>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "duals_hermite.h"
+#include "relu_polynomials.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -35,7 +36,7 @@ class Step {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 4;  // half the variance after, the variance, its root, the mean after
+  static constexpr int kNumbers = 4;  // half the variance after, the variance, its root, the mean after
 
   explicit Step(const T* c)
       : jump_(broadcast(c[0])),
@@ -44,12 +45,12 @@ class Step {
         mean_(broadcast(c[3])),
         at_zero_(broadcast(c[4])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[1] = half + half;
-    planes[2] = sqrt(planes[1]);
-    planes[0] = fma(half, V{}, if_positive(half, half_, half_at_zero_));  // NaN stays NaN
-    planes[3] = if_positive(half, mean_, at_zero_);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[1] = half + half;
+    numbers[2] = sqrt(numbers[1]);
+    numbers[0] = fma(half, V{}, if_positive(half, half_, half_at_zero_));  // NaN stays NaN
+    numbers[3] = if_positive(half, mean_, at_zero_);
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -74,15 +75,15 @@ class RectifiedMonomial {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 3;  // half the variance after, the variance, its root
+  static constexpr int kNumbers = 3;  // half the variance after, the variance, its root
 
   explicit RectifiedMonomial(const T* c) : series_(c) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[1] = half + half;
-    planes[2] = sqrt(planes[1]);
-    planes[0] = broadcast(T(0.25)) * series_.variance(planes[1]);
-    return planes[0];
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[1] = half + half;
+    numbers[2] = sqrt(numbers[1]);
+    numbers[0] = broadcast(T(0.25)) * series_.variance(numbers[1]);
+    return numbers[0];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "functions.h"
+#include "relu_polynomials.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -24,13 +25,13 @@ class AbRelu {
   using V = Vec<T>;
 
  public:
-  static constexpr int kPlanes = 2;  // root of half the variance, and reciprocal standard deviation
+  static constexpr int kNumbers = 2;  // root of half the variance, and reciprocal standard deviation
 
   explicit AbRelu(const T* c) : slope_(broadcast(c[0])), kink_(broadcast(c[1])) {}
 
-  NT_INLINE V prepare(V half, V* planes) const {
-    planes[0] = sqrt(half);
-    planes[1] = if_positive(half, broadcast(T(1)) / sqrt(half + half), V{});
+  NT_INLINE V prepare(V half, V* numbers) const {
+    numbers[0] = sqrt(half);
+    numbers[1] = if_positive(half, broadcast(T(1)) / sqrt(half + half), V{});
     return half * slope_;
   }
 

@@ -24,20 +24,20 @@ class Tabulated {
   static constexpr int kL = kLanes<T>;
 
  public:
-  enum Plane { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };  // then a_k, and of the rest roots and orders
-  static constexpr int kPlanes = kValues + 4;
+  enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };  // then a_k, and of the rest roots and orders
+  static constexpr int kNumbers = kValues + 4;
 
   Tabulated(const T* numbers, const Table& table) : numbers_(numbers), table_(table) {}
 
-  V prepare(V half, V* planes) const {
-    std::fill(planes, planes + kPlanes + table_.terms, V{});
+  V prepare(V half, V* numbers) const {
+    std::fill(numbers, numbers + kNumbers + table_.terms, V{});
     std::vector<T> scratch(table_.columns());
     for (int l = 0; l < kL; ++l) {
-      const auto put = [&](int k, T number) { planes[k][l] = number; };
+      const auto put = [&](int k, T number) { numbers[k][l] = number; };
       put(kHalf, half[l]);
       prepare(half[l] + half[l], scratch, put);
     }
-    return planes[kHalfAfter];
+    return numbers[kHalfAfter];
   }
 
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -117,7 +117,7 @@ class Tabulated {
     std::frexp(var, &exponent);
     const int octave = var < lowest ? 0 : exponent - 1 - table_.lowest;
     if (!(octave < table_.octaves)) {  // or NaN
-      for (int k = 0; k < kPlanes + table_.terms; ++k) put(k, std::numeric_limits<T>::quiet_NaN());
+      for (int k = 0; k < kNumbers + table_.terms; ++k) put(k, std::numeric_limits<T>::quiet_NaN());
       put(kTerms, T(1));
       return;
     }

@@ -131,8 +131,8 @@ template <class T>
 void run_dual(const DualJob<T>& job) {
   constexpr int kL = kLanes<T>;
   using V = Vec<T>;
-  const int n_planes = info(job.activation).planes + job.table.terms;
-  const Buffer<V> first(n_planes), second(n_planes);
+  const int n_numbers = info(job.activation).numbers + job.table.terms;
+  const Buffer<V> first(n_numbers), second(n_numbers);
   with_dual(job.activation, job.coefficients, job.table, [&](const auto& dual) {
     for (int64_t begin = 0; begin < job.n; begin += kL) {
       V in[3]{}, value, factor;

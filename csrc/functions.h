@@ -3,7 +3,6 @@
 
 #include <limits>
 
-#include "relu_polynomials.h"
 #include "simd.h"
 
 namespace nt {
@@ -76,39 +75,6 @@ NT_INLINE ExpPair<T> exp_pair(Vec<T> x) {
   const V one = broadcast(T(1));
   return {if_positive(excess, infinite, fma(scale, minus_one, scale)),
           if_positive(excess, infinite, fma(scale, minus_one, scale - one))};
-}
-
-template <class T>
-struct AngleAndExcess {
-  Vec<T> angle, excess;
-};
-
-// The angle t of the vector (x, y), as atan2, and t - sin t. Not for x = y = 0.
-template <class T>
-NT_INLINE AngleAndExcess<T> angle_and_excess(Vec<T> y, Vec<T> x) {
-  using V = Vec<T>;
-  const V zero{}, pi = broadcast(T(3.14159265358979323846));
-  const V norm = sqrt(fma(x, x, y * y));
-  const V root = y / sqrt(norm * (norm + max(x, -x)));
-  const V w = min(broadcast(T(1)), root * root);  // 1 - |cos t|
-  const V p = horner<T>(ReluPolynomials<T>::p, w), q = horner<T>(ReluPolynomials<T>::q, w);
-  const V to_axis = pi * root * p, to_axis_excess = pi * root * w * (p - q);
-  const V beyond = if_positive(zero - y, -pi, pi) - to_axis;
-  const V is_beyond = zero - x;
-  return {if_positive(is_beyond, beyond, to_axis), if_positive(is_beyond, beyond - y / norm, to_axis_excess)};
-}
-
-template <class T>
-NT_INLINE Vec<T> angle(Vec<T> y, Vec<T> x) {
-  return angle_and_excess<T>(y, x).angle;
-}
-
-// 1 - cos of the angle of the vector (x, y).
-template <class T>
-NT_INLINE Vec<T> one_minus_cos(Vec<T> y, Vec<T> x) {
-  using V = Vec<T>;
-  const V square = fma(x, x, y * y), norm = sqrt(square);
-  return if_positive(V{} - x, broadcast(T(1)) - x / norm, y * y / (fma(norm, max(x, -x), square)));
 }
 
 }  // namespace NT_LEVEL

@@ -267,7 +267,7 @@ Record make_record(const Program& program, bool one_position) {
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
     if (reads_average(program, value) && !one_position) record.add(Statistic::kHalfAverage, i, n);
-    if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_planes(value));
+    if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_numbers(value));
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
       if (value.op == Op::kScale) record.add(Statistic::kUnscaled, i, 1);

@@ -16,11 +16,11 @@
 
 namespace nt {
 
-// What one sample contributes to pairs: `kHalfVariance` etc. are planes over the positions of a value.
+// What one sample contributes to pairs: `kHalfVariance` etc. have one number for each position of a value.
 enum class Statistic {
   kHalfVariance,    // var / 2
   kHalfAverage,     // of a tied map: half the average of its input's variances over each window
-  kDual,            // of a dual: what it wants to know, several planes
+  kDual,            // of a dual: its numbers, those of a position side by side
   kStd,             // without positions: the root of the variance
   kShares,          // without positions: the roots of the shares of a sum's branches, or of w K and b, in the variance
   kScale,           // of a rescaling: what the activations are multiplied by

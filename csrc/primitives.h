@@ -33,7 +33,7 @@ void as_covariance(const Work<T>& work, const Instance& instance, const Place& a
 
 template <bool kWide, class T>
 DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
-  const int numbers = n_planes(work.c.program.values[value]);
+  const int numbers = n_numbers(work.c.program.values[value]);
   const auto of = [&](const Index3& p) {
     return work.c.prepared.record.find(Statistic::kDual, value) + position(at.geometry.space, p) * numbers;
   };
@@ -106,7 +106,7 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
   }
 }
 
-// A tied map in the 'ntk' parameterization and the dual after it, of the ReLU family or of GELU.
+// A tied map in the 'ntk' parameterization and the dual that is fused with it.
 template <bool kWide, int kRows, class T>
 void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance& after, const Place& at,
                    const WindowRows<T>& rows, Vec<T>* d_out, Vec<T>* t_out) {
@@ -116,18 +116,19 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance
   const Vec<T>* const no_tangents[3] = {zeros, zeros, zeros};
   const Plane<T>& between = work.plane(instance);
   dispatch(t_out != nullptr, !after.deficit, [&](auto ntk, auto covariance) {
-    const auto run = [&](const auto& dual, auto keep) {
-      tied_dual<T, std::decay_t<decltype(dual)>, kWide, ntk.value, covariance.value, keep.value, kRows>(
-          at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-          work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows<kWide>(work, after.value, at),
-          d_out, t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
-    };
-    if (activation.activation == Activation::kGelu) return run(Gelu<T>(nullptr), std::false_type{});
-    const AbRelu<T> relu(work.coefficients(activation));
-    if constexpr (kWide) {  // as on the way back
-      if (work.plan.keeps_planes) return run(relu, std::true_type{});
-    }
-    run(relu, std::false_type{});
+    with_fused_dual(activation.activation, work.coefficients(activation), [&](const auto& dual) {
+      using Dual = std::decay_t<decltype(dual)>;
+      const auto run = [&](auto keep) {
+        tied_dual<T, Dual, kWide, ntk.value, covariance.value, keep.value, kRows>(
+            at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
+            work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows<kWide>(work, after.value, at),
+            d_out, t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
+      };
+      if constexpr (kWide && std::is_same_v<Dual, AbRelu<T>>) {  // as on the way back, which takes no other
+        if (work.plan.keeps_planes) return run(std::true_type{});
+      }
+      run(std::false_type{});
+    });
   });
 }
 

@@ -28,7 +28,7 @@ enum class Op {
 };
 
 enum class Activation {
-#define NT_ACTIVATION(name, coefficients, planes) k##name,
+#define NT_ACTIVATION(name, coefficients, numbers) k##name,
 #include "table.def"
 };
 // clang-format on
@@ -45,16 +45,24 @@ inline constexpr int kNOps = sizeof(kOps) / sizeof(kOps[0]);
 struct ActivationInfo {
   const char* name;
   int coefficients;
-  int planes;  // numbers that it wants to have of each sample and position
+  int numbers;  // numbers that it wants to have of each sample and position
 };
 inline constexpr ActivationInfo kActivations[] = {
-#define NT_ACTIVATION(name, coefficients, planes) {#name, coefficients, planes},
+#define NT_ACTIVATION(name, coefficients, numbers) {#name, coefficients, numbers},
 #include "table.def"
 };
 inline constexpr int kNActivations = sizeof(kActivations) / sizeof(kActivations[0]);
 
 inline constexpr const ActivationInfo& info(Activation activation) {
   return kActivations[static_cast<int>(activation)];
+}
+
+// Whether a nonlinearity is one loop with the tied map before it.
+inline constexpr bool is_fused(Activation activation) {
+  bool found = false;
+#define NT_FUSED(name) found |= activation == Activation::k##name;
+#include "table.def"
+  return found;
 }
 
 // The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
@@ -99,7 +107,7 @@ struct Value {
 };
 
 // How many numbers the nonlinearity wants to have of each sample and position.
-inline int n_planes(const Value& value) { return info(value.activation).planes + value.table.terms; }
+inline int n_numbers(const Value& value) { return info(value.activation).numbers + value.table.terms; }
 
 // Whether numbers of each sample and position come with it.
 inline bool has_numbers(const Value& value) {

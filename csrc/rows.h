@@ -105,9 +105,9 @@ struct DualRows {
   NT_INLINE Numbers2<T> second(int x) const { return {at2 + x * stride2, 2 * stride2}; }
 };
 
-// A tied map in the 'ntk' parameterization and the dual after it. `d` and `t` are rows whose sum
-// over the window is wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what
-// is between both goes to `d_between` and `t_between`.
+// A tied map in the 'ntk' parameterization and the dual after it. `d` and `t` are rows whose sum over the window is
+// wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what is between both goes
+// to `d_between` and `t_between`.
 template <class T, class Dual, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
 void tied_dual(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, Dual dual, DualRows<T> rows,
                Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {

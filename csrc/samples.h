@@ -176,7 +176,7 @@ class RecordWriter {
         return;
       case Op::kDual:
         with_dual(value.activation, coefficient, value.table, [&](const auto& dual) {
-          prepare_dual(dual, n_planes(value), half_in, n_positions(value.space), plane(Statistic::kDual, i), half);
+          prepare_dual(dual, n_numbers(value), half_in, n_positions(value.space), plane(Statistic::kDual, i), half);
         });
         return;
       case Op::kScale:

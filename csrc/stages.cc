@@ -126,10 +126,8 @@ int count_uses(const Stage& stage, int instance) {
   return uses;
 }
 
-// A tied map and the dual after it, of the ReLU family or of GELU, are one loop, if nothing else reads what is between
-// them: nothing, or a mask.
+// A tied map and the dual after it may be one loop, if nothing else reads what is between them: nothing, or a mask.
 bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, int mask = -1) {
-  const Activation activation = program.values[stage.instances[dual].value].activation;
   const Instance& a = stage.instances[tied];
   const Instance& b = stage.instances[dual];
   if (mask >= 0) {
@@ -138,7 +136,7 @@ bool can_fuse(const Program& program, const Stage& stage, int tied, int dual, in
   }
   return a.kind == Kind::kTied && b.kind == Kind::kDual && b.inputs[0] == (mask < 0 ? tied : mask) && a.deficit &&
          (!a.has_ntk || program.values[a.value].bias_follows_weights) && count_uses(stage, tied) == 1 &&
-         (activation == Activation::kAbRelu || activation == Activation::kGelu);
+         is_fused(program.values[b.value].activation);
 }
 
 void schedule(const Program& program, Stage& stage, bool keeps_planes) {

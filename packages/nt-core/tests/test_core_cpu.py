@@ -49,6 +49,30 @@ def agree(actual, expected, tolerance):
             np.testing.assert_allclose(value, wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name)
 
 
+def test_convolutions_fused_with_gelu(x64):
+    """Also across a mask that leaves some samples as they are; more samples than a vector has lanes."""
+    gelu = steps.Dual(activations.Gelu())
+    x1, x2 = inputs((4, 3), 3, 19, "float64")
+    numbers1, numbers2 = masks((4, 3), 3, 19)
+    numbers1[0], numbers2[:9] = 1, 1
+
+    def program(second, numbers):
+        builder = Builder()
+        x = builder.add(gelu, builder.add(conv(), builder.source(spec_of(x1, second))))
+        x = builder.add(gelu, builder.add(steps.Scale(numbers1, numbers), builder.add(conv(), x)))
+        x = builder.add(gelu, builder.add(conv(strides=(2, 1)), x))
+        return builder.build(builder.add(steps.GlobalPool(MEAN), x))
+
+    for second, numbers in ((x2, numbers2), (None, None)):
+        same = second is None
+        of = program(x1 if same else second, numbers)
+        expected = definition.propagate(program(x1, numbers1) if same else of, (x1, x1 if same else second))
+        kernel = run(of, x1, second, Request(), "cpu")
+        TestCpu().agree(kernel, expected, 1e-12)
+        without = run(of, x1, second, Request(ntk=False), "cpu")
+        np.testing.assert_allclose(without.nngp, kernel.nngp, rtol=1e-13)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_instruction_sets(level, dtype):
     """Those that the machine does not have fall back to the best one that it has."""

@@ -8,7 +8,7 @@ import pytest
 from closed_forms import CLOSED_FORMS, any_ratio, check_backward_error, equal, exact_dual, nearly_equal, samples
 from conformance import chain, run, spec_of
 from nt_core import Request, _native, steps
-from nt_core.activations import ABRelu, ElementwiseNumerical, Erf, Gelu, Polynomial, Sin
+from nt_core.activations import ABRelu, ElementwiseNumerical, Erf, Gelu, Polynomial, Sin, Step
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu.duals import encode_activation
 
@@ -99,6 +99,28 @@ def test_equal_inputs_have_exactly_no_deficit(name, dtype, level):
     np.testing.assert_array_equal(native_dual(name, (var, var, np.zeros_like(var)), dtype)[1], 0)
 
 
+@pytest.mark.parametrize("name", ["erf", "erf of a multiple", "gelu"])
+def test_error_functions_are_exact_beside_zeros(name, dtype, level):
+    """However large the other variance: nothing of a zero is lost in it."""
+    form = CLOSED_FORMS[name][1]
+    var = np.array([1, 1e2, 1e4, 1e6], dtype)
+    _, deficit, factor = native_dual(name, (0 * var, var, var / 2), dtype)
+    with mp.workdps(50):
+        variances = [form(x, x, x)[0] for x in map(mp.mpf, map(float, var))]
+        factors = [form(mp.mpf(0), mp.mpf(0), x)[1] for x in map(mp.mpf, map(float, var))]
+    np.testing.assert_allclose(deficit, np.array(variances, float) / 2, rtol=8 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(factor, np.array(factors, float), rtol=8 * np.finfo(dtype).eps)
+
+
+def test_error_functions_of_huge_variances(level):
+    """The right number, or none."""
+    var = np.array([1e18, 1e20, 1e30], np.float32)
+    for deficit, exact in ((0, 0), (var, 1), (2 * var, 2)):  # equal, uncorrelated, opposite
+        after = native_dual("erf", (var, var, deficit + 0 * var), np.float32)[1]
+        np.testing.assert_allclose(after[np.isfinite(after)], exact, rtol=1e-6)
+        assert np.isfinite(after[0])
+
+
 @each_closed_form
 def test_nan_stays_nan(name, dtype, level):
     one, bad = np.ones(1, dtype), np.full(1, np.nan, dtype)
@@ -179,6 +201,71 @@ def test_tables_of_functions_with_kinks(dtype):
     np.testing.assert_allclose(factor[is_told], exact_factor[is_told], atol=1e-2)
     equal_inputs = (arguments[0] == arguments[1]) & (arguments[2] == 0) & (arguments[0] > 0)
     np.testing.assert_allclose(factor[equal_inputs], 0.5, rtol=1e-6)
+
+
+# --- Hermite coefficients of functions that are not smooth, in tables and without
+
+
+def numerical_dual(backend, fn, arguments, dtype, deg):
+    """Returns the deficit and the factor, of Hermite coefficients."""
+    arguments = [np.asarray(x, dtype) for x in arguments]
+    if backend == "cpu":
+        return tabulated(fn, arguments, dtype, deg)[1:]
+    return ElementwiseNumerical(fn, None, deg).dual(*map(jnp.asarray, arguments))
+
+
+STEPS = {
+    "sign": (jnp.sign, Step(-1.0, 1.0, 0.0)),
+    "integers": (lambda x: jnp.where(x > 0, 1, 0), Step(0.0, 1.0, 0.0)),
+    "booleans": (lambda x: x > 0, Step(0.0, 1.0, 0.0)),
+    "bfloat16": (lambda x: jnp.where(x > 0, 1, 0).astype(jnp.bfloat16), Step(0.0, 1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+@pytest.mark.parametrize("name", STEPS)
+def test_hermite_coefficients_of_jumps(name, backend, dtype):
+    """A derivative of 0 says nothing of the function, whose values may be of any type."""
+    fn, activation = STEPS[name]
+    var = np.ones(3, dtype)
+    arguments = (var, var, np.array([0.1, 0.5, 1.5], dtype))
+    deficit, factor = numerical_dual(backend, fn, arguments, dtype, 50)
+    np.testing.assert_allclose(deficit, closed_form(activation, arguments)[1], rtol=1e-5)
+    if backend == "xla":
+        np.testing.assert_allclose(factor, 0, atol=1e-3)
+
+
+def normal_mean(fn, kinks):
+    """The mean of a function of a standard normal variable, with kinks at some points."""
+    edges = np.union1d(np.linspace(-8, 8, 33), np.clip(kinks, -8, 8))
+    at, weights = np.polynomial.legendre.leggauss(16)
+    half = np.diff(edges)[:, None] / 2
+    x = edges[:-1, None] + half * (at + 1)
+    return (half * weights * np.exp(-(x**2) / 2) * fn(x)).sum() / np.sqrt(2 * np.pi)
+
+
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+@pytest.mark.parametrize(
+    ("fn", "kink", "var"),
+    [(lambda x: 10 + abs(x - 1), 1.0, 1.0), (lambda x: 3 + (x > 0.5) * (x - 0.5), 0.5, 0.2)],
+    ids=["abs", "relu"],
+)
+def test_hermite_coefficients_of_kinks_in_functions_that_hardly_vary(fn, kink, var, backend, dtype):
+    std, correlations = np.sqrt(var), np.array([0.9, 0.5, -0.5])
+
+    def covariance(c):
+        sine, values = np.sqrt(1 - c * c), lambda x: np.asarray(fn(x * std))
+
+        def given(x):
+            return normal_mean(lambda y: values(c * x + sine * y), [(kink / std - c * x) / sine])
+
+        return normal_mean(lambda x: values(x) * np.vectorize(given)(x), [kink / std])
+
+    with jax.enable_x64(True):
+        square = normal_mean(lambda x: np.asarray(fn(x * std)) ** 2, [kink / std])
+        exact = square - np.array([covariance(c) for c in correlations])
+    deficit = numerical_dual(backend, fn, (np.full(3, var), np.full(3, var), var * (1 - correlations)), dtype, 25)[0]
+    np.testing.assert_allclose(deficit, exact, rtol=1e-2)
 
 
 def test_tables_keep_the_relative_accuracy_of_nearly_equal_inputs(dtype, level):

@@ -7,6 +7,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import mpmath as mp
 import numpy as np
 import pytest
 from conformance import ABS, RELU, chain, dense, run, spec_of
@@ -178,6 +179,26 @@ def test_polynomials_are_those_of_the_activation():
     numbers = [float(x) for x in re.findall(r"^ +(-?[0-9.e-]+)f?,$", header.read_text(), re.MULTILINE)]
     tables = (polynomials.P_FLOAT32, polynomials.Q_FLOAT32, polynomials.P_FLOAT64, polynomials.Q_FLOAT64)
     assert numbers == [x for table in tables for x in table]
+
+
+@pytest.mark.parametrize(("scalar", "tolerance"), [("float", 1.5e-7), ("double", 1.2e-16)])
+def test_polynomials_of_error_functions_are_angles_over_sines(scalar, tolerance):
+    header = (pathlib.Path(__file__).parents[3] / "csrc" / "arc_polynomials.h").read_text()
+    tables = {
+        name: [mp.mpf(float(x)) for x in re.findall(r"-?[0-9.]+(?:e-?[0-9]+)?", numbers)]
+        for name, numbers in re.findall(rf"constexpr {scalar} (\w+)\[\] = {{(.*?)}}", header, re.DOTALL)
+    }
+    assert set(tables) == {"turn", "arcsine"}
+
+    def value(name, x):
+        return sum(c * x**k for k, c in enumerate(tables[name]))
+
+    with mp.workdps(30):
+        for angle in mp.linspace(0, mp.pi / 2, 40)[1:]:
+            far = 1 - mp.cos(angle)
+            assert abs((1 + far * value("turn", far)) / (angle / mp.sin(angle)) - 1) < tolerance
+            near, square = angle / 2, mp.sin(angle / 2) ** 2
+            assert abs(value("arcsine", square) / (near / mp.sin(near)) - 1) < tolerance
 
 
 def test_warnings_as_errors_do_not_keep_it_from_falling_back(fresh, monkeypatch):

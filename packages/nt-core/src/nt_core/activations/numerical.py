@@ -16,15 +16,17 @@ from nt_core.activations.elementwise import ScalarFunction, check_function
 
 # Beyond, polynomials would leave the range of numbers.
 _MAX_TERMS = 300
-# What remains of the mean square beyond the terms is noise below this, in units of the precision.
+# What is below this is noise, in units of the precision.
 _NOISE = 2**6
+# A function has jumps if its terms alone have so many times the mean square of the derivative, which is the most.
+_JUMPS = 1.01
+# The relative error of quadrature, whose nodes and weights are computed in double precision.
+_QUADRATURE = 1e-12
 # For what is beyond the terms, see `_sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
 _REST = [
     (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
     for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
 ]
-# A function that varies less than this share of its size has coefficients with more digits from its derivative.
-_VARIES = 0.125
 
 
 @activation
@@ -65,7 +67,7 @@ class ElementwiseNumerical(Activation):
 
     def variance(self, var):
         nodes, weights, _ = _quadrature(self.deg, var.dtype)
-        return _mean(weights, self.fn(_at(nodes, var)) ** 2)
+        return _mean(weights, _evaluate(self.fn, _at(nodes, var)) ** 2)
 
     def dual(self, var1, var2, deficit):
         first, second = (self._coefficients(var) for var in (var1, var2))
@@ -84,7 +86,8 @@ class ElementwiseNumerical(Activation):
         nodes, weights, products = _quadrature(self.deg, var.dtype)
         at = _at(nodes, var)
         with jax.default_matmul_precision("highest"):
-            return hermite_coefficients(jnp, weights, products, var, self.fn(at), derivative_of(self)(at))
+            values, slopes = _evaluate(self.fn, at), _evaluate(derivative_of(self), at)
+            return hermite_coefficients(jnp, weights, products, var, values, slopes)
 
 
 @jax.custom_jvp
@@ -141,26 +144,35 @@ def hermite_coefficients(
       var: the variances, `(*shape)`.
       values, slopes: the function and its derivative at the nodes for these variances, `(nodes, *shape)`.
     """
-    eps = float(np.finfo(values.dtype).eps)
+    noise = _NOISE * float(jnp.finfo(values.dtype).eps)
     orders = np.arange(len(products), dtype=values.dtype).reshape(-1, *[1] * var.ndim)
     std, roots = _root(xp, var), np.sqrt(orders[1:])
     mean_square = xp.tensordot(weights, values**2, 1)
     slope_square = var * xp.tensordot(weights, slopes**2, 1)
-    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std. Of functions with kinks those are better, where
-    # the function hardly varies those of the derivative by quadrature. JAX differentiates the latter.
-    a, of_slopes = xp.tensordot(products, values, 1), xp.tensordot(products[:-1], slopes, 1)
-    varies = (_VARIES**2 * mean_square < slope_square)[None]
-    by_slopes, by_values = std[None] / roots * of_slopes, roots * a[1:] / xp.where(varies, std[None], 1)
     constant = lax.stop_gradient if xp is jnp else np.asarray
-    of_slopes = of_slopes + constant(xp.where(varies, by_values - of_slopes, 0))
-    a = xp.concatenate([a[:1], a[1:] + constant(xp.where(varies, 0, by_slopes - a[1:]))])
+    mean = xp.tensordot(products[:1], values, 1)
+    values = values - constant(mean)  # beyond the first term, errors are in proportion to how much the function varies
+    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std. By quadrature those of the derivative have more
+    # digits where the function varies less than its size: the values are rounded. They lack what jumps add, and are
+    # poor where it has kinks away from 0, so they are taken where those of the values agree. A function that jumps has
+    # terms of more slope than the derivative, which then stays as it is. JAX differentiates both as they are by
+    # quadrature.
+    a, of_slopes = xp.tensordot(products[1:], values, 1), xp.tensordot(products[:-1], slopes, 1)
+    by_slopes = std[None] / roots * of_slopes
+    tolerance = noise * _root(xp, mean_square) + _QUADRATURE * _root(xp, slope_square)
+    agree = xp.max(xp.abs(by_slopes - a), 0) <= tolerance
+    takes_slopes = ((agree & (slope_square <= mean_square)) | (std == 0))[None]
+    keeps_slopes = takes_slopes | (xp.sum(orders[1:] * a**2, 0) > _JUMPS * slope_square)[None]
+    by_values = roots * a / xp.where(keeps_slopes, 1, std[None])
+    of_slopes = of_slopes + constant(xp.where(keeps_slopes, 0, by_values - of_slopes))
+    a = xp.concatenate([mean, a + constant(xp.where(takes_slopes, by_slopes - a, 0))])
 
     def rest(parity: int) -> Rest:
         sign = 1 - 2 * parity
         part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
-        missing = xp.tensordot(weights, part**2, 1) - xp.sum(a[parity::2] ** 2, 0)
+        missing = xp.tensordot(weights, part**2, 1) - xp.sum(a[2 - parity :: 2] ** 2, 0)
         missing_slope = var * xp.tensordot(weights, slope**2, 1) - xp.sum((orders * a**2)[parity::2], 0)
-        is_missing = missing > _NOISE * eps * mean_square
+        is_missing = missing > noise * mean_square
         order = missing_slope / xp.where(is_missing, missing, 1)
         order = xp.where(is_missing, xp.maximum(order, len(products)), len(products))
         return Rest(_root(xp, xp.where(is_missing, missing, 0)), order)
@@ -224,6 +236,11 @@ def _at(nodes: Array, var: Array) -> Array:
     return nodes.reshape(-1, *[1] * var.ndim) * safe_sqrt(var)[None]
 
 
+def _evaluate(fn: ScalarFunction, x: Array) -> Array:
+    """Returns the function of an array, in the precision of that, whatever type it returns."""
+    return jnp.broadcast_to(jnp.asarray(fn(x), x.dtype), x.shape)
+
+
 def _mean(weights: Array, values: Array) -> Array:
     return jnp.tensordot(weights, values, 1, precision=lax.Precision.HIGHEST)
 
@@ -281,6 +298,6 @@ def _derivative(fn: ScalarFunction) -> ScalarFunction:
     """The same function object every time: others would compile again."""
 
     def derivative(x):
-        return jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]
+        return jax.jvp(lambda x: _evaluate(fn, x), (x,), (jnp.ones_like(x),))[1]
 
     return derivative

@@ -127,7 +127,7 @@ def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float,
     """
     with np.errstate(all="ignore"):
         of = _coefficients(activation, np.array(variances), number_of_terms(activation.deg))
-        return sum(rest.root**2 for rest in of.rest) / of.mean_square
+        return sum(rest.root**2 for rest in of.rest) / np.where(of.mean_square == 0, 1, of.mean_square)
 
 
 def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
