@@ -1,4 +1,4 @@
-// The polynomials of error functions, as tools/fit_relu_polynomials.py prints them (a test evaluates them).
+// The polynomials of error functions, as tools/fit_polynomials.py prints them (a test evaluates them).
 #pragma once
 
 // clang-format off: one number a line, as the tool prints them

@@ -18,7 +18,7 @@ def horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
 
 
 def arccos_polynomials(dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns P and Q of `tools/fit_relu_polynomials.py`, in the degrees that a precision needs."""
+    """Returns P and Q of `tools/fit_polynomials.py`, in the degrees that a precision needs."""
     if dtype == jnp.float64:
         return polynomials.P_FLOAT64, polynomials.Q_FLOAT64
     return polynomials.P_FLOAT32, polynomials.Q_FLOAT32

@@ -1,6 +1,6 @@
 """Coefficients of the polynomials behind the ReLU family, constant first.
 
-Printed by `tools/fit_relu_polynomials.py`, which says what they are and how accurate ("fit" is the error of the
+Printed by `tools/fit_polynomials.py`, which says what they are and how accurate ("fit" is the error of the
 polynomial, "evaluated" that of its evaluation in that precision, both relative).
 """
 

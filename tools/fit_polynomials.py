@@ -1,6 +1,6 @@
 """Fits the polynomials behind the duals of the ReLU family and of error functions, and prints them as source code.
 
-    python tools/fit_relu_polynomials.py [python|c++]
+    python tools/fit_polynomials.py [python|c++]
 
 In Python those of polynomials.py, in C++ those of relu_polynomials.h and of arc_polynomials.h.
 
