@@ -165,21 +165,22 @@ def hermite_coefficients(
     keeps_slopes = takes_slopes | (xp.sum(orders[1:] * a**2, 0) > _JUMPS * slope_square)[None]
     by_values = roots * a / xp.where(keeps_slopes, 1, std[None])
     of_slopes = of_slopes + constant(xp.where(keeps_slopes, 0, by_values - of_slopes))
-    a = xp.concatenate([mean, a + constant(xp.where(takes_slopes, by_slopes - a, 0))])
+    terms = xp.concatenate([mean, a + constant(xp.where(takes_slopes, by_slopes - a, 0))])
+    # The rest is beyond the terms of the values, also where others are taken: by one quadrature nothing else is left.
+    squares = xp.concatenate([xp.zeros_like(mean), a**2])
 
     def rest(parity: int) -> Rest:
         sign = 1 - 2 * parity
         part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
-        missing = xp.tensordot(weights, part**2, 1) - xp.sum(a[2 - parity :: 2] ** 2, 0)
-        missing_slope = var * xp.tensordot(weights, slope**2, 1) - xp.sum((orders * a**2)[parity::2], 0)
-        # Terms of the derivative are not those of the values to the last digits: what is left of these is rounding.
-        is_missing = (missing > noise * mean_square) & ~takes_slopes[0]
+        missing = xp.tensordot(weights, part**2, 1) - xp.sum(squares[parity::2], 0)
+        missing_slope = var * xp.tensordot(weights, slope**2, 1) - xp.sum((orders * squares)[parity::2], 0)
+        is_missing = missing > noise * mean_square
         order = missing_slope / xp.where(is_missing, missing, 1)
         order = xp.where(is_missing, xp.maximum(order, len(products)), len(products))
         return Rest(_root(xp, xp.where(is_missing, missing, 0)), order)
 
     of_slopes = xp.concatenate([of_slopes, xp.zeros_like(a[:1])])
-    return HermiteCoefficients(a, of_slopes, [rest(0), rest(1)], mean_square, slope_square)
+    return HermiteCoefficients(terms, of_slopes, [rest(0), rest(1)], mean_square, slope_square)
 
 
 def _root(xp: ModuleType, x: Any) -> Any:
