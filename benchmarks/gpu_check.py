@@ -1,8 +1,10 @@
 """`make gpu-check`: are the Pallas kernels right on the GPU (or TPU) of this machine, and how fast are they?
 
-First the programs of the conformance suite and the benchmarked networks, in float32 on the device, against the `xla`
-backend in float64 on the CPU. Then medians of synchronised timings, against the `xla` backend and a layer-by-layer
-baseline (layer_by_layer.py) on the same device.
+First the programs of the conformance suite and the benchmarked networks, in float32 on the device by the Pallas kernels
+and by the `xla` backend, against float64 on the CPU. Then medians of synchronised timings, against the `xla` backend
+and a layer-by-layer baseline (layer_by_layer.py) on the same device.
+
+`check` or `measure` behind the command (BENCH_ARGS) does one of the two alone.
 
 With --rehearse the kernels of one backend are interpreted on the CPU, on tiny images: this shows that the script works,
 and measures nothing.
@@ -13,6 +15,7 @@ import pathlib
 import statistics
 import sys
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +43,7 @@ TIMED = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["check", "measure"], default=["check", "measure"])
     parser.add_argument("--rehearse", choices=["mosaic_gpu", "mosaic_tpu"])
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
@@ -57,33 +61,67 @@ def main():
             )
     device = jax.devices()[0]
     print(f"{name} on {device.device_kind}, JAX {jax.__version__}, float32")
-    wrong = check(name, arguments.rehearse is not None)
-    measure(name, arguments)
+    wrong = check(name, arguments.rehearse is not None) if "check" in arguments.parts else []
+    if "measure" in arguments.parts:
+        measure(name, arguments)
     if wrong:
         sys.exit(f"WRONG: {', '.join(wrong)}")
 
 
 def check(name, rehearse):
     """Prints the largest errors, relative to the largest entry, and returns the names of inaccurate cases."""
-    print("\n| program | error of NNGP | error of NTK |\n|---|---|---|")
+    backends = (name,) if rehearse else (name, "xla")
+    print(f"\n| error of NNGP and NTK | {' | '.join(backends)} |\n|{'---|' * (1 + len(backends))}")
     wrong = []
-    for case, (program, x1, x2) in cases(rehearse).items():
-        try:
-            actual = conformance.run(program, x1, x2, PAIRS, name)
-        except NotImplementedError as refused:
-            print(f"| {case} | {refused} | |", flush=True)
-            continue
+    for case, (kernel, x1, x2) in cases(rehearse).items():
         with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
             wide = (np.asarray(x1, "float64"), None if x2 is None else np.asarray(x2, "float64"))
-            expected = conformance.run(program, *wide, PAIRS, "xla")
-        errors = [relative_error(getattr(actual, k), getattr(expected, k)) for k in ("nngp", "ntk")]
-        if not max(errors) < TOLERANCE:  # NaN is wrong too
-            wrong.append(case)
-        print(f"| {case} | {errors[0]:.1e} | {errors[1]:.1e} |", flush=True)
+            expected = kernel(*wide, ("cpu", "xla"))
+        cells = []
+        for backend in backends:
+            try:
+                actual = kernel(x1, x2, backend)
+            except NotImplementedError as refused:
+                cells.append(str(refused))
+                continue
+            except Exception:  # a kernel that cannot be compiled or run: the other cases still count
+                traceback.print_exc()
+                cells.append("failed")
+                wrong.append(f"{case} ({backend})")
+                continue
+            errors = [relative_error(getattr(actual, k), getattr(expected, k)) for k in ("nngp", "ntk")]
+            if not max(errors) < TOLERANCE:  # NaN is wrong too
+                wrong.append(f"{case} ({backend})")
+            cells.append(" and ".join(f"{error:.1e}" for error in errors))
+        print(f"| {case} | {' | '.join(cells)} |", flush=True)
     return wrong
 
 
 def cases(rehearse):
+    """Kernels, functions of two batches and a backend, and the batches."""
+    found = programs(rehearse)
+    return {name: (of_program(program), x1, x2) for name, (program, x1, x2) in found.items()} | networks(rehearse)
+
+
+def of_program(program):
+    return lambda x1, x2, backend: conformance.run(program, x1, x2, PAIRS, backend)
+
+
+def networks(rehearse):
+    """The benchmarked networks, on blocks for which one group of threads computes many planes, and few."""
+    found = {}
+    for network in () if rehearse else ("cnn21-pool", "cnn21-flatten", "wide-resnet", "myrtle10"):
+        kernel_fn = NETWORKS[network](nt_stax)[2]
+
+        def kernel(x1, x2, backend, kernel_fn=kernel_fn):
+            return kernel_fn(x1, x2, ("nngp", "ntk"), implementation=backend)
+
+        for n in (2, 16):
+            found[f"{network}, {n} x {n}"] = kernel, *conformance.inputs((32, 32), n, n, "float32")
+    return found
+
+
+def programs(rehearse):
     """Programs and their inputs."""
     found = {}
     for case, (space, layers) in conformance.CHAINS.items():

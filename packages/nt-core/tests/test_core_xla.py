@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import nt_core.evaluation.block as block
+import nt_core.evaluation.planes as planes
 import numpy as np
 import pytest
 from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, masks, pool, run, spec_of
-from nt_core import Builder, Inputs, definition, propagate, steps
+from nt_core import Builder, Inputs, Request, definition, propagate, steps
+from nt_core.backends.xla import XlaBackend
+from nt_core.evaluation.platform import traced_for
 from nt_core.lowering import Repeated, fold_repeats, lower
 from nt_core.lowering.primitives import Pool
 
@@ -82,3 +85,23 @@ def test_one_equal_input_of_two_does_not_make_batches_equal(x64):
         return out.nngp
 
     np.testing.assert_allclose(kernel((0, 1)), kernel((1, 0)), rtol=1e-12)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", SMALL)
+def test_planes_in_groups(name, x64, monkeypatch):
+    """As a GPU computes them: many planes together, and window sums left to the compiler to fuse."""
+    monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
+    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**9)
+    space, layers = CHAINS[name]
+    x1, x2 = inputs(space, 3, 2, "float64")
+    program = chain(spec_of(x1, x2), layers)
+    source = Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
+
+    @jax.jit
+    def kernel(source):
+        with traced_for("gpu"):
+            return XlaBackend().propagate(program, (source,), Request())
+
+    (actual,) = kernel(source)
+    TestXla().agree(actual, definition.propagate(program, (x1, x2)), 1e-12)

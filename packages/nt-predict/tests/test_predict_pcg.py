@@ -205,7 +205,7 @@ def test_what_is_refused(x64):
 
 def test_the_solver_is_chosen_by_memory(x64, monkeypatch):
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "Cholesky"
-    monkeypatch.setattr("nt_predict._memory._memory_of_machine", lambda: 50**2 * 8 * 5)
+    monkeypatch.setattr("nt_predict._memory._memory_of_device", lambda: 50**2 * 8 * 5)
     assert fit(Gram(kernel_fn, X, diag_reg=NOISE), Y).stats.solver == "PCG"
 
 

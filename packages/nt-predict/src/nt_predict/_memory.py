@@ -8,8 +8,11 @@ import jax.numpy as jnp
 
 def fits_in_memory(dimension: int, copies: float) -> bool:
     """Whether half of the memory of the device holds so many matrices of this dimension."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", _memory_of_machine())
-    return copies * dimension**2 * jnp.zeros(()).dtype.itemsize <= memory / 2
+    return copies * dimension**2 * jnp.zeros(()).dtype.itemsize <= _memory_of_device() / 2
+
+
+def _memory_of_device() -> int:
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", _memory_of_machine())
 
 
 def _memory_of_machine() -> int:

@@ -12,6 +12,7 @@ from nt_core.backends.base import Backend, Device, Request, device_of
 from nt_core.backends.cpu import CpuBackend
 from nt_core.backends.mosaic.backend import MosaicGpuBackend, MosaicTpuBackend
 from nt_core.backends.xla import XlaBackend
+from nt_core.evaluation.platform import traced_for
 from nt_core.kernel import Kernel
 from nt_core.program import Program
 from nt_core.sources import Source, check_arrays
@@ -90,7 +91,8 @@ def propagate(
     question = _question(program, sources, request)
     backend, _ = _choose(question, _candidates(implementation))
     coefficients, structure = program.flat
-    return _propagate(coefficients, sources, structure=structure, request=request, backend=backend)
+    platform = question.device.platform
+    return _propagate(coefficients, sources, structure=structure, request=request, backend=backend, platform=platform)
 
 
 def _check_kernel(kernel: Kernel, request: Request) -> None:
@@ -162,11 +164,18 @@ def _choose(question: _Question, candidates: tuple[Backend, ...]) -> tuple[Backe
     return chosen[0], refusals
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "request", "backend"))
+@functools.partial(jax.jit, static_argnames=("structure", "request", "backend", "platform"))
 def _propagate(
-    coefficients: Sequence[Any], sources: tuple[Source, ...], *, structure: Any, request: Request, backend: Backend
+    coefficients: Sequence[Any],
+    sources: tuple[Source, ...],
+    *,
+    structure: Any,
+    request: Request,
+    backend: Backend,
+    platform: str,
 ) -> tuple[Kernel, ...]:
-    return backend.propagate(jax.tree.unflatten(structure, coefficients), sources, request)
+    with traced_for(platform):
+        return backend.propagate(jax.tree.unflatten(structure, coefficients), sources, request)
 
 
 def _candidates(implementation: Implementation) -> tuple[Backend, ...]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nt_core.evaluation.platform import is_gpu
+
 
 def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     """Returns `fn(*args)`, compiled as a computation of its own.
@@ -14,7 +16,11 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     XLA fuses a window sum into its consumer and recomputes the producer once per tap: over several layers the work, and
     the time to compile it, grow exponentially. A conditional is never fused across. Its predicate is always true, which
     the barrier hides from XLA until fusion is over; it also survives `vmap` (the predicate is not batched) and `grad`.
+
+    On GPUs XLA weighs what a fusion costs, and to read the predicate the CPU would wait for the GPU.
     """
+    if is_gpu():
+        return rematerialized(fn)(*args)
     always = lax.optimization_barrier(jnp.array(True))
     results = jax.eval_shape(fn, *args)
 

@@ -17,18 +17,21 @@ import numpy as np
 from jax import Array, lax
 
 from nt_core.evaluation.fusion import constant, rematerialized
+from nt_core.evaluation.platform import is_gpu
 from nt_core.lowering import Pairs, Windows
 from nt_core.lowering import windows as windows_
 from nt_core.lowering.windows import along_axis, inside
 
 # Taps of pools in one turn of their loop: all of those that do not overlap.
 _TAPS_AT_ONCE = 4
+# Numbers in the planes that a GPU computes together.
+_NUMBERS_AT_ONCE = 2**24
 
 Offset = tuple[Array, ...]  # one number for each spatial axis
 
 
 def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any) -> Pairs:
-    """Returns sums over all pairs of windows. Only one plane is in memory, besides the pooled output.
+    """Returns sums over all pairs of windows. Besides the pooled output only one plane is in memory, or on GPUs a few.
 
     Args:
       along: the windows.
@@ -37,19 +40,38 @@ def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any) -> 
     """
     n = len(along)
     xs = (tuple(jnp.array(offset) for offset in all_offsets(along)), stacks)
+    at_once = _planes_at_once(plane, xs) if is_gpu() else 1
     if all(w.count == 1 for w in along):
-        sums = lax.map(rematerialized(lambda x: plane(*x).map(partial(_sum_space, n_space=n))), xs)
+        of_plane = rematerialized(lambda x: plane(*x).map(partial(_sum_space, n_space=n)))
+        sums = lax.map(of_plane, xs, batch_size=at_once if at_once > 1 else None)
         return sums.map(lambda a: _add_pair_axes(_sum_in_two(a), n))
 
-    def accumulate(sums: Pairs, x: tuple[Offset, Any]) -> tuple[Pairs, None]:
-        added = (None if a is None else _add_plane(s, a, x[0], along) for s, a in zip(sums, plane(*x), strict=True))
+    def add(sums: Pairs, x: tuple[Offset, Pairs]) -> tuple[Pairs, None]:
+        added = (None if a is None else _add_plane(s, a, x[0], along) for s, a in zip(sums, x[1], strict=True))
         return Pairs(*added), None  # type: ignore[arg-type]
 
-    counts = windows_.counts(along)
-    like = jax.eval_shape(lambda xs: plane(*jax.tree.map(lambda a: a[0], xs)), xs)
+    def accumulate(sums: Pairs, x: tuple[Offset, Any]) -> tuple[Pairs, None]:
+        if at_once == 1:
+            return add(sums, (x[0], plane(*x)))
+        return lax.scan(add, sums, (x[0], jax.vmap(plane)(*x)))  # one after another: they share windows
+
+    counts, like = windows_.counts(along), _one_of(plane, xs)
     zeros = like.map(lambda a: constant((math.prod(counts), *counts, *a.shape[n:]), 0, a.dtype, stacks))
+    if at_once > 1:
+        xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
     sums, _ = lax.scan(rematerialized(accumulate), zeros, xs)
     return sums.map(lambda a: _planes_to_pairs(a.reshape(counts + a.shape[1:]), n))
+
+
+def _one_of(plane: Callable[[Offset, Any], Pairs], xs: Any) -> Pairs:
+    """Returns the shapes of a plane."""
+    return jax.eval_shape(lambda xs: plane(*jax.tree.map(lambda a: a[0], xs)), xs)
+
+
+def _planes_at_once(plane: Callable[[Offset, Any], Pairs], xs: Any) -> int:
+    """Returns how many planes are computed together, a divisor of their number."""
+    n_planes, wanted = len(xs[0][0]), _NUMBERS_AT_ONCE // max(1, _one_of(plane, xs).value.size)
+    return next(n for n in range(max(1, min(wanted, n_planes)), 0, -1) if n_planes % n == 0)
 
 
 def all_offsets(along: Windows) -> tuple[np.ndarray, ...]:

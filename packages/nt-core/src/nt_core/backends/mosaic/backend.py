@@ -14,6 +14,7 @@ from nt_core.backends.base import Device, Refused, Request
 from nt_core.backends.mosaic.plan import Hardware, Stage, lower_for_planes, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
+from nt_core.evaluation.platform import traced_for
 from nt_core.kernel import Kernel
 from nt_core.program import Program
 from nt_core.sources import Source, dtype_of, same_batches
@@ -68,7 +69,7 @@ class MosaicBackend:
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
         module = importlib.import_module(self.module)
         run_stage = partial(module.run_stage, interpret=self._interpret)
-        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self.hardware)(program, sources)
+        nngp, ntk, cov1, cov2 = _differentiable(request, run_stage, self)(program, sources)
         spec, same = program.spec(program.outputs[0]), same_batches(sources)
         return (Kernel.from_spec(spec, nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, x1_is_x2=same),)
 
@@ -148,12 +149,12 @@ def tpu_bytes(stage: Stage, n_rows: int) -> int:
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]
 
 
-def _differentiable(request: Request, run_stage: RunStage, hardware: Hardware) -> Callable[..., _Arrays]:
+def _differentiable(request: Request, run_stage: RunStage, backend: MosaicBackend) -> Callable[..., _Arrays]:
     """Returns the computation of a `Kernel`'s arrays, with the derivatives of the `xla` backend."""
 
     @jax.custom_jvp
     def compute(program: Program, sources: tuple[Source, ...]) -> _Arrays:
-        pairs = Propagation(program, sources, request, run_stage, hardware).pairs()
+        pairs = Propagation(program, sources, request, run_stage, backend.hardware).pairs()
         cov1, cov2 = None, None
         if request.covariances:  # of each sample with itself: little work, the pairs of this are never computed
             (own,) = XlaBackend().propagate(program, sources, Request(ntk=False, covariances=True))
@@ -162,7 +163,8 @@ def _differentiable(request: Request, run_stage: RunStage, hardware: Hardware) -
         return pairs.value, ntk, cov1, cov2
 
     def reference(program: Program, sources: tuple[Source, ...]) -> _Arrays:
-        (kernel,) = XlaBackend().propagate(program, sources, request)
+        with traced_for(backend.platform):  # also where a derivative is traced, later than the value
+            (kernel,) = XlaBackend().propagate(program, sources, request)
         return kernel.nngp, kernel.ntk, kernel.cov1, kernel.cov2
 
     @compute.defjvp

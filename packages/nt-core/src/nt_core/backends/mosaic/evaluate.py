@@ -140,13 +140,14 @@ class Evaluation:
 
     def _store(self, instances: list[Instance], i: int, iteration: Int | None) -> None:
         instance = instances[i]
-        of = instance.inputs[0] if instance.body is not None else i
+        is_repeated = instance.body is not None
+        of = instance.inputs[0] if is_repeated else i
         is_pool_input = i == len(instances) - 1 and iteration is None and self._stage.windows is not None
 
         def store(phase: tuple[Int, Int]) -> None:
             def stored(piece: _Piece) -> Pairs:
                 x = piece.form(instances, of, phase, iteration, instances[of].deficit, compute=of == i)
-                if is_pool_input:
+                if is_pool_input and not is_repeated:
                     x = piece.pool_input(instances, i, phase, x)
                 elif instance.masked:
                     x = piece.with_ghosts(instances, i, of, phase, iteration, x)
@@ -156,9 +157,15 @@ class Evaluation:
 
             self._machine.write(instance.buffer, _flat(phase, instance.scale), self._pieces(stored))
 
+        def finish(phase: tuple[Int, Int]) -> None:
+            plane = self._pieces(lambda piece: piece.pool_input(instances, i, phase, piece.read(instance, phase)))
+            self._machine.write(instance.buffer, _flat(phase, instance.scale), plane)
+
         self._for_phases(instance.scale, store)
-        if instance.body is not None:
+        if is_repeated:
             self._repeat(instance)
+            if is_pool_input:  # only now: what the iterations read has other ghosts
+                self._for_phases(instance.scale, finish)
 
     def _repeat(self, instance: Instance) -> None:
         body = instance.body
