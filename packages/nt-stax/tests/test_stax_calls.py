@@ -5,7 +5,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from nt_core import backends, program
+from nt_core import backends, explain, program
 from nt_core.backends.cpu import CpuBackend
 from nt_stax import (
     Conv,
@@ -23,6 +23,7 @@ from nt_stax import (
     Identity,
     LayerNorm,
     Relu,
+    Silu,
     parallel,
     serial,
 )
@@ -171,3 +172,10 @@ def test_coefficients_may_be_traced_in_networks_built_within():
         derivative = jax.jit(jax.grad(ntk))(1.5)
     difference = (ntk(1.51) - ntk(1.49)) / 0.02
     np.testing.assert_allclose(derivative, difference, rtol=1e-3)
+
+
+@pytest.mark.parametrize("nonlinearity, derivatives", [(Relu(), "native"), (Silu(), "by xla. There is no native")])
+def test_explain_says_whose_derivatives(nonlinearity, derivatives):
+    network = serial(Conv(4, (3,), padding="SAME"), nonlinearity, GlobalAvgPool())
+    assert f"  derivatives: {derivatives}" in explain(network[2], (2, 5, 3))
+    assert "derivatives" not in explain(network[2], (2, 5, 3), implementation="xla")

@@ -17,7 +17,7 @@ from nt_core.layer import kernel_fields, request_for, rules_of
 from nt_core.program import Node, Program
 from nt_core.requirements import in_series, resolve
 from nt_core.rules import Run, Segment, first_segment, materialise
-from nt_core.sources import make_inputs
+from nt_core.sources import Source, make_inputs
 from nt_core.spec import Spec
 from nt_core.steps import Conv, Dual, Normalize, Pool
 from nt_core.trees import nt_tree_map
@@ -41,8 +41,8 @@ def explain(
 ) -> str:
     """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
 
-    Of activations by Hermite coefficients it says how many there are, and at two variances the share of the mean square
-    that is beyond them.
+    Of programs that JAX does not differentiate by itself it says whose derivatives they have. Of activations by Hermite
+    coefficients it says how many there are, and at two variances the share of the mean square that is beyond them.
 
     Args:
       kernel_fn: of a layer or network; made by `batch`, its cells and devices are described too.
@@ -100,8 +100,16 @@ def _describe(segment: Segment, title: str) -> list[str]:
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),
         *(f"  {line}" for line in _ADDRESS.sub("", str(program)).splitlines()),
         *(f"  {line}" for line in _series(program)),
+        *(f"  derivatives: {line}" for line in _derivatives(backend, program, segment.sources, request)),
         f"  {_estimate(program, request)}",
     ]
+
+
+def _derivatives(
+    backend: backends.Backend, program: Program, sources: tuple[Source, ...], request: Request
+) -> list[str]:
+    derivatives = getattr(backend, "derivatives", None)
+    return [] if derivatives is None else [derivatives(program, sources, request)]
 
 
 def _series(program: Program) -> list[str]:

@@ -44,7 +44,8 @@ def device_of(sources: tuple[Source, ...]) -> Device:
 class Backend(Protocol):
     """Executes programs.
 
-    The results of all backends agree with those of `xla` in float64 to rounding, for every program that they take.
+    The results of all backends agree with those of `xla` in float64 to rounding, for every program that they take. One
+    that has `derivatives(program, sources, request)` says with it, for `explain`, whose derivatives a program has.
     """
 
     name: str

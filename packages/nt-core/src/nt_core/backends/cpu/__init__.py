@@ -45,6 +45,10 @@ class CpuBackend:
             return str(refused)
         return None
 
+    def derivatives(self, program: Program, sources: tuple[Source, ...], request: Request) -> str:
+        reason = _refusal_of_derivative(program, sources, request)
+        return "native" if reason is None else f"by xla. {reason}"
+
     def propagate(self, program: Program, sources: tuple[Source, ...], request: Request) -> tuple[Kernel, ...]:
         same = same_batches(sources)
         return tuple(
@@ -72,19 +76,19 @@ def _differentiable(request: Request) -> Any:
         # The value stays native: in reverse mode the forward pass of the reference is then dead code.
         value = compute(*primals)
         program, sources = primals
-        if _has_native_derivative(program, sources, request):
+        if _refusal_of_derivative(program, sources, request) is None:
             return value, _native_tangent(primals, tangents, reference, request)
         return value, jax.jvp(reference, primals, tangents)[1]
 
     return compute
 
 
-def _has_native_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> bool:
+def _refusal_of_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
     try:
         jax.eval_shape(partial(_arrays, request=request, propagate=calls.check_derivative), program, sources)
-    except Refused:
-        return False
-    return True
+    except Refused as refused:
+        return str(refused)
+    return None
 
 
 def _native_tangent(primals: Any, tangents: Any, reference: Any, request: Request) -> list[_Arrays]:

@@ -59,6 +59,9 @@ class MosaicBackend:
             return str(refused)
         return None
 
+    def derivatives(self, program: Program, sources: tuple[Source, ...], request: Request) -> str:
+        return "by xla"
+
     def hardware_refusal(self, device: Device) -> str | None:
         raise NotImplementedError
 
