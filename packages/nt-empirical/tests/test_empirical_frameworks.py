@@ -146,12 +146,15 @@ TRANSFORMATIONS = {"nnx": [nnx.jit, nnx.remat], "equinox": [eqx.filter_jit, eqx.
 @pytest.mark.parametrize("framework", ["nnx", "equinox"])
 def test_networks_that_change_their_state_are_refused(framework):
     """Whatever transformation is around the layers; and statistics are as they were, also outside of `jit`."""
-    count = {"nnx": count_in_nnx, "equinox": count_in_equinox}[framework]
-    advice = {"nnx": r"model\.eval\(\).*use_running_average=False", "equinox": "inference_mode.*inference=False"}[framework]
+    count, advice = {
+        "nnx": (count_in_nnx, r"model\.eval\(\).*use_running_average=False"),
+        "equinox": (count_in_equinox, "inference_mode.*inference=False"),
+    }[framework]
+    message = rf"changes its state .*: [^,]*count[^,]*\. .*evaluation mode.*{advice}"
     for transformed in (lambda fn: fn, *TRANSFORMATIONS[framework]):
         f, params = stateful(framework, count, False, transformed)
         for call in (f, lambda params, x, f=f: jax.eval_shape(f, params, x)) * 2:
-            with pytest.raises(ValueError, match=rf"changes its state .*: [^,]*count[^,]*\. .*evaluation mode.*{advice}"):
+            with pytest.raises(ValueError, match=message):
                 call(params, VECTORS)
 
 

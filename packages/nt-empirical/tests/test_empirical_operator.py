@@ -62,13 +62,13 @@ def test_products_with_scale_and_keywords(x64):
 def test_another_scale_takes_no_compilation(x64):
     """Nor do other parameters: products are compiled for a function, and scales are arguments."""
     events, v = [], RNG.normal(size=7)
-    params, others = (mlp_params(6, 2, seed=seed) for seed in (0, 1))
-    scales = [SCALE, {"W": RNG.random((6, 1)), "b": 3.0, "V": 1}]
-    kernels = [empirical_ntk_fn(mlp, scale=scale)(X, None, p) for scale, p in zip(scales, (params, others), strict=True)]
-    ntk_operator(mlp, params, X, scale=scales[0]) @ v
+    params = [mlp_params(6, 2, seed=seed) for seed in (0, 1)]
+    cases = list(zip(params, [SCALE, {"W": RNG.random((6, 1)), "b": 3.0, "V": 1}], strict=True))
+    kernels = [empirical_ntk_fn(mlp, scale=scale)(X, None, p) for p, scale in cases]
+    ntk_operator(mlp, params[0], X, scale=SCALE) @ v
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **kwargs: events.append(name))
     try:
-        products = [ntk_operator(mlp, p, X, scale=s) @ v for s, p in zip(scales, (params, others), strict=True)]
+        products = [ntk_operator(mlp, p, X, scale=scale) @ v for p, scale in cases]
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [name for name in events if "backend_compile" in name]

@@ -41,6 +41,31 @@ def test_tiles_give_the_same_kernels(implementation, monkeypatch):
     assert_close(symmetric, reduce(mlp_kernels(PARAMS, X1, X1)[1], (-1,), ()), 2e-6)
 
 
+def deep(params, x):
+    for w in params[:-1]:
+        x = jnp.tanh(x @ w)
+    return x @ params[-1]
+
+
+@pytest.mark.parametrize("n2", [None, 8])
+def test_jacobians_are_contracted_array_by_array(n2, monkeypatch):
+    """Ten arrays of the same size: three of their Jacobians fit, of which ten times two are needed."""
+    sizes = sizes_of(monkeypatch)
+    params = [jnp.asarray(RNG.normal(size=(32, 32)) / 6, "float32") for _ in range(10)]
+    x1, x2 = (None if n is None else jnp.asarray(RNG.normal(size=(n, 32)), "float32") for n in (8, n2))
+    jacobian = 4 * 8 * 32 * 32**2
+    bounded = empirical_ntk_fn(deep, vmap_axes=0, max_bytes=5 * jacobian)
+    compiled = jax.jit(bounded).lower(x1, x2, params).compile()
+    assert sizes == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * jacobian
+
+    def rows(x):
+        return np.concatenate([np.reshape(j, (8 * 32, -1)) for j in jax.jacobian(deep)(params, x)], 1)
+
+    full = (rows(x1) @ rows(x1 if x2 is None else x2).T).reshape(8, 32, 8, 32)
+    assert_close(bounded(x1, x2, params), np.einsum("aibi->ab", full) / 32, 2e-6)
+
+
 def test_keywords_scale_and_arrays_in_tiles():
     """Keywords with samples are cut, others are not."""
 

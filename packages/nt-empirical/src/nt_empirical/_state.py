@@ -65,4 +65,3 @@ def _origins(jaxpr: Jaxpr) -> list[Any]:
 
 def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
