@@ -6,6 +6,7 @@ import nt_core
 import numpy as np
 import pytest
 from empirical_networks import assert_close, mlp, mlp_kernels, mlp_params, reduce
+from nt_core.tracing import is_traced
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
 RNG = np.random.default_rng(0)
@@ -64,6 +65,19 @@ def test_jacobians_are_contracted_array_by_array(n2, monkeypatch):
 
     full = (rows(x1) @ rows(x1 if x2 is None else x2).T).reshape(8, 32, 8, 32)
     assert_close(bounded(x1, x2, params), np.einsum("aibi->ab", full) / 32, 2e-6)
+
+
+def test_what_fits_is_compiled():
+    """Equation by equation, the Jacobians by all arrays would be in memory at once."""
+    traced = []
+
+    def f(params, x):
+        traced.append(is_traced(jnp.add(0, 0)))
+        return mlp(params, x)
+
+    empirical_ntk_fn(f, vmap_axes=0, max_bytes=10**9)(X1, X2, PARAMS)
+    assert traced
+    assert all(traced)
 
 
 def test_keywords_scale_and_arrays_in_tiles():
