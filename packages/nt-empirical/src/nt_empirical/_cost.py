@@ -75,8 +75,9 @@ def _cost_of_equation(equation: JaxprEqn) -> Cost:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
-        # A product without a sum, or of few terms, is no faster than other equations.
-        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), 0)
+        # A product without a sum, or of few terms, is no faster than other equations. Both factors are copied: into the
+        # order of axes that matrix products have, and into blocks.
+        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), sum(map(_bytes, equation.invars)))
     if equation.primitive.name == "conv_general_dilated":
         filters, features = shape_of(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
         terms = math.prod(filters) // max(filters[features], 1)
