@@ -2,10 +2,14 @@
 
     make bench-empirical                                    # all networks
     make bench-empirical BENCH_ARGS="cnn-pool transformer"  # some of them
+    make bench-empirical BENCH_ARGS=--memory  # 1,000 x 1,000 kernels of 10^7 parameters, in under 4 GB
 
 Each network, library and implementation has a fresh process (empirical_worker.py): two batches, a mean over outputs,
 `vmap_axes=0`, jitted, float32, the fastest of five calls, and the memory that was needed beyond that of the idle
 process. The kernels of all are compared. Prints a table, and writes it to benchmarks/results/empirical.md.
+
+`--memory` needs no archived library. It gives each implementation a bound, `max_bytes`, prints the most memory
+that its process had, all included, and fails if that is more than 4 GB, or kernels differ. It takes some minutes.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import subprocess
 import sys
 
 import numpy as np
-from empirical_networks import NETWORKS
+from empirical_networks import LARGE, NETWORKS
 from peer import HERE, LIBRARIES, machine, make_peer_environment
 
 IMPLEMENTATIONS = {"AUTO": 0, "JACOBIAN_CONTRACTION": 1, "NTK_VECTOR_PRODUCTS": 2, "STRUCTURED_DERIVATIVES": 3}
@@ -23,7 +27,10 @@ SHORT = {"AUTO": "AUTO", "JACOBIAN_CONTRACTION": "Jacobians", "NTK_VECTOR_PRODUC
 SHORT["STRUCTURED_DERIVATIVES"] = "structured"
 
 
-def measure(library, network, implementation):
+MAX_BYTES, ALLOWED = 3 * 2**30, 4 * 10**9
+
+
+def measure(library, network, implementation, *bound):
     """Returns the figures of one process, or None if it failed, as for want of memory."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or library == "ours"}
     done = subprocess.run(
@@ -34,6 +41,7 @@ def measure(library, network, implementation):
             HERE / "empirical_worker.py",
             network,
             str(IMPLEMENTATIONS[implementation]),
+            *map(str, bound),
         ],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -68,11 +76,35 @@ def row(network, ours, best, difference):
     return "| " + " | ".join(cells) + " |"
 
 
+def memory():
+    """Prints the memory of large kernels within a bound."""
+    print("| network | implementation | s | MB of the process |\n|---|---|---|---|", flush=True)
+    for network in LARGE:
+        kernels = []
+        # Column by column the kernel takes a pass through the network for each of its entries.
+        for name in ("AUTO", "JACOBIAN_CONTRACTION", "STRUCTURED_DERIVATIVES"):
+            figures = measure("ours", network, name, MAX_BYTES)
+            if figures is None:
+                sys.exit(f"{network}, {name}: the process failed.")
+            seconds, peak = figures["call_s"], figures["peak_bytes"]
+            print(f"| {network} | {SHORT[name]} | {seconds:.3g} | {peak / 1e6:.0f} |", flush=True)
+            if peak > ALLOWED:
+                sys.exit(f"{network}, {name}: {peak:,} bytes, more than {ALLOWED:,}.")
+            kernels.append(np.array(figures["kernel"]))
+        if any(np.max(np.abs(k - kernels[0])) > 1e-4 * np.max(np.abs(k)) for k in kernels):
+            sys.exit(f"The kernels of {network} differ.")
+
+
 def main():
     """Measures the networks that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"one of {', '.join(NETWORKS)}")
-    chosen = parser.parse_args().networks or list(NETWORKS)
+    parser.add_argument("--memory", action="store_true", help="large kernels within a bound on memory, and no others")
+    arguments = parser.parse_args()
+    if arguments.memory:
+        memory()
+        return
+    chosen = arguments.networks or list(NETWORKS)
     if unknown := set(chosen) - set(NETWORKS):
         parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
     make_peer_environment()

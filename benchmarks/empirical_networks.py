@@ -32,6 +32,18 @@ def fcn(outputs):
     return f, [*hidden, weights(256, outputs)], (784,)
 
 
+def deep():
+    """Ten hidden layers of 1000 on 1000 inputs, 10^7 parameters, one output."""
+
+    def f(params, x):
+        *hidden, readout = params
+        for w in hidden:
+            x = jax.nn.relu(x @ w)
+        return x @ readout
+
+    return f, [*(weights(1000, 1000) for _ in range(10)), weights(1000, 1)], (1000,)
+
+
 def cnn():
     """Three 3 x 3 convolutions of 64 channels, a global average, 10 outputs."""
 
@@ -93,3 +105,5 @@ NETWORKS = {
     "wide-resnet": (wide_resnet, 4),
     "transformer": (transformer, 8),
 }
+# Of which the kernel of a batch with itself is computed within a bound on memory.
+LARGE = {"fcn-10M": (deep, 1000)}

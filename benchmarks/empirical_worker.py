@@ -1,6 +1,7 @@
 """The empirical NTK of one network by one implementation of one library, in this process: prints figures as JSON.
 
-Started by empirical.py: `neural_tangents` is this library or the archived one, by the environment.
+Started by empirical.py: `neural_tangents` is this library or the archived one, by the environment. With a third
+argument, a bound in bytes: the kernel of one batch with itself within it, in one call, and the memory of the process.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 
 import jax
 import numpy as np
-from empirical_networks import NETWORKS
+from empirical_networks import LARGE, NETWORKS
 from neural_tangents import empirical_ntk_fn
 
 CALLS = 5
@@ -22,10 +23,29 @@ def peak_bytes():
 
 
 def main():
-    """Compiles, calls, and prints."""
+    """Computes, and prints."""
     network, implementation = sys.argv[1], int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a reply
+    figures = bounded(network, implementation, int(sys.argv[3])) if sys.argv[3:] else timed(network, implementation)
+    print(json.dumps(figures), file=replies, flush=True)
+
+
+def bounded(network, implementation, max_bytes):
+    """Returns figures of a kernel that is computed within a bound on memory."""
+    make, n = LARGE[network]
+    f, params, shape = make()
+    x = np.random.default_rng(1).normal(size=(n, *shape)).astype("float32")
+    ntk_fn = empirical_ntk_fn(f, vmap_axes=0, implementation=implementation, max_bytes=max_bytes)
+    start = time.perf_counter()
+    kernel = np.asarray(ntk_fn(x, None, params))
+    seconds = time.perf_counter() - start
+    some = kernel[:: n // 10, :: n // 10].astype(float)
+    return {"call_s": seconds, "peak_bytes": peak_bytes(), "kernel": some.tolist()}
+
+
+def timed(network, implementation):
+    """Returns figures of a kernel of two batches: compiles, and calls a few times."""
     make, n = NETWORKS[network]
     f, params, shape = make()
     x1, x2 = (np.random.default_rng(seed).normal(size=(n, *shape)).astype("float32") for seed in (1, 2))
@@ -40,19 +60,13 @@ def main():
         start = time.perf_counter()
         jax.block_until_ready(ntk_fn(x1, x2, params))
         seconds.append(time.perf_counter() - start)
-    print(
-        json.dumps(
-            {
-                "jax": jax.__version__,
-                "first_s": first,
-                "call_s": min(seconds),
-                "peak_bytes": peak_bytes() - before,
-                "kernel": np.asarray(kernel).astype(float).tolist(),
-            }
-        ),
-        file=replies,
-        flush=True,
-    )
+    return {
+        "jax": jax.__version__,
+        "first_s": first,
+        "call_s": min(seconds),
+        "peak_bytes": peak_bytes() - before,
+        "kernel": np.asarray(kernel).astype(float).tolist(),
+    }
 
 
 if __name__ == "__main__":

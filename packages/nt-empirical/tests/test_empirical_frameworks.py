@@ -1,7 +1,9 @@
 """Kernels of networks written with flax, equinox and haiku."""
 
 import sys
+from collections.abc import Callable
 
+import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -82,8 +84,104 @@ def test_networks_in_training_mode_are_refused():
     transformed = hk.transform_with_state(in_training)
     params, state = drawn(jax.eval_shape(lambda: transformed.init(jax.random.key(0), VECTORS)))
     f, params = from_haiku(transformed, params, state)
-    with pytest.raises(ValueError, match="changes its state"):
+    with pytest.raises(ValueError, match=r"changes its state.*batch_norm.*such as is_training=False"):
         jax.eval_shape(f, params, VECTORS)
+
+
+class NnxStateful(nnx.Module):
+    """Of layers that a user wrote: what they do to their variables, and through which transformation."""
+
+    def __init__(self, change=lambda norm: None, training=False, transformed=lambda fn: fn):
+        self.norm, self.sown = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Intermediate(jnp.zeros(()))
+        self.norm.count = nnx.BatchStat(jnp.zeros(()))
+        self.change, self.training, self.transformed = change, training, transformed
+
+    def __call__(self, x):
+        def layer(norm, x):
+            self.change(norm)
+            return norm(x, use_running_average=not self.training)
+
+        self.sown[...], self.new = jnp.sum(x), nnx.Intermediate(x)
+        return self.transformed(layer)(self.norm, x)
+
+
+class EqxStateful(eqx.Module):
+    """The same."""
+
+    norm: eqx.nn.BatchNorm
+    count: eqx.nn.StateIndex
+    change: Callable = eqx.field(static=True)
+    training: bool = eqx.field(static=True)
+    transformed: Callable = eqx.field(static=True)
+
+    def __init__(self, change=lambda count, state: state, training=False, transformed=lambda fn: fn):
+        self.norm, self.count = eqx.nn.BatchNorm(3, "batch", mode="batch"), eqx.nn.StateIndex(jnp.zeros(()))
+        self.change, self.training, self.transformed = change, training, transformed
+
+    def __call__(self, x, state):
+        def layer(norm, x, state):
+            return norm(x, self.change(self.count, state), inference=not self.training)
+
+        return self.transformed(layer)(self.norm, x, state)
+
+
+def count_in_nnx(norm):
+    norm.count[...] += 1
+
+
+def count_in_equinox(count, state):
+    return state.set(count, state.get(count) + 1)
+
+
+def stateful(framework, *arguments):
+    """Returns `f, params` of a network with a state."""
+    if framework == "nnx":
+        return from_nnx(NnxStateful(*arguments))
+    return from_equinox(*eqx.nn.make_with_state(EqxStateful)(*arguments))
+
+
+TRANSFORMATIONS = {"nnx": [nnx.jit, nnx.remat], "equinox": [eqx.filter_jit, eqx.filter_checkpoint]}
+
+
+@pytest.mark.parametrize("framework", ["nnx", "equinox"])
+def test_networks_that_change_their_state_are_refused(framework):
+    """Whatever transformation is around the layers; and statistics are as they were, also outside of `jit`."""
+    count, advice = {
+        "nnx": (count_in_nnx, r"model\.eval\(\).*use_running_average=False"),
+        "equinox": (count_in_equinox, "inference_mode.*inference=False"),
+    }[framework]
+    message = rf"changes its state .*: [^,]*count[^,]*\. .*evaluation mode.*{advice}"
+    for transformed in (lambda fn: fn, *TRANSFORMATIONS[framework]):
+        f, params = stateful(framework, count, False, transformed)
+        for call in (f, lambda params, x, f=f: jax.eval_shape(f, params, x)) * 2:
+            with pytest.raises(ValueError, match=message):
+                call(params, VECTORS)
+
+
+def test_batch_statistics_in_training_are_refused():
+    f, params = stateful("nnx", lambda norm: None, True)
+    with pytest.raises(ValueError, match=r"changes its state .*\['norm'\]\['mean'\], \['norm'\]\['var'\]\. "):
+        empirical_ntk_fn(f)(VECTORS, None, params)
+    model, state = eqx.nn.make_with_state(EqxStateful)(training=True)
+    f, params = from_equinox(model, state)
+    with pytest.raises(ValueError, match=r"changes its state .*\.norm\."):
+        jax.vmap(f, (None, 0), axis_name="batch")(params, jnp.expand_dims(VECTORS, 1))
+
+
+@pytest.mark.parametrize("framework", ["nnx", "equinox"])
+def test_networks_with_a_state_in_evaluation(framework):
+    """Of which transformations hand on the state; and a call sets it to what it is, or sows."""
+
+    def unchanged(count, state):
+        return state.set(count, state.get(count))
+
+    changes = {"nnx": lambda norm: None, "equinox": unchanged}[framework]
+    for transformed in (lambda fn: fn, *TRANSFORMATIONS[framework]):
+        f, params = stateful(framework, changes, False, transformed)
+        for call in (f, f, jax.jit(f)):
+            np.testing.assert_allclose(call(params, VECTORS), VECTORS / np.sqrt(1 + 1e-5), rtol=1e-5)
+        kernel = jax.jit(empirical_ntk_fn(f, vmap_axes=0))(VECTORS, None, params)
+        assert_close(kernel, VECTORS @ VECTORS.T / 3 + 1, 1e-4)
 
 
 def test_what_is_no_network_is_refused(monkeypatch):

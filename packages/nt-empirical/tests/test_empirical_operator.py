@@ -59,6 +59,34 @@ def test_products_with_scale_and_keywords(x64):
     assert_close(ntk_operator(own, w, X) @ v, empirical_ntk_fn(own)(X, None, w) @ v, 1e-13)
 
 
+def test_another_scale_takes_no_compilation(x64):
+    """Nor do other parameters: products are compiled for a function, and scales are arguments."""
+    events, v = [], RNG.normal(size=7)
+    params = [mlp_params(6, 2, seed=seed) for seed in (0, 1)]
+    cases = list(zip(params, [SCALE, {"W": RNG.random((6, 1)), "b": 3.0, "V": 1}], strict=True))
+    kernels = [empirical_ntk_fn(mlp, scale=scale)(X, None, p) for p, scale in cases]
+    ntk_operator(mlp, params[0], X, scale=SCALE) @ v
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **kwargs: events.append(name))
+    try:
+        products = [ntk_operator(mlp, p, X, scale=scale) @ v for p, scale in cases]
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in events if "backend_compile" in name]
+    for kernel, product in zip(kernels, products, strict=True):
+        assert_close(product, kernel @ v, 1e-13)
+
+
+def test_functions_without_a_hash():
+    class Network:
+        __hash__ = None
+
+        def __call__(self, w, x):
+            return x @ w
+
+    x = X.astype("float32")
+    assert_close(ntk_operator(Network(), np.ones((6, 2), "float32"), x) @ np.ones(7), x @ x.T @ np.ones(7), 2e-6)
+
+
 def test_numbers_are_exact_with_enough_products(x64):
     """The trace always is."""
     params = mlp_params(6, 2)

@@ -6,6 +6,7 @@ import nt_core
 import numpy as np
 import pytest
 from empirical_networks import assert_close, mlp, mlp_kernels, mlp_params, reduce
+from nt_core.tracing import is_traced
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
 RNG = np.random.default_rng(0)
@@ -39,6 +40,44 @@ def test_tiles_give_the_same_kernels(implementation, monkeypatch):
     symmetric = jax.jit(bounded)(X1, None, PARAMS)
     np.testing.assert_array_equal(symmetric, symmetric.T)
     assert_close(symmetric, reduce(mlp_kernels(PARAMS, X1, X1)[1], (-1,), ()), 2e-6)
+
+
+def deep(params, x):
+    for w in params[:-1]:
+        x = jnp.tanh(x @ w)
+    return x @ params[-1]
+
+
+@pytest.mark.parametrize("n2", [None, 8])
+def test_jacobians_are_contracted_array_by_array(n2, monkeypatch):
+    """Ten arrays of the same size: Jacobians of two batches by one fit, and copies of them, but not those by all."""
+    sizes = sizes_of(monkeypatch)
+    params = [jnp.asarray(RNG.normal(size=(32, 32)) / 6, "float32") for _ in range(10)]
+    x1, x2 = (None if n is None else jnp.asarray(RNG.normal(size=(n, 32)), "float32") for n in (8, n2))
+    jacobian = 4 * 8 * 32 * 32**2
+    bounded = empirical_ntk_fn(deep, vmap_axes=0, max_bytes=6 * jacobian)
+    compiled = jax.jit(bounded).lower(x1, x2, params).compile()
+    assert sizes == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * jacobian
+
+    def rows(x):
+        return np.concatenate([np.reshape(j, (8 * 32, -1)) for j in jax.jacobian(deep)(params, x)], 1)
+
+    full = (rows(x1) @ rows(x1 if x2 is None else x2).T).reshape(8, 32, 8, 32)
+    assert_close(bounded(x1, x2, params), np.einsum("aibi->ab", full) / 32, 2e-6)
+
+
+def test_what_fits_is_compiled():
+    """Equation by equation, the Jacobians by all arrays would be in memory at once."""
+    traced = []
+
+    def f(params, x):
+        traced.append(is_traced(jnp.add(0, 0)))
+        return mlp(params, x)
+
+    empirical_ntk_fn(f, vmap_axes=0, max_bytes=10**9)(X1, X2, PARAMS)
+    assert traced
+    assert all(traced)
 
 
 def test_keywords_scale_and_arrays_in_tiles():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -19,7 +19,8 @@ class Cost:
 
     Attributes:
       operations: additions and multiplications, with `OPERATIONS_PER_ENTRY` for an entry of what is no product.
-      peak_bytes: the most that is in memory at once, if equations run in order, each on its own.
+      peak_bytes: the most that is in memory at once, if equations run one by one: as they stand, or each where its
+        results are first asked for, whichever takes less.
     """
 
     operations: int
@@ -28,18 +29,43 @@ class Cost:
 
 def cost_of(jaxpr: Jaxpr) -> Cost:
     """Returns the cost of a jaxpr."""
-    last_use = {var: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation.invars)}
-    live, peak, operations = sum(map(_bytes, {*jaxpr.invars, *jaxpr.constvars})), 0, 0
+    costs = {id(equation): _cost_of_equation(equation) for equation in jaxpr.eqns}
+    operations = sum(cost.operations for cost in costs.values())
+    # Compilers choose an order, which is no worse: sums of products of Jacobians are taken array by array.
+    return Cost(operations, min(_peak(jaxpr, order, costs) for order in (jaxpr.eqns, _on_demand(jaxpr))))
+
+
+def _peak(jaxpr: Jaxpr, order: Sequence[JaxprEqn], costs: dict[int, Cost]) -> int:
+    """Returns the most bytes that are in memory at once, if equations run in an order."""
+    last_use = {var: i for i, equation in enumerate(order) for var in _variables(equation.invars)}
+    live = peak = sum(map(_bytes, {*jaxpr.invars, *jaxpr.constvars}))
     kept = {*jaxpr.invars, *jaxpr.constvars, *_variables(jaxpr.outvars)}
-    for i, equation in enumerate(jaxpr.eqns):
-        cost = _cost_of_equation(equation)
-        operations += cost.operations
+    for i, equation in enumerate(order):
         live += sum(map(_bytes, equation.outvars))
-        peak = max(peak, live + cost.peak_bytes)
+        peak = max(peak, live + costs[id(equation)].peak_bytes)
         gone = {var for var in _variables(equation.invars) if last_use[var] == i and var not in kept}
         unused = [var for var in equation.outvars if var not in last_use and var not in kept]
         live -= sum(map(_bytes, (*gone, *unused)))
-    return Cost(operations, max(peak, live))
+    return peak
+
+
+def _on_demand(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """Returns the equations that outputs depend on, each where its results are first asked for."""
+    maker = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
+    ordered: dict[int, JaxprEqn] = {}
+
+    def missing(variables: Iterable[Any]) -> list[JaxprEqn]:
+        makers = (maker[var] for var in variables if not isinstance(var, Literal) and var in maker)
+        return [equation for equation in makers if id(equation) not in ordered]
+
+    waiting = missing(jaxpr.outvars)[::-1]
+    while waiting:
+        if first := missing(waiting[-1].invars):
+            waiting += first[::-1]
+        else:
+            equation = waiting.pop()
+            ordered[id(equation)] = equation
+    return list(ordered.values())
 
 
 def _cost_of_equation(equation: JaxprEqn) -> Cost:
@@ -49,8 +75,9 @@ def _cost_of_equation(equation: JaxprEqn) -> Cost:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
-        # A product without a sum, or of few terms, is no faster than other equations.
-        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), 0)
+        # A product without a sum, or of few terms, is no faster than other equations. Both factors are copied: into the
+        # order of axes that matrix products have, and into blocks.
+        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), sum(map(_bytes, equation.invars)))
     if equation.primitive.name == "conv_general_dilated":
         filters, features = shape_of(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
         terms = math.prod(filters) // max(filters[features], 1)

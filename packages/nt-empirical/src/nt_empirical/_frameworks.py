@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nt_empirical._state import outputs_at
+
 Function = Callable[..., Any]
 
 
@@ -67,7 +69,8 @@ def from_nnx(model: Any, **kwargs: Any) -> tuple[Function, Any]:
 
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` is the model with these parameters, and ``params`` are those of the
-      model, dicts by the names of attributes.
+      model, dicts by the names of attributes. ``f`` raises a ``ValueError`` if a call changes a variable that is held
+      fixed, as in training mode; what it sows (``nnx.Intermediate``) is dropped.
 
     Raises:
       TypeError: ``model`` is of another kind.
@@ -87,16 +90,32 @@ def from_nnx(model: Any, **kwargs: Any) -> tuple[Function, Any]:
     _check_type(model, nnx.Module, "from_nnx", "a flax.nnx.Module")
     model = nnx.merge(*nnx.split(model))
     model.eval()
-    graph, trainable, fixed = nnx.split(model, nnx.Param, ...)
-    params = nnx.to_pure_dict(trainable)
+    graph, trainable, sown, fixed = nnx.split(model, nnx.Param, nnx.Intermediate, ...)
+    params, state = nnx.to_pure_dict(trainable), nnx.to_pure_dict(fixed)
     structure = jax.tree.structure(params)
+
+    def variables(of: Any, values: Any) -> Any:
+        """Returns new variables: a call may assign to them, and only where they were made."""
+        made = jax.tree.map(lambda a: a, of)
+        nnx.replace_by_pure_dict(made, values)
+        return made
 
     def f(params: Any, x: Any, **more: Any) -> Any:
         if jax.tree.structure(params) != structure:  # flax would take what is missing from the model
             raise ValueError(f"Parameters must have the structure {structure}, got {jax.tree.structure(params)}.")
-        state = jax.tree.map(lambda a: a, trainable)  # a copy
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state, fixed)(x, **kwargs, **more)
+
+        def network(state: Any) -> tuple[Any, Any]:
+            module = nnx.merge(graph, variables(trainable, params), variables(sown, {}), variables(fixed, state))
+            outputs = module(x, **kwargs, **more)
+            *_, after = nnx.split(module, nnx.Param, nnx.Intermediate, ...)
+            return outputs, nnx.to_pure_dict(after)
+
+        return outputs_at(
+            network,
+            state,
+            "`from_nnx` calls `model.eval()`: take away what overrules that, such as use_running_average=False or "
+            "deterministic=False in a call of a layer, and what assigns to variables.",
+        )
 
     return f, params
 
@@ -113,7 +132,8 @@ def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function
 
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` calls the model with these parameters on each sample along the first
-      axis of ``x``, and ``params`` is the model with None in the place of what is fixed.
+      axis of ``x``, and ``params`` is the model with None in the place of what is fixed. ``f`` raises a ``ValueError``
+      if a call changes the state, as in training mode.
 
     Raises:
       TypeError: ``model`` is of another kind.
@@ -136,13 +156,31 @@ def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function
         equinox.nn.inference_mode(model), lambda a: equinox.is_array(a) and jnp.issubdtype(a.dtype, jnp.floating)
     )
 
+    def is_index(leaf: Any) -> bool:
+        return isinstance(leaf, equinox.nn.StateIndex)
+
+    parts = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_index)
+    indices = {jax.tree_util.keystr(path): leaf for path, leaf in parts if is_index(leaf)}
+
     def f(params: Any, x: Any, **more: Any) -> Any:
-        network = equinox.combine(params, fixed)
+        model = equinox.combine(params, fixed)
+
+        def network(x: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            current = jax.tree.map(lambda a: a, state)  # a copy: what is set makes a state useless
+            for name, value in values.items():
+                current = current.set(indices[name], value)
+            outputs, after = model(x, current, **kwargs, **more)
+            return outputs, {name: after.get(index) for name, index in indices.items()}
 
         def of_sample(x: Any) -> Any:
             if state is None:
-                return network(x, **kwargs, **more)
-            return network(x, state, **kwargs, **more)[0]
+                return model(x, **kwargs, **more)
+            return outputs_at(
+                lambda values: network(x, values),
+                {name: state.get(index) for name, index in indices.items()},
+                "`from_equinox` applies `equinox.nn.inference_mode`: take away what overrules that, such as "
+                "inference=False in a call of a layer, and what sets the state.",
+            )
 
         return jax.vmap(of_sample)(x)
 
@@ -192,14 +230,11 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **kwargs: Any) 
     def f(params: Any, x: Any, **more: Any) -> Any:
         if not with_state:
             return transformed.apply(params, None, x, **kwargs, **more)
-        outputs, new_state = transformed.apply(params, state, None, x, **kwargs, **more)
-        # Haiku hands on what is not set: the very arrays, or tracers.
-        if any(a is not b for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True)):
-            raise ValueError(
-                "The network changes its state, which is to be held fixed. Switch it to evaluation by a keyword of "
-                "`from_haiku`, such as is_training=False."
-            )
-        return outputs
+        return outputs_at(
+            lambda state: transformed.apply(params, state, None, x, **kwargs, **more),
+            state,
+            "Switch it to evaluation by a keyword of `from_haiku`, such as is_training=False.",
+        )
 
     return f, params
 

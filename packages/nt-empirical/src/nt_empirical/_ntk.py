@@ -27,7 +27,8 @@ class NtkImplementation(enum.IntEnum):
       AUTO: of the other three the one with the fewest operations, among those that need at most 4 GiB of memory, both
         by an estimate from what is traced; if all need more, the one with the least memory. All three are traced at
         each call: use it under ``jax.jit``, which does so once.
-      JACOBIAN_CONTRACTION: the Jacobians of both batches, and their product.
+      JACOBIAN_CONTRACTION: the Jacobians of both batches, and their product; under ``jax.jit`` array by array of the
+        parameters.
       NTK_VECTOR_PRODUCTS: the kernel column by column, without Jacobians: each column takes a gradient of one number
         for `x2`, and the derivatives of all outputs for `x1` along it. Of use where Jacobians do not fit into memory,
         or a network costs little beside the number of its outputs times its parameters.
