@@ -58,3 +58,9 @@ def assert_close(actual, expected, tolerance):
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
     assert actual.shape == expected.shape
     assert np.max(np.abs(actual - expected), initial=0.0) <= tolerance * np.max(np.abs(expected), initial=0.0)
+
+
+def operations(fn, *args):
+    """Returns the operations of a function, as XLA counts them: for CPUs only."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(fn).lower(*args).cost_analysis()["flops"]
