@@ -67,7 +67,15 @@ REFUSED = {
     "untie, equal positions": "does not know the primitive Untie",
     "normalised": "a normalisation over positions",
 }
-SLOW = ("overlapping pool", "strided pool", "normalised edges", "large image", "pool of odd images", "gelu")
+SLOW = (
+    "exponentials",
+    "overlapping pool",
+    "strided pool",
+    "normalised edges",
+    "large image",
+    "pool of odd images",
+    "gelu",
+)
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
 GELU = steps.Dual(activations.Gelu())
@@ -98,6 +106,16 @@ MORE = {
     "layer norm and pool": ((3, 3), [conv(), steps.Normalize(1e-3, ()), RELU, steps.GlobalPool(MEAN), dense(), RELU]),
     "erf": ((3, 3), [conv(), ERF, conv(), ERF, steps.GlobalPool(MEAN), dense(), ERF]),
     "gelu": ((3, 3), [conv(), GELU, conv(), GELU, steps.Flatten(), dense()]),
+    "polynomials": ((3, 3), [conv(), steps.Dual(activations.Polynomial((0.1, 0.2, 0.3))), steps.GlobalPool(MEAN)]),
+    "rectified powers": ((3, 3), [conv(), steps.Dual(activations.RectifiedMonomial(2)), steps.GlobalPool(MEAN)]),
+    "jumps": ((3, 3), [conv(), steps.Dual(activations.Step(-1.0, 1.0, 0.0)), steps.GlobalPool(MEAN)]),
+    "exponentials": (
+        (3, 3),
+        [
+            *(conv(), steps.Dual(activations.Exp(0.5, 0.4)), conv(), steps.Dual(activations.Gabor())),
+            *(conv(), steps.Dual(activations.Sin(1.0, 0.7, 0.2)), steps.GlobalPool(MEAN)),
+        ],
+    ),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
@@ -574,7 +592,8 @@ def test_what_is_refused(monkeypatch):
     with jax.enable_x64(True):
         assert "float32, not in float64" in refusal(backend, dtype="float64")
     assert "one or two spatial axes" in refusal(backend, [dense(), RELU], ())
-    assert "dual of Rbf" in refusal(backend, [conv(), steps.Dual(activations.Rbf(1.0)), steps.GlobalPool(MEAN)])
+    clip = steps.Dual(activations.Clip(1.0, -1.0, 1.0, 0.0))
+    assert "dual of Clip" in refusal(backend, [conv(), clip, steps.GlobalPool(MEAN)])
     assert "up to 5 x 5" in refusal(backend, [conv((6, 6)), steps.GlobalPool(MEAN)], (8, 8))
     assert "up to 64 x 64" in refusal(backend, space=(65, 4))
     assert "up to 16 channels" in refusal(backend, n_channels=17)

@@ -10,6 +10,7 @@ import plain_machine
 import pytest
 from conformance import CHAINS, MEAN, RELU, chain, conv, dense, inputs, pool, run, spec_of
 from nt_core import Request, steps
+from test_core_activations import ACTIVATIONS
 from test_core_mosaic import MORE, REFUSED
 
 PAIRS = Request(ntk=True, covariances=False)
@@ -55,6 +56,19 @@ def test_chain(name, backend, monkeypatch):
 def test_repeated_layers(name, backend, monkeypatch):
     """What a pool reads is 0 at ghosts, what the next of repeated layers reads half a variance."""
     check(name, backend, monkeypatch, 1, 1)
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nonlinearities(name, monkeypatch):
+    dual, normalize = steps.Dual(ACTIVATIONS[name]), steps.Normalize(1e-3, ())  # powers would leave the range
+    layers = [conv(), dual, normalize, conv(), dual, steps.GlobalPool(MEAN), dense()]
+    monkeypatch.setitem(CASES, name, ((3, 3), layers))
+    if name in ("elementwise", "numerical"):
+        with pytest.raises(NotImplementedError, match="does not have the dual of Elementwise"):
+            check(name, "plain_gpu", monkeypatch)
+        return
+    check(name, "plain_gpu", monkeypatch)
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 Only additions, products, divisions, roots, selections and polynomials: they lower everywhere.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -560,7 +562,7 @@ def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) ->
 
 
 def _inlined(fn: Callable[..., Any], *args: Any) -> Any:
-    """Calls `fn` without its custom derivatives, which Mosaic GPU of JAX 0.11 does not lower."""
+    """Calls `fn` without what Mosaic GPU of JAX 0.11 does not lower: custom derivatives, and functions like `expm1`."""
     leaves, structure = jax.tree.flatten(args)
     jaxpr, shape = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(structure, leaves)), return_shape=True)(
         *leaves
@@ -577,13 +579,34 @@ def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list
     for equation in jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
         inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
-        if inner is None:
+        if equation.primitive.name in _INSTEAD:
+            outputs = [_INSTEAD[equation.primitive.name](*inputs, **equation.params)]
+        elif inner is None:
             outputs = equation.primitive.bind(*inputs, **equation.params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         else:
             outputs = _evaluated(inner.jaxpr, inner.consts, inputs)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _integer_pow(x: Array, y: int) -> Array:
+    power = functools.reduce(operator.mul, [x] * abs(y), jnp.ones_like(x))
+    return power if y >= 0 else 1 / power
+
+
+def _expm1(x: Array, **_: Any) -> Array:
+    near_zero = x * horner(tuple(1 / math.factorial(k) for k in range(1, 9)), x)
+    return jnp.where(jnp.abs(x) < 0.5, near_zero, jnp.exp(x) - 1)
+
+
+def _sinh(x: Array, **_: Any) -> Array:
+    rise = _expm1(jnp.abs(x))
+    half = 0.5 * (rise + rise / (1 + rise))
+    return jnp.where(x < 0, -half, half)
+
+
+_INSTEAD = {"integer_pow": _integer_pow, "expm1": _expm1, "sinh": _sinh}
 
 
 def _place(instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int) -> Place:

@@ -11,7 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nt_core.activations import ABRelu, Erf, Gelu
+from nt_core.activations import (
+    ABRelu,
+    Erf,
+    Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
+    Gelu,
+    Hermite,
+    Monomial,
+    Polynomial,
+    Rbf,
+    RectifiedMonomial,
+    Sin,
+    Step,
+)
 from nt_core.backends.base import Refused
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
 from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
@@ -595,6 +610,13 @@ def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
     return instance.phases == read.phases and (instance.phases == 1 or not moved)
 
 
+# Their duals are polynomials, divisions, roots, exponentials and sines.
+_DUALS = (
+    *(ABRelu, Step, RectifiedMonomial, Erf, Gelu),
+    *(Monomial, Polynomial, Hermite, Exp, ExpNormalized, Gaussian, Gabor, Rbf, Sin),
+)
+
+
 def _check_primitive(primitive: Primitive) -> None:
     match primitive:
         case Sum() | Repeated():
@@ -605,7 +627,7 @@ def _check_primitive(primitive: Primitive) -> None:
             if not primitive.keeps_order:
                 raise Refused("a convolution that permutes axes")
         case Dual():
-            if not isinstance(primitive.activation, ABRelu | Erf | Gelu):
+            if not isinstance(primitive.activation, _DUALS):
                 raise Refused(f"it does not have the dual of {type(primitive.activation).__name__}")
         case Normalize():
             if primitive.space_axes or primitive.sample_numbers(1) is not None:
