@@ -9,7 +9,7 @@ import numpy as np
 import plain_machine
 import pytest
 from conformance import CHAINS, MEAN, RELU, chain, conv, dense, inputs, pool, run, spec_of
-from nt_core import Request, steps
+from nt_core import Request, activations, steps
 from test_core_activations import ACTIVATIONS
 from test_core_mosaic import MORE, REFUSED
 
@@ -58,10 +58,16 @@ def test_repeated_layers(name, backend, monkeypatch):
     check(name, backend, monkeypatch, 1, 1)
 
 
+NONLINEARITIES = ACTIVATIONS | {
+    "hermite": activations.Hermite(3),
+    "exp normalized": activations.ExpNormalized(0.7, 0.2),
+}
+
+
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", NONLINEARITIES)
 def test_nonlinearities(name, monkeypatch):
-    dual, normalize = steps.Dual(ACTIVATIONS[name]), steps.Normalize(1e-3, ())  # powers would leave the range
+    dual, normalize = steps.Dual(NONLINEARITIES[name]), steps.Normalize(1e-3, ())  # powers would leave the range
     layers = [conv(), dual, normalize, conv(), dual, steps.GlobalPool(MEAN), dense()]
     monkeypatch.setitem(CASES, name, ((3, 3), layers))
     if name in ("elementwise", "numerical"):
