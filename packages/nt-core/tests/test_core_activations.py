@@ -350,7 +350,7 @@ def mp_dual(form, var1, var2, deficit):
 HAVE_A_ROOT = ("relu", "abs", "leaky", "exp normalized", "sign", "rectified square", "rectified cube")
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @each_closed_form
 def test_derivatives_are_the_true_ones(name, x64):
     """Those of smooth activations also at equal inputs and at zero variance."""

@@ -79,7 +79,7 @@ def everything(spec, numbers1, numbers2):
     return builder.build(builder.add(dense(), builder.add(RELU, builder.add(dense(), x))))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @each_backend
 @pytest.mark.parametrize("same", [False, True])
 def test_every_primitive(same, dtype, backend):

@@ -96,6 +96,7 @@ def pools_on_planes(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", POOLED)
 def test_gradients_through_pools(name, x64, pools_on_planes):
     space, layers = POOLED[name]

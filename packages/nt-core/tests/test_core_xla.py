@@ -17,7 +17,7 @@ from nt_core.lowering.primitives import Pool
 class TestXla(Conformance):
     implementation = "xla"
 
-    @pytest.mark.sample(9)
+    @pytest.mark.sample(6)
     @pytest.mark.parametrize("name", CHAINS)
     def test_chain(self, name, x64):
         self.check_chain(name)
@@ -26,7 +26,7 @@ class TestXla(Conformance):
 SMALL = ["dilated", "circular strides", "pool", "normalised", "gather, circular", "gather, pool", "untie, pool"]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_planes(name, x64, monkeypatch):
     """Pooling on offset planes, which by default only larger images take."""
@@ -87,7 +87,7 @@ def test_one_equal_input_of_two_does_not_make_batches_equal(x64):
     np.testing.assert_allclose(kernel((0, 1)), kernel((1, 0)), rtol=1e-12)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_planes_in_groups(name, x64, monkeypatch):
     """As a GPU computes them: many planes together, and window sums left to the compiler to fuse."""

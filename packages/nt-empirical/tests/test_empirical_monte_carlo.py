@@ -264,6 +264,7 @@ def init_linear(rng, shape):
     return (*shape[:-1], 8), jax.random.normal(rng, (shape[-1], 8))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch_size", [0, 1, 2])
 def test_dropout_is_the_same_for_a_sample_and_itself_only(batch_size):
     """E[x m m' x'] / keep^2 is |x|^2 / keep for a sample with itself, and x x' for two, even if they are equal.
@@ -280,6 +281,7 @@ def test_dropout_is_the_same_for_a_sample_and_itself_only(batch_size):
         assert_mean(kernels, expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch_size", [0, 1, 2])
 def test_dropout_is_independent_for_different_inputs(batch_size):
     """Training and test inputs that share samples are two draws, whatever the blocks."""
