@@ -1,5 +1,7 @@
 """The xla backend: the conformance suite, and what is its own."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import nt_core.evaluation.block as block
@@ -12,6 +14,8 @@ from nt_core.backends.xla import XlaBackend
 from nt_core.evaluation.platform import traced_for
 from nt_core.lowering import Repeated, fold_repeats, lower
 from nt_core.lowering.primitives import Pool
+
+PAIRS = Request(ntk=True, covariances=False)
 
 
 class TestXla(Conformance):
@@ -87,21 +91,63 @@ def test_one_equal_input_of_two_does_not_make_batches_equal(x64):
     np.testing.assert_allclose(kernel((0, 1)), kernel((1, 0)), rtol=1e-12)
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("name", SMALL)
+GROUPED = {name: CHAINS[name] for name in SMALL} | {
+    "prime": ((7, 5), [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), RELU, steps.Flatten()]),
+    "prime, global": ((7, 5), [conv(), RELU, steps.GlobalPool(True)]),
+}
+
+
+def traced_for_gpu(program, source, request):
+    """The xla backend's program for a GPU, which runs on CPUs too."""
+    with traced_for("gpu"):
+        (kernel,) = XlaBackend().propagate(program, (source,), request)
+    return kernel
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", GROUPED)
 def test_planes_in_groups(name, x64, monkeypatch):
     """As a GPU computes them: many planes together, and window sums left to the compiler to fuse."""
     monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
-    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**9)
-    space, layers = CHAINS[name]
+    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**10)
+    space, layers = GROUPED[name]
     x1, x2 = inputs(space, 3, 2, "float64")
     program = chain(spec_of(x1, x2), layers)
     source = Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
-
-    @jax.jit
-    def kernel(source):
-        with traced_for("gpu"):
-            return XlaBackend().propagate(program, (source,), Request())
-
-    (actual,) = kernel(source)
+    actual = jax.jit(lambda source: traced_for_gpu(program, source, Request()))(source)
     TestXla().agree(actual, definition.propagate(program, (x1, x2)), 1e-12)
+
+
+def test_derivatives_of_planes_in_groups(x64, monkeypatch):
+    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**10)
+    x1, x2 = inputs((6, 6), 2, 2, "float64")
+    program = chain(spec_of(x1, x2), [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(True)])
+
+    def gradient(kernel):
+        def total(x1):
+            return jnp.sum(kernel(Inputs(x1, jnp.asarray(x2), program.sources[0])).ntk)
+
+        return jax.jit(jax.grad(total))(jnp.asarray(x1))
+
+    grouped = gradient(lambda source: traced_for_gpu(program, source, PAIRS))
+    expected = gradient(lambda source: propagate(program, [source], PAIRS, "xla")[0])
+    np.testing.assert_allclose(grouped, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size, strides", [(31, (1, 1)), (32, (2, 2))])
+def test_groups_of_planes_are_as_large_as_they_may_be(size, strides):
+    """Also if their number has no fitting divisor, and with strides, where planes are larger before than after."""
+    x = jax.ShapeDtypeStruct((16, size, size, 3), jnp.float32)
+    program = chain(spec_of(x, x), [*[conv(strides=strides), RELU] * 2, steps.GlobalPool(True)])
+    source = Inputs(x, x, program.sources[0])
+    traced = jax.make_jaxpr(lambda source: traced_for_gpu(program, source, PAIRS))(source)
+    assert planes._NUMBERS_AT_ONCE / 4 < max(sizes(traced.jaxpr)) <= planes._NUMBERS_AT_ONCE
+
+
+def sizes(jaxpr):
+    """Of all arrays, within loops too."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(x.aval.shape) for x in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from sizes(getattr(inner, "jaxpr", inner))

@@ -190,8 +190,14 @@ class Block:
         def plane(offset: tuple[Any, ...]) -> OffsetPlane:
             return OffsetPlane(tuple(w.size for w in along), offset, (1,) * len(along))
 
-        stacks, block = self._stacks(source, plane(planes.all_offsets(along))), self._continued(len(along))
-        return planes.pool(along, lambda offset, given: inputs(block, plane(offset), given), stacks)
+        every, block = plane(planes.all_offsets(along)), self._continued(len(along))
+        on_the_way = {key[0] for key in self._pull(source, every)}
+        return planes.pool(
+            along,
+            lambda offset, given: inputs(block, plane(offset), given),
+            self._stacks(source, every),
+            positions=max(math.prod(self._lowered.forms[i].space) for i in on_the_way),
+        )
 
     def _continued(self, n_space: int) -> "Block":
         """Returns a block that evaluates planes."""

@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from nt_core.evaluation.fusion import constant, rematerialized
 from nt_core.evaluation.platform import is_gpu
+from nt_core.grid import evenly
 from nt_core.lowering import Pairs, Windows
 from nt_core.lowering import windows as windows_
 from nt_core.lowering.windows import along_axis, inside
@@ -30,17 +31,21 @@ _NUMBERS_AT_ONCE = 2**24
 Offset = tuple[Array, ...]  # one number for each spatial axis
 
 
-def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any) -> Pairs:
+def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any, positions: int) -> Pairs:
     """Returns sums over all pairs of windows. Besides the pooled output only one plane is in memory, or on GPUs a few.
 
     Args:
       along: the windows.
       plane: `plane(offset, planes)` returns the plane of an offset; `planes` is a tree of what it reads.
       stacks: the same tree for all planes, with a leading axis, in the order of `all_offsets`.
+      positions: of the largest plane from which one is computed.
     """
     n = len(along)
     xs = (tuple(jnp.array(offset) for offset in all_offsets(along)), stacks)
-    at_once = _planes_at_once(plane, xs) if is_gpu() else 1
+    at_once = 1
+    if is_gpu():
+        n_pairs = math.prod(_shapes(plane, xs).value.shape[n:])
+        at_once = max(1, _NUMBERS_AT_ONCE // max(1, positions * n_pairs))
     if all(w.count == 1 for w in along):
         of_plane = rematerialized(lambda x: plane(*x).map(partial(_sum_space, n_space=n)))
         sums = lax.map(of_plane, xs, batch_size=at_once if at_once > 1 else None)
@@ -51,27 +56,39 @@ def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any) -> 
         return Pairs(*added), None  # type: ignore[arg-type]
 
     def accumulate(sums: Pairs, x: tuple[Offset, Any]) -> tuple[Pairs, None]:
-        if at_once == 1:
-            return add(sums, (x[0], plane(*x)))
-        return lax.scan(add, sums, (x[0], jax.vmap(plane)(*x)))  # one after another: they share windows
+        return add(sums, (x[0], plane(*x)))
 
-    counts, like = windows_.counts(along), _one_of(plane, xs)
+    def accumulate_group(sums: Pairs, group: Any) -> tuple[Pairs, None]:
+        (offsets, planes), exist = group
+        found = jax.vmap(plane)(offsets, planes)
+        found = found.map(lambda a: jnp.where(lax.expand_dims(exist, range(1, a.ndim)), a, 0))
+        return lax.scan(add, sums, (offsets, found))  # one after another: they share windows
+
+    counts, like = windows_.counts(along), _shapes(plane, xs)
     zeros = like.map(lambda a: constant((math.prod(counts), *counts, *a.shape[n:]), 0, a.dtype, stacks))
-    if at_once > 1:
-        xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
-    sums, _ = lax.scan(rematerialized(accumulate), zeros, xs)
+    if at_once == 1:
+        sums, _ = lax.scan(rematerialized(accumulate), zeros, xs)
+    else:
+        sums, _ = lax.scan(rematerialized(accumulate_group), zeros, _in_groups(xs, at_once))
     return sums.map(lambda a: _planes_to_pairs(a.reshape(counts + a.shape[1:]), n))
 
 
-def _one_of(plane: Callable[[Offset, Any], Pairs], xs: Any) -> Pairs:
-    """Returns the shapes of a plane."""
+def _shapes(plane: Callable[[Offset, Any], Pairs], xs: Any) -> Pairs:
+    """Returns the shapes of a plane's arrays."""
     return jax.eval_shape(lambda xs: plane(*jax.tree.map(lambda a: a[0], xs)), xs)
 
 
-def _planes_at_once(plane: Callable[[Offset, Any], Pairs], xs: Any) -> int:
-    """Returns how many planes are computed together, a divisor of their number."""
-    n_planes, wanted = len(xs[0][0]), _NUMBERS_AT_ONCE // max(1, _one_of(plane, xs).value.size)
-    return next(n for n in range(max(1, min(wanted, n_planes)), 0, -1) if n_planes % n == 0)
+def _in_groups(xs: Any, most: int) -> tuple[Any, Array]:
+    """Cuts arrays into groups of one size, with zeros at the end, and says which of their members exist."""
+    n = len(xs[0][0])
+    size = evenly(n, most)
+    count = -(-n // size)
+
+    def cut(a: Array) -> Array:
+        a = jnp.concatenate([a, jnp.zeros((count * size - n, *a.shape[1:]), a.dtype)])
+        return a.reshape(count, size, *a.shape[1:])
+
+    return jax.tree.map(cut, xs), cut(jnp.ones(n, bool))
 
 
 def all_offsets(along: Windows) -> tuple[np.ndarray, ...]:
