@@ -310,13 +310,13 @@ def judge(case, n_samples, widths):
 pytestmark = pytest.mark.filterwarnings("ignore:GlobalSelfAttention with linear_scaling=True")
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", UNBIASED)
 def test_one_random_layer(name):
     judge(UNBIASED[name], n_samples=4000, widths=(64,))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", BIASED)
 def test_several_layers(name):
     judge(BIASED[name], n_samples=3000, widths=(32, 64))

@@ -104,7 +104,7 @@ def test_gradients_are_finite_in_degenerate_cases(network, itself):
         assert all(np.isfinite(g).all() for g in gradients(x1, 1.3, b_std))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NONLINEARITIES)
 def test_gradients_of_nonlinearities_are_finite(name):
     """With and without a bias, at equal, opposite and zero inputs at once."""

@@ -289,7 +289,7 @@ def derivatives(dual, arguments):
     return jax.jit(jax.vmap(at), compiler_options={"xla_backend_optimization_level": 0})(*arguments)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @each_activation
 def test_derivatives_are_finite_at_degenerate_inputs(name, dtype):
     activation = ACTIVATIONS[name]

@@ -50,7 +50,7 @@ def test_chain(name, backend, monkeypatch):
     check(name, backend, monkeypatch)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("backend", ["plain_gpu", "plain_tpu"])
 @pytest.mark.parametrize("name", REPEATED)
 def test_repeated_layers(name, backend, monkeypatch):

@@ -78,7 +78,7 @@ def test_it_is_the_default():
     assert backend.name == "cpu" and not refusals
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("n1, n2, features", [(1, 1, 1), (3, 2, 7), (65, 130, 128), (64, 64, 129), (200, 3, 300)])
 def test_agrees_with_xla(n1, n2, features, level, dtype):
     x1, x2 = pair(n1, n2, features, dtype)
