@@ -1,5 +1,6 @@
 """Kernels of networks written with flax, equinox and haiku."""
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -84,7 +85,7 @@ def test_networks_in_training_mode_are_refused():
     transformed = hk.transform_with_state(in_training)
     params, state = drawn(jax.eval_shape(lambda: transformed.init(jax.random.key(0), VECTORS)))
     f, params = from_haiku(transformed, params, state)
-    with pytest.raises(ValueError, match=r"changes its state.*batch_norm.*such as is_training=False"):
+    with pytest.raises(ValueError, match=r"changes its state, .*batch_norm.*such as is_training=False"):
         jax.eval_shape(f, params, VECTORS)
 
 
@@ -140,6 +141,20 @@ def stateful(framework, *arguments):
     return from_equinox(*eqx.nn.make_with_state(EqxStateful)(*arguments))
 
 
+@jax.custom_jvp
+def with_jvp(state, x):
+    return state, x
+
+
+@jax.custom_vjp
+def with_vjp(state, x):
+    return state, x
+
+
+with_jvp.defjvp(lambda arguments, tangents: (with_jvp(*arguments), tangents))
+with_vjp.defvjp(lambda *arguments: (with_vjp(*arguments), None), lambda _, cotangents: cotangents)
+
+
 TRANSFORMATIONS = {"nnx": [nnx.jit, nnx.remat], "equinox": [eqx.filter_jit, eqx.filter_checkpoint]}
 
 
@@ -150,7 +165,7 @@ def test_networks_that_change_their_state_are_refused(framework):
         "nnx": (count_in_nnx, r"model\.eval\(\).*use_running_average=False"),
         "equinox": (count_in_equinox, "inference_mode.*inference=False"),
     }[framework]
-    message = rf"changes its state .*: [^,]*count[^,]*\. .*evaluation mode.*{advice}"
+    message = rf"changes its state, or computes it anew, .*: [^,]*count[^,]*\. .*evaluation mode.*{advice}"
     for transformed in (lambda fn: fn, *TRANSFORMATIONS[framework]):
         f, params = stateful(framework, count, False, transformed)
         for call in (f, lambda params, x, f=f: jax.eval_shape(f, params, x)) * 2:
@@ -158,13 +173,86 @@ def test_networks_that_change_their_state_are_refused(framework):
                 call(params, VECTORS)
 
 
+@pytest.mark.parametrize("function", [with_jvp, with_vjp])
+def test_state_may_pass_through_functions_with_derivatives_of_their_own(function):
+    def network(added, x):
+        count = hk.get_state("count", (), init=jnp.zeros)
+        count, x = jax.jit(function)(count + added if added else count, x)
+        hk.set_state("count", count)
+        return x * hk.get_parameter("w", (), init=jnp.ones)
+
+    for added in (0, 1):
+        transformed = hk.transform_with_state(functools.partial(network, added))
+        f, params = from_haiku(transformed, {"~": {"w": jnp.ones(())}}, {"~": {"count": jnp.zeros(())}})
+        if added:
+            with pytest.raises(ValueError, match=r"\['~'\]\['count'\]"):
+                f(params, VECTORS)
+        else:
+            np.testing.assert_array_equal(f(params, VECTORS), VECTORS)
+            np.testing.assert_array_equal(jax.jit(f)(params, VECTORS), VECTORS)
+
+
+class NnxWith(nnx.Module):
+    """A network with a variable of any kind, of which a call may make another one."""
+
+    def __init__(self, value, change):
+        self.w, self.count, self.held = nnx.Param(jnp.ones(())), nnx.BatchStat(jnp.zeros(())), nnx.Variable(value)
+        self.change = change
+
+    def __call__(self, x):
+        self.change(self)
+        return self.w * x
+
+
+def handed_on(module):
+    module.count[...] = jax.jit(lambda count: count)(module.count[...])
+    if not isinstance(module.held.get_value(), str):
+        module.held.set_value(jax.jit(jax.jit(lambda value: value))(module.held.get_value()))
+
+
+def numbered(module):
+    module.held.set_value(jax.jit(lambda: 2.0)())
+
+
+def renamed(module):
+    module.held.set_value("other")
+
+
+def added_in_place(module):
+    module.held[...] += 1
+
+
+def recomputed(module):
+    module.held[...] = jnp.where(False, module.held + 1, module.held[...])
+
+
+@pytest.mark.parametrize("value", ["name", 2, 0.1, True, np.float32(0.1), np.zeros(2, "float32")])
+def test_variables_of_other_kinds(value):
+    """What is no array, and arrays of NumPy; all but strings can pass through `jax.jit`."""
+    f, params = from_nnx(NnxWith(value, handed_on))
+    for call in (f, f, jax.jit(f)):
+        np.testing.assert_array_equal(call(params, VECTORS), VECTORS)
+
+
+@pytest.mark.parametrize("change", [renamed, numbered, added_in_place, recomputed])
+def test_changed_variables_of_other_kinds_are_refused(change):
+    """Before arrays of NumPy are changed in place."""
+    value = {renamed: "name", numbered: 1.0}.get(change, np.zeros(2, "float32"))
+    f, params = from_nnx(NnxWith(value, change))
+    for call in (f, f, jax.jit(f)):
+        with pytest.raises(ValueError, match=r"changes its state, or computes it anew, .*: \['held'\]\. "):
+            call(params, VECTORS)
+    if isinstance(value, np.ndarray):
+        np.testing.assert_array_equal(value, np.zeros(2))
+
+
 def test_batch_statistics_in_training_are_refused():
     f, params = stateful("nnx", lambda norm: None, True)
-    with pytest.raises(ValueError, match=r"changes its state .*\['norm'\]\['mean'\], \['norm'\]\['var'\]\. "):
+    with pytest.raises(ValueError, match=r"changes its state, .*\['norm'\]\['mean'\], \['norm'\]\['var'\]\. "):
         empirical_ntk_fn(f)(VECTORS, None, params)
     model, state = eqx.nn.make_with_state(EqxStateful)(training=True)
     f, params = from_equinox(model, state)
-    with pytest.raises(ValueError, match=r"changes its state .*\.norm\."):
+    with pytest.raises(ValueError, match=r"changes its state, or computes it anew, .*\.norm\."):
         jax.vmap(f, (None, 0), axis_name="batch")(params, jnp.expand_dims(VECTORS, 1))
 
 

@@ -1,5 +1,9 @@
 """Tangent kernels as linear maps, and their diagonals, against the matrices."""
 
+import contextlib
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,32 +63,144 @@ def test_products_with_scale_and_keywords(x64):
     assert_close(ntk_operator(own, w, X) @ v, empirical_ntk_fn(own)(X, None, w) @ v, 1e-13)
 
 
-def test_another_scale_takes_no_compilation(x64):
-    """Nor do other parameters: products are compiled for a function, and scales are arguments."""
-    events, v = [], RNG.normal(size=7)
-    params = [mlp_params(6, 2, seed=seed) for seed in (0, 1)]
-    cases = list(zip(params, [SCALE, {"W": RNG.random((6, 1)), "b": 3.0, "V": 1}], strict=True))
-    kernels = [empirical_ntk_fn(mlp, scale=scale)(X, None, p) for p, scale in cases]
-    ntk_operator(mlp, params[0], X, scale=SCALE) @ v
-    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **kwargs: events.append(name))
+@contextlib.contextmanager
+def compilations():
+    """Gives a list of the events of compilation by XLA, which grows within the context."""
+    events = []
+
+    def listen(name, _, **kwargs):
+        if "backend_compile" in name:
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        products = [ntk_operator(mlp, p, X, scale=scale) @ v for p, scale in cases]
+        yield events
     finally:
         jax.monitoring.clear_event_listeners()
-    assert not [name for name in events if "backend_compile" in name]
-    for kernel, product in zip(kernels, products, strict=True):
-        assert_close(product, kernel @ v, 1e-13)
 
 
-def test_functions_without_a_hash():
-    class Network:
-        __hash__ = None
+def test_products_are_compiled_once(x64):
+    """By an operator for all vectors, and in a function of the user's for all scales and parameters."""
+    vectors = RNG.normal(size=(3, 7))
+    params = [mlp_params(6, 2, seed=seed) for seed in (0, 1)]
+    scales = [{"W": RNG.random((6, 1)), "b": b, "V": 1.0} for b in (2.0, 3.0)]
+    kernels = [empirical_ntk_fn(mlp, scale=s)(X, None, p) for p, s in zip(params, scales, strict=True)]
 
-        def __call__(self, w, x):
-            return x @ w
+    @jax.jit
+    def product(params, scale, v):
+        return ntk_operator(mlp, params, X, scale=scale) @ v
 
-    x = X.astype("float32")
-    assert_close(ntk_operator(Network(), np.ones((6, 2), "float32"), x) @ np.ones(7), x @ x.T @ np.ones(7), 2e-6)
+    operator = ntk_operator(mlp, params[0], X, scale=scales[0])
+    with compilations() as events:
+        assert_close(operator @ vectors[0], kernels[0] @ vectors[0], 1e-13)
+        assert_close(product(params[0], scales[0], vectors[0]), kernels[0] @ vectors[0], 1e-13)
+        assert events
+        events.clear()
+        products = [operator @ v for v in vectors]
+        others = [product(p, s, vectors[0]) for p, s in zip(params, scales, strict=True)]
+        assert events == []
+    assert_close(products, vectors @ kernels[0], 1e-13)
+    assert_close(others, [kernel @ vectors[0] for kernel in kernels], 1e-13)
+
+
+class Times:
+    """A network that is multiplied by an attribute, and is equal to all others."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, w, x):
+        return self.factor * (x @ w)
+
+    def __eq__(self, other):
+        return isinstance(other, Times)
+
+    def __hash__(self):
+        return 0
+
+
+class Unhashable(Times):
+    __hash__ = None
+
+
+W, ROWS = np.ones((6, 1), "float32"), X.astype("float32")
+
+
+def test_operators_are_of_the_function_as_it_is():
+    """Whatever it is equal to, holds, and was before."""
+    kernel, v = ROWS @ ROWS.T, np.ones(7, "float32")
+    for network in (Times(1.0), Times(True), Times(3), Unhashable(2.0), Times(np.full((1, 1), 5, "float32"))):
+        assert_close(ntk_operator(network, W, ROWS) @ v, np.squeeze(network.factor) ** 2 * kernel @ v, 2e-6)
+    network = Times(2.0)
+    ntk_operator(network, W, ROWS) @ v
+    network.factor = 3.0
+    operator = ntk_operator(network, W, ROWS)
+    assert_close(operator @ v, 9 * kernel @ v, 2e-6)
+    assert operator.trace() == pytest.approx(9 * np.trace(kernel), rel=2e-6)
+
+
+def test_functions_may_hold_what_is_traced():
+    """A factor under `jit` and `grad`, the second time as the first; nothing is left of it."""
+    v = np.ones(7, "float32")
+    square = v @ ROWS @ ROWS.T @ v
+
+    def form(factor):
+        return v @ (ntk_operator(Times(factor), W, ROWS) @ v)
+
+    def local_form(factor):
+        return v @ (ntk_operator(lambda w, x: factor * (x @ w), W, ROWS) @ v)
+
+    for of_factor in (form, local_form, form):
+        with jax.checking_leaks():
+            value, slope = jax.jit(jax.value_and_grad(of_factor))(3.0)
+        assert value == pytest.approx(9 * square, rel=1e-5)
+        assert slope == pytest.approx(6 * square, rel=1e-5)
+
+
+def test_functions_are_not_kept():
+    def network(w, x):
+        return x @ w
+
+    operator = ntk_operator(network, W, ROWS)
+    operator @ np.ones(7, "float32")
+    reference = weakref.ref(network)
+    del network, operator
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("scale", [10**10, np.int64(2**33), np.array(3, "int8")])
+def test_scales_of_integers(scale):
+    operator, v = ntk_operator(lambda w, x: x @ w, W, ROWS, scale=scale), np.ones(7, "float32")
+    assert_close(operator @ v, float(scale) * ROWS @ ROWS.T @ v, 2e-6)
+    assert operator.trace() == pytest.approx(float(scale) * np.sum(ROWS**2), rel=2e-6)
+
+
+@jax.tree_util.register_pytree_node_class
+class Masked:
+    """Weights, and a mask of NumPy that is no leaf."""
+
+    def __init__(self, w, mask):
+        self.w, self.mask = w, mask
+
+    def tree_flatten(self):
+        return (self.w,), self.mask
+
+    @classmethod
+    def tree_unflatten(cls, mask, leaves):
+        return cls(*leaves, mask)
+
+
+def masked(params, x):
+    return x @ (params.w * params.mask)
+
+
+def test_parameters_with_arrays_that_are_no_leaves():
+    for factor in (1.0, 2.0):
+        mask = factor * np.arange(6, dtype="float32").reshape(6, 1)
+        operator, rows = ntk_operator(masked, Masked(W, mask), ROWS), ROWS * mask.T
+        for v in (np.ones(7, "float32"), np.arange(7, dtype="float32")):
+            assert_close(operator @ v, rows @ rows.T @ v, 2e-6)
 
 
 def test_numbers_are_exact_with_enough_products(x64):

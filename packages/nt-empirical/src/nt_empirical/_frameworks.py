@@ -1,11 +1,13 @@
 """Networks of other libraries as functions of parameters and inputs."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nt_empirical._state import outputs_at
 
@@ -70,7 +72,7 @@ def from_nnx(model: Any, **kwargs: Any) -> tuple[Function, Any]:
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` is the model with these parameters, and ``params`` are those of the
       model, dicts by the names of attributes. ``f`` raises a ``ValueError`` if a call changes a variable that is held
-      fixed, as in training mode; what it sows (``nnx.Intermediate``) is dropped.
+      fixed, as in training mode, or computes it anew; what it sows (``nnx.Intermediate``) is dropped.
 
     Raises:
       TypeError: ``model`` is of another kind.
@@ -91,7 +93,7 @@ def from_nnx(model: Any, **kwargs: Any) -> tuple[Function, Any]:
     model = nnx.merge(*nnx.split(model))
     model.eval()
     graph, trainable, sown, fixed = nnx.split(model, nnx.Param, nnx.Intermediate, ...)
-    params, state = nnx.to_pure_dict(trainable), nnx.to_pure_dict(fixed)
+    params, state = nnx.to_pure_dict(trainable), jax.tree.map(_immutable, nnx.to_pure_dict(fixed))
     structure = jax.tree.structure(params)
 
     def variables(of: Any, values: Any) -> Any:
@@ -133,7 +135,7 @@ def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` calls the model with these parameters on each sample along the first
       axis of ``x``, and ``params`` is the model with None in the place of what is fixed. ``f`` raises a ``ValueError``
-      if a call changes the state, as in training mode.
+      if a call changes the state, as in training mode, or computes it anew.
 
     Raises:
       TypeError: ``model`` is of another kind.
@@ -163,20 +165,20 @@ def from_equinox(model: Any, state: Any = None, **kwargs: Any) -> tuple[Function
     indices = {jax.tree_util.keystr(path): leaf for path, leaf in parts if is_index(leaf)}
 
     def f(params: Any, x: Any, **more: Any) -> Any:
-        model = equinox.combine(params, fixed)
+        network = equinox.combine(params, fixed)
 
-        def network(x: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def with_state(sample: Any, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             current = jax.tree.map(lambda a: a, state)  # a copy: what is set makes a state useless
             for name, value in values.items():
                 current = current.set(indices[name], value)
-            outputs, after = model(x, current, **kwargs, **more)
+            outputs, after = network(sample, current, **kwargs, **more)
             return outputs, {name: after.get(index) for name, index in indices.items()}
 
-        def of_sample(x: Any) -> Any:
+        def of_sample(sample: Any) -> Any:
             if state is None:
-                return model(x, **kwargs, **more)
+                return network(sample, **kwargs, **more)
             return outputs_at(
-                lambda values: network(x, values),
+                functools.partial(with_state, sample),
                 {name: state.get(index) for name, index in indices.items()},
                 "`from_equinox` applies `equinox.nn.inference_mode`: take away what overrules that, such as "
                 "inference=False in a call of a layer, and what sets the state.",
@@ -199,7 +201,8 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **kwargs: Any) 
 
     Returns:
       ``(f, params)``: ``f(params, x, **more)`` is the network with these parameters and without random keys, and
-      ``params`` are those given. ``f`` raises a ``ValueError`` if the network changes its state, as in training mode.
+      ``params`` are those given. ``f`` raises a ``ValueError`` if the network changes its state, as in training mode,
+      or computes it anew.
 
     Raises:
       TypeError: ``transformed`` is of another kind.
@@ -237,6 +240,11 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **kwargs: Any) 
         )
 
     return f, params
+
+
+def _immutable(leaf: Any) -> Any:
+    """Returns an array of JAX for one of NumPy, which a call could change in place, and anything else as it is."""
+    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _imported(module: str, package: str) -> Any:

@@ -83,7 +83,9 @@ def empirical_ntk_fn(
       per_leaf: return a pytree as ``params`` with a kernel for each of its arrays in the place of their sum.
       max_bytes: how much memory may be taken at once, by an estimate that counts all arrays but the whole kernel. If it
         is less than needed, tiles of samples are computed one after another, as by :func:`nt_core.batch`: samples must
-        be along the first axis of everything, and ``vmap_axes`` say that they are independent. None is no bound.
+        be along the first axis of everything, and ``vmap_axes`` say that they are independent. What fits is compiled,
+        as by ``jax.jit``: what ``f`` reads besides its arguments is then what it was at the first call with such
+        shapes. None is no bound.
 
     Returns:
       ``ntk_fn(x1, x2, params, **kwargs)``. Each axis of the outputs becomes two axes side by side, a diagonal axis

@@ -57,8 +57,8 @@ def ntk_operator(
     The products of a batch that is sharded over devices, along its samples, are computed there.
 
     Args:
-      f: ``f(params, x, **kwargs)``, returns one array. Products are compiled once for a function, and serve operators
-        with other parameters, inputs and scales of the same shapes: results must depend on the arguments alone.
+      f: ``f(params, x, **kwargs)``, returns one array. The product of an operator is compiled once, at the first
+        vector: what ``f`` reads besides its arguments stays what it was then.
       params: an array or a pytree of arrays.
       x: inputs.
       trace_axes, scale: as for :func:`empirical_ntk_fn`.
@@ -92,11 +92,11 @@ def ntk_operator(
         raise TypeError(f"The function must return one array, got {jax.tree.structure(outputs)}. Join its outputs.")
     axes = OutputAxes.of(outputs.ndim, trace_axes, diagonal_axes=())
     axes.check_sizes(outputs.shape, outputs.shape)
-    product = _compiled(f, axes)
+    product = jax.jit(functools.partial(_product, network.f, axes))
     diagonal = empirical_ntk_diagonal_fn(f, trace_axes, vmap_axes, scale=scale)
     shape = tuple(size for axis, size in enumerate(outputs.shape) if axis not in axes.traced)
     return NTKOperator(
-        lambda v: product(params, scale, Mixed((batch.x, batch.kwargs)), v),
+        lambda v: product(network.weights, network.scales, Mixed((batch.x, batch.kwargs)), v),
         lambda: diagonal(x, params, **kwargs),
         shape,
         jnp.promote_types(outputs.dtype, jnp.float32),
@@ -233,24 +233,24 @@ class NTKOperator:
         return Estimate(inside + jnp.mean(outside), jnp.std(outside, ddof=1) / math.sqrt(n))
 
 
-def _compiled(f: Callable[..., Any], axes: OutputAxes) -> Callable[..., jax.Array]:
-    """Returns `_product` of a function, compiled once for all operators, whatever their parameters and scales."""
-    try:
-        return _compiled_once(f, axes)
-    except TypeError:  # it has no hash
-        return _compiled_once.__wrapped__(f, axes)
-
-
-@functools.lru_cache(maxsize=32)  # A function may hold large arrays: not all are kept.
-def _compiled_once(f: Callable[..., Any], axes: OutputAxes) -> Callable[..., jax.Array]:
-    return jax.jit(functools.partial(_product, f, axes))
-
-
 def _product(
-    f: Callable[..., Any], axes: OutputAxes, params: Any, scale: Any, inputs: Mixed, v: jax.Array
+    f: Callable[..., Any],
+    axes: OutputAxes,
+    weights: list[Any],
+    scales: list[jax.Array | None],
+    inputs: Mixed,
+    v: jax.Array,
 ) -> jax.Array:
-    """Returns the product of the kernel and an array: a mean over the indices of traced axes."""
-    network = Parametrised.of(f, params, scale)
+    """Returns the product of the kernel and an array: a mean over the indices of traced axes.
+
+    Args:
+      f: of a list of arrays and inputs, as in `Parametrised`.
+      axes: of the outputs.
+      weights, scales: as in `Parametrised`. Arguments, so that one compiled product serves all their values.
+      inputs: `x` and keywords.
+      v: has the shape of the outputs without the traced axes; so has the product.
+    """
+    network = Parametrised(f, weights, scales)
     x, kwargs = inputs.tree
     outputs, pull_back = jax.vjp(lambda w: checked_outputs(network.f(w, x, **kwargs)), network.weights)
     # Not by forward-mode differentiation, which functions with a `custom_vjp` do not have.

@@ -4,54 +4,84 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from nt_core.cells import Mixed
+from nt_core.keywords import is_array
 
-from nt_empirical._perturbation import CALLS
+# Equations that call a function once, with their own inputs and outputs, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
 
 
 def outputs_at(network: Callable[[Any], tuple[Any, Any]], state: Any, advice: str) -> Any:
     """Returns the outputs of a network that does not change its state.
 
+    A network with state that passes through an inner `jax.jit` or `jax.checkpoint` is traced once more at each call:
+    they return other arrays than they are given, and only the program tells whether they hand them on.
+
     Args:
-      network: of a pytree of arrays, its state; returns outputs, and the state after the call.
-      state: the state.
+      network: a function of a pytree, its state; returns outputs, and the state after the call.
+      state: the state: arrays, and anything else.
       advice: what to do about a network that changes it.
 
     Raises:
-      ValueError: the network changes its state.
+      ValueError: the network changes its state, or computes it anew.
     """
     outputs, after = network(state)
     if changed := _replaced(state, after):
         changed = _recomputed(network, state)
     if changed:
         raise ValueError(
-            f"The network changes its state when it is called: {', '.join(changed)}. Its kernels are those of one "
-            f"function, in evaluation mode, which leaves all that is not trained as it is. {advice}"
+            f"The network changes its state, or computes it anew, when it is called: {', '.join(changed)}. Its kernels "
+            f"are those of one function, in evaluation mode, which leaves all that is not trained as it is. {advice}"
         )
     return outputs
 
 
 def _replaced(before: Any, after: Any) -> list[str]:
-    """Returns the names of what is not the very same in two pytrees."""
-    arrays1, arrays2 = _by_name(before), _by_name(after)
-    return [name for name in arrays1 | arrays2 if arrays1.get(name) is not arrays2.get(name)]
+    """Returns the names of what is not the same in two pytrees: arrays are the very same, anything else is equal."""
+    leaves1, leaves2 = _by_name(before), _by_name(after)
+    return [
+        name
+        for name in leaves1 | leaves2
+        if name not in leaves1 or name not in leaves2 or not _is_same(leaves1[name], leaves2[name])
+    ]
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    return not is_array(before) and not is_array(after) and bool(before == after)
 
 
 def _recomputed(network: Callable[[Any], tuple[Any, Any]], state: Any) -> list[str]:
-    """Returns the names of what a network computes anew, and does not merely hand on through a call.
+    """Returns the names of what a network changes or computes anew, and does not merely hand on through a call.
 
-    A function under `jax.jit` or `jax.checkpoint` returns other arrays even where it returns its arguments.
+    A function under `jax.jit`, `jax.checkpoint` or with a derivative of its own returns other arrays even where it
+    returns its arguments.
     """
-    program, shapes = jax.make_jaxpr(lambda s: network(s)[1], return_shape=True)(state)
-    after = jax.tree.structure(shapes).unflatten(_origins(program.jaxpr))
-    return _replaced(jax.tree.structure(state).unflatten(program.jaxpr.invars), after)
+    given = Mixed(state)  # of which arrays only are traced
+    program, shapes = jax.make_jaxpr(lambda s: Mixed(network(s.tree)[1]), return_shape=True)(given)
+    before, after = (
+        jax.tree.structure(tree).unflatten(variables).tree
+        for tree, variables in [(given, program.jaxpr.invars), (shapes, _origins(program.jaxpr))]
+    )
+    return _replaced(before, after)
 
 
 def _origins(jaxpr: Jaxpr) -> list[Any]:
-    """Returns of every output the variable, or number, from which calls hand it on."""
+    """Returns of every output the variable, or the value of the number, from which calls hand it on."""
     origin: dict[int, Any] = {}  # by the identity of a variable
     for equation in jaxpr.eqns:
-        if (parameter := CALLS.get(equation.primitive.name)) is None:
+        if (parameter := _CALLS.get(equation.primitive.name)) is None:
             continue
         called = equation.params[parameter]
         called = called.jaxpr if isinstance(called, ClosedJaxpr) else called
@@ -60,7 +90,8 @@ def _origins(jaxpr: Jaxpr) -> list[Any]:
             if id(inner) in given:
                 argument = given[id(inner)]
                 origin[id(outer)] = origin.get(id(argument), argument)
-    return [origin.get(id(output), output) for output in jaxpr.outvars]
+    origins = [origin.get(id(output), output) for output in jaxpr.outvars]
+    return [np.asarray(found.val).tolist() if isinstance(found, Literal) else found for found in origins]
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from nt_empirical._cost import cost_of
 def in_tiles(kernel_fn: Callable[..., Any], max_bytes: int) -> Callable[..., Any]:
     """Returns a function that computes the same kernels, `kernel_fn(x1, x2, params, **kwargs)`, within so many bytes.
 
-    They are those of a tile, by the estimate of `cost_of`, its inputs, parameters and part of the kernel included.
+    They are those of a tile, by the estimate of `cost_of`, its inputs, parameters and part of the kernel included. What
+    fits whole is compiled: what `kernel_fn` reads besides its arguments is then what it was at the first call.
     """
     batched = functools.cache(lambda size: batch(kernel_fn, size, device_count=0, progress=False))
     # Compiled: equation by equation, the Jacobians by all parameters would be in memory at once.
