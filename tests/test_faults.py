@@ -264,11 +264,15 @@ def test_fault_17_nothing_is_compiled_twice():
     events = []
     network = stax.serial(*[stax.Conv(4, (2, 2), padding="SAME"), stax.Relu()] * 20, stax.Flatten())
     network[2](x)
-    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **kwargs: events.append(name))
+
+    def listen(name, _, **kwargs):
+        events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         network[2](x)
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not events
 
 

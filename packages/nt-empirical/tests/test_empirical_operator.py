@@ -76,7 +76,7 @@ def compilations():
     try:
         yield events
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_products_are_compiled_once(x64):
