@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import traceback
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +39,13 @@ NONLINEARITIES = (
     *(activations.Hermite(3), activations.Exp(0.5, 0.4), activations.ExpNormalized(0.7, 0.2), activations.Gabor()),
     *(activations.Gaussian(0.8, -0.6), activations.Rbf(0.4), activations.Sin(1.0, 0.7, 0.2)),
 )
-# Network, layers of the baseline (its W_std is 1 for the CNNs), variance of its weights, samples of a block, and fewer
-# for the baselines, whose covariances must fit into memory.
+# Network, layers of the baseline if it has them all (its W_std is 1 for the CNNs), variance of its weights, and samples
+# of a block: the baseline takes the fewest, as its covariances must fit into memory, and `xla` all but the most.
 TIMED = (
-    ("cnn21-pool", ["conv", "relu"] * 21 + ["global pool"], 1.0, 64, 8),
-    ("cnn21-flatten", ["conv", "relu"] * 21 + ["flatten"], 1.0, 512, 64),
-    ("myrtle10", MYRTLE, 2.0, 128, 8),
+    ("cnn21-pool", ["conv", "relu"] * 21 + ["global pool"], 1.0, (8, 64, 256)),
+    ("cnn21-flatten", ["conv", "relu"] * 21 + ["flatten"], 1.0, (64, 512, 1024)),
+    ("myrtle10", MYRTLE, 2.0, (8, 16, 128)),
+    ("wide-resnet", None, None, (32, 64)),
 )
 
 
@@ -157,12 +159,12 @@ def measure(name, arguments):
     print(
         "\n| network | what | block | ms per NTK entry | first call, s | NTK, against xla |\n|---|---|---|---|---|---|"
     )
-    for network, layers, w_var, n_many, n_few in TIMED:
+    for network, layers, w_var, samples in TIMED:
         space, repeats = (32, 32), arguments.repeats
         if arguments.rehearse:
             if network != "cnn21-flatten":
                 continue
-            space, repeats, n_many, n_few = (2, 2), 1, 2, 2
+            space, repeats, samples = (2, 2), 1, (2, 3)
         kernel_fn = NETWORKS[network](nt_stax)[2]
 
         def library(x1, x2, implementation, kernel_fn=kernel_fn):
@@ -175,21 +177,18 @@ def measure(name, arguments):
             nngp = layer_by_layer.kernel(layers, x1, x2, w_var)[0]
             return 2 * (ntk + nngp)  # its dense layer, with W_std^2 = 2
 
-        expected = None
-        for what, function, n in (
-            ("xla", lambda x1, x2: library(x1, x2, "xla"), n_few),
-            ("layer by layer", jax.jit(baseline), n_few),
-            (name, lambda x1, x2: library(x1, x2, name), n_few),
-            (name, lambda x1, x2: library(x1, x2, name), n_many),
-        ):
+        rows = [("xla", partial(library, implementation="xla"), n) for n in samples[:-1]]
+        rows += [("layer by layer", jax.jit(baseline), samples[0])] if layers else []
+        rows += [(name, partial(library, implementation=name), n) for n in samples]
+        expected = {}  # by the number of samples, of `xla`
+        for what, function, n in rows:
             x1, x2 = (jnp.asarray(x) for x in conformance.inputs(space, n, n, "float32"))
             try:
                 first, seconds, result = timed(function, x1, x2, repeats)
             except Exception as error:  # out of memory, for instance: the other rows still count
                 print(f"| {network} | {what} | {n} x {n} | {type(error).__name__}: {str(error)[:80]} | | |", flush=True)
                 continue
-            expected = result if expected is None else expected
-            error = f"{relative_error(result, expected):.1e}" if result.shape == expected.shape else ""
+            error = f"{relative_error(result, expected.setdefault(n, result)):.1e}" if n < samples[-1] else ""
             print(
                 f"| {network} | {what} | {n} x {n} | {1e3 * seconds / n**2:.3g} | {first:.1f} | {error} |", flush=True
             )

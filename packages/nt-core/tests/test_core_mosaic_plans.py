@@ -30,9 +30,9 @@ REPEATED = {
 MYRTLE10 = [*BLOCK * 2, pool(), *BLOCK * 3, pool(), *BLOCK * 3, pool(), pool(), pool(), steps.Flatten(), dense()]
 
 
-def check(name, backend, monkeypatch, n1=2, n2=1):
+def check(case, backend, monkeypatch, n1=2, n2=1):
     plain_machine.use(monkeypatch)
-    space, layers = (CASES | REPEATED | {"myrtle10": ((32, 32), MYRTLE10)})[name]
+    space, layers = case
     x1, x2 = inputs(space, n1, n2, "float32")
     program = chain(spec_of(x1, x2), layers)
     with jax.disable_jit():
@@ -47,7 +47,7 @@ def check(name, backend, monkeypatch, n1=2, n2=1):
 @pytest.mark.parametrize("backend", ["plain_gpu", "plain_tpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_chain(name, backend, monkeypatch):
-    check(name, backend, monkeypatch)
+    check(CASES[name], backend, monkeypatch)
 
 
 @pytest.mark.sample(2)
@@ -55,7 +55,7 @@ def test_chain(name, backend, monkeypatch):
 @pytest.mark.parametrize("name", REPEATED)
 def test_repeated_layers(name, backend, monkeypatch):
     """What a pool reads is 0 at ghosts, what the next of repeated layers reads half a variance."""
-    check(name, backend, monkeypatch, 1, 1)
+    check(REPEATED[name], backend, monkeypatch, 1, 1)
 
 
 NONLINEARITIES = ACTIVATIONS | {
@@ -68,16 +68,15 @@ NONLINEARITIES = ACTIVATIONS | {
 @pytest.mark.parametrize("name", NONLINEARITIES)
 def test_nonlinearities(name, monkeypatch):
     dual, normalize = steps.Dual(NONLINEARITIES[name]), steps.Normalize(1e-3, ())  # powers would leave the range
-    layers = [conv(), dual, normalize, conv(), dual, steps.GlobalPool(MEAN), dense()]
-    monkeypatch.setitem(CASES, name, ((3, 3), layers))
+    case = (3, 3), [conv(), dual, normalize, conv(), dual, steps.GlobalPool(MEAN), dense()]
     if name in ("elementwise", "numerical"):
         with pytest.raises(NotImplementedError, match="does not have the dual of Elementwise"):
-            check(name, "plain_gpu", monkeypatch)
+            check(case, "plain_gpu", monkeypatch)
         return
-    check(name, "plain_gpu", monkeypatch)
+    check(case, "plain_gpu", monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["plain_gpu", "plain_tpu"])
 def test_a_network_at_its_size(backend, monkeypatch):
-    check("myrtle10", backend, monkeypatch, 1, 1)
+    check(((32, 32), MYRTLE10), backend, monkeypatch, 1, 1)

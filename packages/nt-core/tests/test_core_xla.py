@@ -5,13 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 import nt_core.evaluation.block as block
-import nt_core.evaluation.planes as planes
+import nt_core.evaluation.platform as platform
 import numpy as np
 import pytest
 from conformance import CHAINS, RELU, Conformance, chain, conv, inputs, masks, pool, run, spec_of
 from nt_core import Builder, Inputs, Request, definition, propagate, steps
 from nt_core.backends.xla import XlaBackend
-from nt_core.evaluation.platform import traced_for
 from nt_core.lowering import Repeated, fold_repeats, lower
 from nt_core.lowering.primitives import Pool
 
@@ -99,7 +98,7 @@ GROUPED = {name: CHAINS[name] for name in SMALL} | {
 
 def traced_for_gpu(program, source, request):
     """The xla backend's program for a GPU, which runs on CPUs too."""
-    with traced_for("gpu"):
+    with platform.traced_for("gpu"):
         (kernel,) = XlaBackend().propagate(program, (source,), request)
     return kernel
 
@@ -109,7 +108,7 @@ def traced_for_gpu(program, source, request):
 def test_planes_in_groups(name, x64, monkeypatch):
     """As a GPU computes them: many planes together, and window sums left to the compiler to fuse."""
     monkeypatch.setattr(block, "_MIN_POSITIONS_FOR_PLANES", 1)
-    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**10)
+    monkeypatch.setattr(platform, "NUMBERS_ON_GPU", 2**10)
     space, layers = GROUPED[name]
     x1, x2 = inputs(space, 3, 2, "float64")
     program = chain(spec_of(x1, x2), layers)
@@ -119,7 +118,7 @@ def test_planes_in_groups(name, x64, monkeypatch):
 
 
 def test_derivatives_of_planes_in_groups(x64, monkeypatch):
-    monkeypatch.setattr(planes, "_NUMBERS_AT_ONCE", 2**10)
+    monkeypatch.setattr(platform, "NUMBERS_ON_GPU", 2**10)
     x1, x2 = inputs((6, 6), 2, 2, "float64")
     program = chain(spec_of(x1, x2), [conv(), RELU, pool(), conv(), RELU, steps.GlobalPool(True)])
 
@@ -141,7 +140,7 @@ def test_groups_of_planes_are_as_large_as_they_may_be(size, strides):
     program = chain(spec_of(x, x), [*[conv(strides=strides), RELU] * 2, steps.GlobalPool(True)])
     source = Inputs(x, x, program.sources[0])
     traced = jax.make_jaxpr(lambda source: traced_for_gpu(program, source, PAIRS))(source)
-    assert planes._NUMBERS_AT_ONCE / 4 < max(sizes(traced.jaxpr)) <= planes._NUMBERS_AT_ONCE
+    assert platform.NUMBERS_ON_GPU / 4 < max(sizes(traced.jaxpr)) <= platform.NUMBERS_ON_GPU
 
 
 def sizes(jaxpr):

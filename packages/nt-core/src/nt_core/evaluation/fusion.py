@@ -17,7 +17,8 @@ def unfused(fn: Callable[..., Any], *args: Any) -> Any:
     the time to compile it, grow exponentially. A conditional is never fused across. Its predicate is always true, which
     the barrier hides from XLA until fusion is over; it also survives `vmap` (the predicate is not batched) and `grad`.
 
-    On GPUs XLA weighs what a fusion costs, and to read the predicate the CPU would wait for the GPU.
+    On GPUs `fn` is left to XLA, which weighs there what a fusion costs: to read the predicate the CPU would wait for
+    the GPU.
     """
     if is_gpu():
         return rematerialized(fn)(*args)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nt_core.evaluation import platform
 from nt_core.evaluation.fusion import constant, rematerialized
-from nt_core.evaluation.platform import is_gpu
 from nt_core.grid import evenly
 from nt_core.lowering import Pairs, Windows
 from nt_core.lowering import windows as windows_
@@ -25,8 +25,6 @@ from nt_core.lowering.windows import along_axis, inside
 
 # Taps of pools in one turn of their loop: all of those that do not overlap.
 _TAPS_AT_ONCE = 4
-# Numbers in the planes that a GPU computes together.
-_NUMBERS_AT_ONCE = 2**24
 
 Offset = tuple[Array, ...]  # one number for each spatial axis
 
@@ -43,9 +41,9 @@ def pool(along: Windows, plane: Callable[[Offset, Any], Pairs], stacks: Any, pos
     n = len(along)
     xs = (tuple(jnp.array(offset) for offset in all_offsets(along)), stacks)
     at_once = 1
-    if is_gpu():
+    if platform.is_gpu():
         n_pairs = math.prod(_shapes(plane, xs).value.shape[n:])
-        at_once = max(1, _NUMBERS_AT_ONCE // max(1, positions * n_pairs))
+        at_once = max(1, platform.NUMBERS_ON_GPU // max(1, positions * n_pairs))
     if all(w.count == 1 for w in along):
         of_plane = rematerialized(lambda x: plane(*x).map(partial(_sum_space, n_space=n)))
         sums = lax.map(of_plane, xs, batch_size=at_once if at_once > 1 else None)

@@ -8,6 +8,9 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+# In arrays that a GPU computes at once.
+NUMBERS_ON_GPU = 2**24
+
 _PLATFORM = ContextVar("platform", default="cpu")
 
 

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nt_core.evaluation import platform
 from nt_core.evaluation.block import pools_planes
 from nt_core.evaluation.fusion import rematerialized
-from nt_core.evaluation.platform import is_gpu
 from nt_core.grid import Grid, evenly
 from nt_core.lowering import Lowered, Pairs, Primitive, Repeated
 from nt_core.lowering.primitives import Flatten, Gather, Pool, Tied, Untie
 
-# Numbers in an array that stays in cache, or occupies a GPU, and pairs of samples that fill vectors: so many go through
-# windows together.
-_IN_CACHE, _ON_GPU = 2**18, 2**24
+# Numbers in an array that stays in cache, and pairs of samples that fill vectors: so many go through windows together.
+_IN_CACHE = 2**18
 _LANES = 256
 # Samples of the second batch in a block: XLA vectorises over them.
 _COLUMNS = 32
@@ -32,7 +31,8 @@ def block_size(lowered: Lowered, n1: int, n2: int) -> tuple[int, int]:
     numbers = _numbers_per_pair(lowered)
     pairs = max(1, _MAX_ELEMENTS // numbers)
     if any(_moves(node.primitive) for node in lowered.nodes):
-        pairs = min(pairs, max(_LANES, (_ON_GPU if is_gpu() else _IN_CACHE) // numbers))
+        together = platform.NUMBERS_ON_GPU if platform.is_gpu() else _IN_CACHE
+        pairs = min(pairs, max(_LANES, together // numbers))
     columns = min(n2, pairs, max(_COLUMNS, pairs // n1))
     return evenly(n1, pairs // columns), evenly(n2, columns)
 

@@ -11,22 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nt_core.activations import (
-    ABRelu,
-    Erf,
-    Exp,
-    ExpNormalized,
-    Gabor,
-    Gaussian,
-    Gelu,
-    Hermite,
-    Monomial,
-    Polynomial,
-    Rbf,
-    RectifiedMonomial,
-    Sin,
-    Step,
-)
+from nt_core import activations
 from nt_core.backends.base import Refused
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
 from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
@@ -525,7 +510,7 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
 
 def is_relu(primitive: Primitive | None) -> bool:
     """Whether it is the dual of the ReLU family, which gives half the variance of its output from its input's."""
-    return isinstance(primitive, Dual) and isinstance(primitive.activation, ABRelu)
+    return isinstance(primitive, Dual) and isinstance(primitive.activation, activations.ABRelu)
 
 
 def with_roots(instances: list[Instance], i: int) -> Instance | None:
@@ -612,8 +597,9 @@ def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
 
 # Their duals are polynomials, divisions, roots, exponentials and sines.
 _DUALS = (
-    *(ABRelu, Step, RectifiedMonomial, Erf, Gelu),
-    *(Monomial, Polynomial, Hermite, Exp, ExpNormalized, Gaussian, Gabor, Rbf, Sin),
+    *(activations.ABRelu, activations.Step, activations.RectifiedMonomial, activations.Erf, activations.Gelu),
+    *(activations.Monomial, activations.Polynomial, activations.Hermite, activations.Exp, activations.ExpNormalized),
+    *(activations.Gaussian, activations.Gabor, activations.Rbf, activations.Sin),
 )
 
 
