@@ -349,7 +349,6 @@ class Backward : Derivative<T> {
     const int64_t n_tasks = ceil_div(n1, rows);
     std::vector<double> coefficients(n_tasks * n_coefficients, 0);
     Buffer<V> bars(n_tasks * n_bars);
-    const bool packs = c_.prepared.pairs.n_planes >= kPlanesWorthPacking;
     parallel_.run(n_tasks, [&](const auto& next) {
       Worker worker(c_);
       for (int64_t task = next(); task >= 0; task = next()) {
@@ -357,7 +356,7 @@ class Backward : Derivative<T> {
         std::fill(bars2, bars2 + n_bars, V{});
         worker.coefficient_sums = coefficients.data() + task * n_coefficients;
         const int64_t begin = first.begin + task * rows, end = std::min(first.end, begin + rows);
-        if (packs) {
+        if (packs(begin, end, second)) {
           packed_back(first, second, begin, end, bars2, worker);
         } else {
           for (int64_t i = begin; i < end; ++i) row_back(first, second, i, bars2, worker);
@@ -370,7 +369,21 @@ class Backward : Derivative<T> {
     }
   }
 
-  // Some first samples with all second ones. Pairs fill lanes: nothing is gained where they share samples.
+  // Whether pairs of these first samples with all second ones are packed. It takes time, and is worth it for many
+  // planes that are fewer then: where lanes would be empty.
+  bool packs(int64_t begin, int64_t end, const Samples<T>& second) const {
+    int64_t by_row = 0;
+    for (int64_t i = begin; i < end; ++i) by_row += second.n_groups() - first_group(i, second);
+    const int64_t n_pairs = this->pairs(begin, end, second).size();
+    return c_.prepared.pairs.n_planes >= kPlanesWorthPacking && ceil_div(n_pairs, kL) < by_row;
+  }
+
+  // Where the pairs of a first sample begin.
+  int64_t first_group(int64_t i, const Samples<T>& second) const {
+    return program_.symmetric ? std::max<int64_t>(i - second.begin, 0) / kL : 0;
+  }
+
+  // Some first samples with all second ones: pairs fill lanes.
   void packed_back(const Samples<T>& first, const Samples<T>& second, int64_t begin, int64_t end, V* bars2,
                    Worker& worker) const {
     const auto pairs = this->pairs(begin, end, second);
@@ -387,14 +400,13 @@ class Backward : Derivative<T> {
     }
   }
 
-  // One first sample with all second ones, which are in lanes already: for few planes, packing would take longer.
+  // One first sample with all second ones, which are in lanes already.
   void row_back(const Samples<T>& first, const Samples<T>& second, int64_t i, V* bars2, Worker& worker) const {
     worker.first.fill(first, i);
     worker.first.clear_bars();
-    for (int64_t group = 0; group < second.n_groups(); ++group) {
+    for (int64_t group = first_group(i, second); group < second.n_groups(); ++group) {
       const int64_t begin = second.begin + group * kL;
       const int lanes = second.lanes_of(group);
-      if (program_.symmetric && begin + lanes <= i) continue;
       Pair pairs[kL];
       for (int l = 0; l < lanes; ++l) pairs[l] = {i, begin + l};
       const T* wide2 = second.wide.data() + group * c_.wide_size;

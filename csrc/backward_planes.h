@@ -591,36 +591,29 @@ class TiedBack {
     };
     const WindowsOf z = along(0), y = along(1);
     for (int qz = z.begin(); qz < z.end(); ++qz) {
-      for (int qy = y.begin(); qy < y.end(); ++qy) row(qz, qy, z.of(qz), y.of(qy), visit);
+      prefetch(row_at(qz, y.begin()));
+      for (int qy = y.begin(); qy < y.end(); ++qy) {
+        if (qy + 1 < y.end()) prefetch(row_at(qz, qy + 1));
+        row(row_at(qz, qy), z.of(qz), y.of(qy), visit);
+      }
     }
   }
 
-  // The row (qz, qy), from the rows of the windows that it is in.
+  RowUnder row_at(int qz, int qy) const { return {r_, input_.space, qz, qy, end_}; }
+
+  // From the rows of the windows that it is in.
   template <class Visit>
-  void row(int qz, int qy, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
-    const Index3& space = input_.space;
-    const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
-    const bool inside2 = is_inside(r_.partner(0, qz), space[0]) && is_inside(r_.partner(1, qy), space[1]);
-    const int z = qz - r_.low[0], y = qy - r_.low[1];
-    const bool both = is_inside(z, r_.size[0]) && is_inside(y, r_.size[1]);
-    if (!both && (!tied_.deficit || (!inside1 && !inside2))) return;
+  void row(const RowUnder& row, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
+    if (row.is_outside() || (!row.inside_plane && !tied_.deficit)) return;
     const BackwardScratch<T>& s = back_.scratch;
-    const int inner_begin = both ? r_.low[2] : end_, inner_end = both ? r_.low[2] + r_.size[2] : end_;
-    const Outer beside{*this, qz, qy, inside1, inside2};
-    if (both && tied_.deficit) {
-      beside.prefetch(begin_, inner_begin);
-      beside.prefetch(inner_end, end_);
-    }
     sum_rows(windows_z, windows_y, out_bar_.d, s.rows_d.data(), s.windows_d.data());
     if (sums_ntk_) sum_rows(windows_z, windows_y, out_bar_.t, s.rows_t.data(), s.windows_t.data());
-    if (both) {
+    if (row.inside_plane) {
       inside_d_ = inside(s.windows_d.data(), s.inside_d.data());
       inside_t_ = sums_ntk_ ? inside(s.windows_t.data(), s.inside_t.data()) : s.forward.zeros.data();
-      visit(z, y);
+      visit(row.z - r_.low[0], row.y - r_.low[1]);
     }
-    if (!tied_.deficit) return;
-    beside.each(begin_, std::min(inner_begin, end_), [&](const auto&... at) { outer(at...); });
-    beside.each(std::max(inner_end, begin_), end_, [&](const auto&... at) { outer(at...); });
+    each_outer(row, [&](const auto&... at) { outer(at...); });
   }
 
   // Sums of cotangents over the windows, divided by their size.
@@ -666,41 +659,34 @@ class TiedBack {
     add(products);
   }
 
-  // Positions of a row that are inside one image only: where half their variances are, and the cotangents of these.
-  struct Outer {
-    const TiedBack& tied;
-    int z, y;
-    bool inside1, inside2;
-
-    // Calls visit(q, half variance, its cotangent).
-    template <class Visit>
-    void each(int from, int to, const Visit& visit) const {
-      if (from >= to) return;
-      const Back<T>& back = tied.back_;
-      const Index3& space = tied.input_.space;
-      const int value = tied.input_.value;
-      const Index3 p{z, y, 0}, partner{tied.r_.partner(0, z), tied.r_.partner(1, y), 0};
-      const Statistic half = Statistic::kHalfVariance;
-      const T* half1 = first<true>(back.work, half, value, space, p).at;
-      const T* half2 = second(back.work, half, value, space, partner).at;
-      V* bar1 = back.first(half, value, space, p);
-      V* bar2 = back.second(half, value, space, partner);
+  // Visits the positions of a row that are inside one image only: visit(q, half variance, its cotangent).
+  template <class Visit>
+  void each_outer(const RowUnder& row, const Visit& visit) const {
+    if (!tied_.deficit || row.is_outside()) return;
+    const Index3& space = input_.space;
+    const Index3 p{row.z, row.y, 0}, partner{r_.partner(0, row.z), r_.partner(1, row.y), 0};
+    const Statistic half = Statistic::kHalfVariance;
+    const T* half1 = first<true>(back_.work, half, input_.value, space, p).at;
+    const T* half2 = second(back_.work, half, input_.value, space, partner).at;
+    V* bar1 = back_.first(half, input_.value, space, p);
+    V* bar2 = back_.second(half, input_.value, space, partner);
+    row.each_part_beside(begin_, end_, [&](int from, int to) {
       for (int q = from; q < to; ++q) {
-        const int other = tied.r_.partner(2, q);
-        const bool first_there = inside1 && is_inside(q, space[2]);
-        const bool second_there = inside2 && is_inside(other, space[2]);
+        const int other = r_.partner(2, q);
+        const bool first_there = row.inside1 && is_inside(q, space[2]);
+        const bool second_there = row.inside2 && is_inside(other, space[2]);
         if (first_there && !second_there) visit(q, half1 + int64_t{q} * kLanes<T>, bar1 + q);
         if (second_there && !first_there) visit(q, half2 + int64_t{other} * kLanes<T>, bar2 + other);
       }
-    }
+    });
+  }
 
-    void prefetch(int from, int to) const {
-      each(from, to, [](int, const T* half, const V* bar) {
-        __builtin_prefetch(half);
-        __builtin_prefetch(bar, 1);
-      });
-    }
-  };
+  void prefetch(const RowUnder& row) const {
+    each_outer(row, [](int, const T* half, const V* bar) {
+      __builtin_prefetch(half);
+      __builtin_prefetch(bar, 1);
+    });
+  }
 
   void outer(int q, const T* half, V* bar) {
     const V d = back_.scratch.windows_d.data()[q - begin_];
@@ -728,31 +714,35 @@ class TiedBack {
 
 // ---- the end of a stage
 
-// Cotangents of a row before a pool, from those of the windows that it is in.
+// Adds to a row before a pool the cotangents of the windows that it is in, see `pool_row`.
 template <class T>
-void pool_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars, const Rectangle& plane, int row_z,
-                   int row_y, Vec<T>* row) {
+void pool_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars_d, const Vec<T>* bars_t,
+                   const Rectangle& plane, int row_z, int row_y, Vec<T>* d, Vec<T>* t) {
   const Work<T>& work = back.work;
   const int z = plane.low[0] + row_z, y = plane.low[1] + row_y, low = plane.low[2];
-  for (const Link& lx : work.links[2]) {
-    Vec<T> bar{};
-    for (const Link& lz : work.links[0]) {
-      if (!lz.holds(z)) continue;
-      for (const Link& ly : work.links[1]) {
-        if (!ly.holds(y)) continue;
+  const auto& along = work.links[2];
+  const size_t n = along.size();
+  Vec<T>* sums = work.scratch.sums_of_links(2 * n);
+  std::fill(sums, sums + 2 * n, Vec<T>{});
+  for (const Link& lz : work.links[0]) {
+    if (!lz.holds(z)) continue;
+    for (const Link& ly : work.links[1]) {
+      if (!ly.holds(y)) continue;
+      for (size_t k = 0; k < n; ++k) {
+        const Link& lx = along[k];
         const int64_t entry = tensor.entry({lz.delta, ly.delta, lx.delta}, {lz.window, ly.window, lx.window});
-        if (entry >= 0) bar += bars[entry];
+        if (entry < 0) continue;
+        sums[k] += bars_d[entry];
+        if (t) sums[n + k] += bars_t[entry];
       }
     }
-    for (int x = lx.begin; x < lx.end; x += lx.step) row[x - low] += bar;
   }
-}
-
-// Cotangents of a row that is copied.
-template <class T>
-void copy_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars, const Rectangle& plane, int row_z,
-                   int row_y, Vec<T>* row) {
-  each_copy(back.work, tensor, plane, row_z, row_y, [&](int x, int64_t entry) { row[x] += bars[entry]; });
+  for (size_t k = 0; k < n; ++k) {
+    for (int x = along[k].begin - low; x < along[k].end - low; x += along[k].step) {
+      d[x] += sums[k];
+      if (t) t[x] += sums[n + k];
+    }
+  }
 }
 
 template <class T>
@@ -768,19 +758,22 @@ void end_row_back(const Back<T>& back, const Seed<T>& seed, const Rectangle& r, 
   }
   const int number = work.plan.tensor_of[work.stage.end];
   const Tensor& tensor = work.plan.tensors[number];
-  const int64_t start = start_of_tensor(work.plan, number);
+  const Vec<T>* bars_d = back.bars.tensors_d + start_of_tensor(work.plan, number);
+  const Vec<T>* bars_t = bars_d + (back.bars.tensors_t - back.bars.tensors_d);
   const Op op = work.c.program.values[work.stage.end].op;
-  const auto add = [&](const Vec<T>* bars, Vec<T>* row) {
-    if (op == Op::kFlatten) {
-      for (int x = 0; x < r.size[2]; ++x) row[x] += bars[0];
-    } else if (op == Op::kPool) {
-      pool_row_back(back, tensor, bars, r, z, y, row);
-    } else {
-      copy_row_back(back, tensor, bars, r, z, y, row);
+  if (op == Op::kFlatten) {
+    for (int x = 0; x < r.size[2]; ++x) {
+      d[x] += bars_d[0];
+      if (t) t[x] += bars_t[0];
     }
-  };
-  add(back.bars.tensors_d + start, d);
-  if (t) add(back.bars.tensors_t + start, t);
+  } else if (op == Op::kPool) {
+    pool_row_back(back, tensor, bars_d, bars_t, r, z, y, d, t);
+  } else {
+    each_copy(work, tensor, r, z, y, [&](int x, int64_t entry) {
+      d[x] += bars_d[entry];
+      if (t) t[x] += bars_t[entry];
+    });
+  }
 }
 
 // The deficit of what is not copied is that of its variances.

@@ -7,6 +7,32 @@
 namespace nt {
 namespace NT_LEVEL {
 
+// A row before a convolution: which of its positions are in the plane, of those before `end`, where windows end.
+struct RowUnder {
+  int z, y;
+  bool inside1, inside2;  // of the first image, and its partners of the second
+  bool inside_plane;
+  int inner_begin, inner_end;
+
+  RowUnder(const Rectangle& plane, const Index3& space, int qz, int qy, int end)
+      : z(qz),
+        y(qy),
+        inside1(is_inside(qz, space[0]) && is_inside(qy, space[1])),
+        inside2(is_inside(plane.partner(0, qz), space[0]) && is_inside(plane.partner(1, qy), space[1])),
+        inside_plane(is_inside(qz - plane.low[0], plane.size[0]) && is_inside(qy - plane.low[1], plane.size[1])),
+        inner_begin(inside_plane ? plane.low[2] : end),
+        inner_end(inside_plane ? plane.low[2] + plane.size[2] : end) {}
+
+  bool is_outside() const { return !inside_plane && !inside1 && !inside2; }
+
+  // Visits the parts of [begin, end) beside the plane: visit(from, to).
+  template <class Visit>
+  void each_part_beside(int begin, int end, const Visit& visit) const {
+    visit(begin, std::min(inner_begin, end));
+    visit(std::max(inner_end, begin), end);
+  }
+};
+
 // The sums of one convolution over one plane.
 template <bool kWide, class T>
 class WindowSums {
@@ -96,27 +122,22 @@ class WindowSums {
     const int n = out_.size[2];
     if (windows_[0].circular) qz = modulo(qz, space[0]);
     if (windows_[1].circular) qy = modulo(qy, space[1]);
-    const bool inside1 = is_inside(qz, space[0]) && is_inside(qy, space[1]);
-    const bool inside2 = is_inside(in.r.partner(0, qz), space[0]) && is_inside(in.r.partner(1, qy), space[1]);
-    const int z = qz - in.r.low[0], y = qy - in.r.low[1];
-    const bool both = is_inside(z, in.r.size[0]) && is_inside(y, in.r.size[1]);
-    if (!both && (!tied_.deficit || (!inside1 && !inside2))) return kNothing;
     const int begin = out_.low[2] * w.stride - w.low;  // the first position under a window
     const int end = (out_.low[2] + n - 1) * w.stride + w.extent() - w.low;
+    const RowUnder row(in.r, space, qz, qy, end);
+    if (row.is_outside() || (!row.inside_plane && !tied_.deficit)) return kNothing;
     // Pointers to what stands at `begin`.
     V* row_d = work_.scratch.halo.data();
     V* row_t = nullptr;
-    int filled_begin = end, filled_end = end;  // what is there already
-    if (both) {
+    if (row.inside_plane) {
+      const int z = qz - in.r.low[0], y = qy - in.r.low[1];
       row_d = in.row_d(z, y) + (begin - in.r.low[2]);
       row_t = input_.has_ntk ? in.row_t(z, y) + (begin - in.r.low[2]) : nullptr;
-      filled_begin = in.r.low[2];
-      filled_end = in.r.low[2] + in.r.size[2];
     }
-    const auto fill = [&](int from, int to) {
+    row.each_part_beside(begin, end, [&](int from, int to) {
       if (from >= to) return;
       if (row_t) std::fill(row_t + (from - begin), row_t + (to - begin), V{});
-      if (w.circular && both) {
+      if (w.circular && row.inside_plane) {
         for (int q = from; q < to; ++q) {
           row_d[q - begin] = row_d[modulo(q, space[2]) - begin];
           if (row_t) row_t[q - begin] = row_t[modulo(q, space[2]) - begin];
@@ -124,11 +145,9 @@ class WindowSums {
       } else if (!tied_.deficit) {
         std::fill(row_d + (from - begin), row_d + (to - begin), V{});
       } else {
-        halo(qz, qy, from, to, row_d + (from - begin));
+        halo(row, from, to, row_d + (from - begin));
       }
-    };
-    fill(begin, std::min(filled_begin, end));
-    fill(std::max(filled_end, begin), end);
+    });
     sum_along(row_d, sum_d, n, w.taps, w.stride, w.dilation);
     if (!row_t) return kDeficitOnly;
     sum_along(row_t, sum_t, n, w.taps, w.stride, w.dilation);
@@ -136,19 +155,18 @@ class WindowSums {
   }
 
   // The deficits of positions that are inside one image only: half the variance there. Elsewhere 0.
-  void halo(int qz, int qy, int from, int to, V* out) const {
+  void halo(const RowUnder& row, int from, int to, V* out) const {
     const Index3& space = input_.space;
     const Rectangle& r = work_.plane(input_).r;
     std::fill(out, out + (to - from), V{});
-    const int partner_z = r.partner(0, qz), partner_y = r.partner(1, qy);
     const Statistic half = Statistic::kHalfVariance;
-    if (is_inside(qz, space[0]) && is_inside(qy, space[1])) {
-      const auto row = first<kWide>(work_, half, input_.value, space, {qz, qy, 0});
-      each_inside(from, to, 0, [&](int q, int x) { out[q - from] += get<kWide>(row, x); });
+    if (row.inside1) {
+      const auto halves = first<kWide>(work_, half, input_.value, space, {row.z, row.y, 0});
+      each_inside(from, to, 0, [&](int q, int x) { out[q - from] += get<kWide>(halves, x); });
     }
-    if (is_inside(partner_z, space[0]) && is_inside(partner_y, space[1])) {
-      const auto row = second(work_, half, input_.value, space, {partner_z, partner_y, 0});
-      each_inside(from, to, r.offset[2], [&](int q, int x) { out[q - from] += get(row, x); });
+    if (row.inside2) {
+      const auto halves = second(work_, half, input_.value, space, {r.partner(0, row.z), r.partner(1, row.y), 0});
+      each_inside(from, to, r.offset[2], [&](int q, int x) { out[q - from] += get(halves, x); });
     }
   }
 
