@@ -11,8 +11,9 @@ import nt_core.evaluation.block as block
 import numpy as np
 import pytest
 from conformance import ABS, CHAINS, MEAN, RELU, SUM, chain, conv, dense, inputs, masked, masks, pool, run, spec_of
-from nt_core import Request, definition, steps
+from nt_core import Request, Spec, activations, definition, steps
 from nt_core.evaluation import tiles
+from nt_core.evaluation.entrywise import Entrywise
 
 BACKENDS = ["xla", "cpu"]
 TESTS = pathlib.Path(__file__).parent
@@ -190,6 +191,63 @@ gradient = jax.jit(jax.grad(lambda x1: jnp.sum(run(program, x1, x2, NTK).ntk)))(
 assert jnp.isfinite(gradient).all() and jnp.any(gradient != 0)
 print(peak() - idle)
 """
+
+
+def test_gradients_of_matrices_keep_inputs_alone():
+    """Not the differences of all pairs of them, for which there is a branch of the program."""
+    x1, x2 = (np.random.default_rng(seed).normal(size=(128, 512)).astype("float32") for seed in (1, 2))
+    program = chain(Spec(x1.shape, x2.shape, batch_axis=0, channel_axis=1), [dense(), RELU, dense()])
+
+    def gradient(x1, x2):
+        return jax.grad(lambda x1: jnp.sum(run(program, x1, x2, NTK, "xla").ntk))(x1)
+
+    memory = jax.jit(gradient).lower(x1, x2).compile().memory_analysis().temp_size_in_bytes
+    assert memory < 20 * x1.nbytes < 128 * x1.nbytes
+
+
+ACTIVATIONS = {
+    "relu": activations.ABRelu(0.2, 1.0),
+    "gelu": activations.Gelu(),
+    "erf": activations.Erf(0.8, 1.2, 0.1),
+    "numerical": activations.ElementwiseNumerical(jnp.tanh, None, 2),
+    "elementwise": activations.Elementwise(lambda cov12, var1, var2: 2 * cov12**2 + var1 * var2),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_forward_derivatives_of_nonlinearities(name, x64):
+    """Those that are found with the values are those of the values, of first and of second order."""
+    activation = ACTIVATIONS[name]
+    point = (activation, jnp.array([[0.7], [1.3]]), jnp.array([[1.1, 0.4, 2.0]]), jnp.full((2, 3), 0.3))
+    numbers = [i for i, leaf in enumerate(jax.tree.leaves(point)) if jnp.issubdtype(jnp.result_type(leaf), float)]
+    leaves, structure = jax.tree.flatten(point)
+
+    def derivatives(wrap):
+        def total(changing):
+            changed = list(leaves)
+            for i, leaf in zip(numbers, changing, strict=True):
+                changed[i] = leaf
+            activation, *arguments = structure.unflatten(changed)
+            value, factor = wrap(activation).dual(*arguments)
+            return jnp.sum(jnp.sin(value) + jnp.cos(2 * factor))
+
+        at = [jnp.asarray(leaves[i], float) for i in numbers]
+        direction = [jnp.cos(1 + jnp.arange(a.size, dtype=float)).reshape(a.shape) for a in at]
+        return jax.jit(lambda at: jax.jvp(jax.grad(total), (at,), (direction,)))(at)
+
+    found, expected = derivatives(Entrywise), derivatives(lambda activation: activation)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_functions_may_capture_what_is_learnt(x64):
+    def total(slope, wrap):
+        activation = activations.ElementwiseNumerical(lambda x: jnp.tanh(slope * x), None, 8)
+        return jnp.sum(wrap(activation).dual(jnp.array([0.7]), jnp.array([1.1]), jnp.array([0.3]))[0])
+
+    found, expected = (jax.grad(lambda s, w=w: total(s, w))(0.8) for w in (Entrywise, lambda activation: activation))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert found != 0
 
 
 @pytest.mark.slow

@@ -88,10 +88,14 @@ class Grid:
         """
         axis = range(blocks.ndim - 1)[axis]
         n_rows, n_columns = self.shape
-        numbers = np.zeros((n_rows, n_columns), int)
-        for number, cell in enumerate(self.cells()):
-            numbers[cell] = number
-        x = jnp.moveaxis(blocks[numbers], (0, 1), (axis, axis + 2))
+        if self.symmetric:
+            numbers = np.zeros((n_rows, n_columns), int)
+            for number, cell in enumerate(self.cells()):
+                numbers[cell] = number
+            x = blocks[numbers]
+        else:
+            x = blocks.reshape(n_rows, n_columns, *blocks.shape[1:])
+        x = jnp.moveaxis(x, (0, 1), (axis, axis + 2))
         x = x.reshape(*x.shape[:axis], *self.padded, *x.shape[axis + 4 :])
         return lax.slice_in_dim(lax.slice_in_dim(x, 0, self.n1, axis=axis), 0, self.n2, axis=axis + 1)
 

@@ -46,6 +46,10 @@ class Activation:
         """Returns `E f(u) f(v)`, or None where it is as accurate as the mean of the variances less the deficit."""
         return None
 
+    def captures(self, dtype: Any) -> bool:
+        """Returns whether functions that the activation holds depend on traced values, beside numbers of a dtype."""
+        return False
+
 
 def cast(coefficient: Scalar, like: jax.Array) -> jax.Array:
     """Returns a coefficient in the dtype of `like`, so that a float64 coefficient does not promote float32 arrays."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.evaluation import planes
+from nt_core.evaluation.entrywise import Entrywise
 from nt_core.evaluation.fusion import rematerialized, unfused
 from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, Sides, continued, window_sums
 from nt_core.evaluation.statistics import Statistics
@@ -283,7 +284,8 @@ class Block:
                 return self._tied(number, node, primitive, in_form[0], before, after)
             case Dual():
                 assert variances[0] is not None
-                return primitive.pairs(inputs[0], as_deficit, variances[0], self._variances_after_dual(node, after))
+                after_it = self._variances_after_dual(node, after)
+                return Dual(Entrywise(primitive.activation)).pairs(inputs[0], as_deficit, variances[0], after_it)
             case Rescale():
                 scales = Sides(after, self._first.scale[number], self._second.scale[number])
                 return primitive.pairs(in_form[0], as_deficit, scales, variances[0])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_core.evaluation.block import Block, Loader, pool_same_position, select
+from nt_core.evaluation.fusion import rematerialized
 from nt_core.evaluation.geometry import AllPairs, Geometry, OffsetPlane, SamePosition, continued, window_sums
 from nt_core.evaluation.statistics import Statistics
 from nt_core.kernel import Kernel
@@ -232,13 +233,8 @@ class SourceLoader:
         var1, var2 = self.first.variance[number], self.second.variance[number]
         close = deficit < _CLOSE * (geometry.first(var1) + geometry.second(var2))
         doubtful = jnp.any(close & ~self.identical(self.lowered.forms[number].space, geometry, deficit.ndim))
-        return lax.cond(doubtful, self._deficit_row_by_row, lambda *_: deficit, x1, x2)
-
-    def _deficit_row_by_row(self, x1: Array, x2: Array) -> Array:
-        rows = lax.map(
-            lambda row: jnp.mean((row[..., None] - x2[..., 0, :]) ** 2, -2) / 2, jnp.moveaxis(x1[..., 0], -1, 0)
-        )
-        return jnp.moveaxis(rows, 0, -2)
+        # Derivatives keep the inputs alone: not all differences, or zeros in their place where nothing is doubtful.
+        return lax.cond(doubtful, rematerialized(_deficit_row_by_row), lambda *_: deficit, x1, x2)
 
     def _product(self, x1: Array, x2: Array) -> Array:
         """Mean over the channels of the product."""
@@ -273,6 +269,13 @@ def crossed(batch1: Any, batch2: Any) -> tuple[Any, Any]:
         jax.tree.map(lambda a: jnp.expand_dims(a, -1), batch1),
         jax.tree.map(lambda a: jnp.expand_dims(a, -2), batch2),
     )
+
+
+def _deficit_row_by_row(x1: Array, x2: Array) -> Array:
+    def row(x: Array) -> Array:
+        return jnp.mean((x[..., None] - x2[..., 0, :]) ** 2, -2) / 2
+
+    return jnp.moveaxis(lax.map(rematerialized(row), jnp.moveaxis(x1[..., 0], -1, 0)), 0, -2)
 
 
 def half_mean_square_difference(x1: Array, x2: Array) -> Array:
