@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from nt_core.backends.base import Device, Refused, Request
 from nt_core.backends.cpu import calls, native
@@ -71,16 +72,25 @@ def _differentiable(request: Request) -> Any:
         kernels = XlaBackend().propagate(program, sources, request)
         return [{name: getattr(k, name) for name in ("nngp", "ntk", "cov1", "cov2")} for k in kernels]
 
-    @compute.defjvp
+    @partial(compute.defjvp, symbolic_zeros=True)
     def jvp(primals: Any, tangents: Any) -> Any:
         # The value stays native: in reverse mode the forward pass of the reference is then dead code.
         value = compute(*primals)
+        changes = {i: t for i, t in enumerate(jax.tree.leaves(tangents)) if not isinstance(t, SymbolicZero)}
         program, sources = primals
         if _refusal_of_derivative(program, sources, request) is None:
-            return value, _native_tangent(primals, tangents, reference, request)
-        return value, jax.jvp(reference, primals, tangents)[1]
+            return value, _native_tangent(primals, changes, reference, request)
+        point = [jax.tree.leaves(primals)[i] for i in changes]
+        return value, jax.jvp(partial(_at, primals, list(changes), reference), (point,), (list(changes.values()),))[1]
 
     return compute
+
+
+def _at(primals: Any, numbers: list[int], compute: Any, point: list[Array]) -> list[_Arrays]:
+    """Returns what is computed of a program and sources of which some leaves are others."""
+    leaves, structure = jax.tree.flatten(primals)
+    replaced = dict(zip(numbers, point, strict=True))
+    return compute(*structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
 
 def _refusal_of_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
@@ -91,20 +101,18 @@ def _refusal_of_derivative(program: Program, sources: tuple[Source, ...], reques
     return None
 
 
-def _native_tangent(primals: Any, tangents: Any, reference: Any, request: Request) -> list[_Arrays]:
+def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, request: Request) -> list[_Arrays]:
     """Returns the tangent of the outputs' arrays, whose transpose is native too; see `linear_call`.
 
     Args:
-      primals, tangents: a program and sources.
+      primals: a program and sources.
+      changes: tangents of their leaves, of those that change.
       reference: the same computation, for derivatives of higher order.
       request: what is asked for.
     """
-    leaves, structure = jax.tree.flatten(primals)
+    leaves = jax.tree.leaves(primals)
     numbers = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-
-    def at(compute: Any, point: list[Array]) -> list[_Arrays]:
-        replaced = dict(zip(numbers, point, strict=True))
-        return compute(*jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
+    at = partial(_at, primals, numbers)
 
     def pushes(compute: Any) -> Linear:
         return lambda point, tangent: jax.jvp(partial(at, compute), (point,), (tangent,))[1]
@@ -118,8 +126,8 @@ def _native_tangent(primals: Any, tangents: Any, reference: Any, request: Reques
         pushes(reference),
         pulls(reference),
     )
-    flat = jax.tree.leaves(tangents)
-    return push([jnp.asarray(leaves[i]) for i in numbers], [jnp.asarray(flat[i]) for i in numbers])
+    point = [jnp.asarray(leaves[i]) for i in numbers]
+    return push(point, [changes.get(i, jnp.zeros_like(x)) for i, x in zip(numbers, point, strict=True)])
 
 
 def _arrays(
