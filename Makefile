@@ -92,7 +92,7 @@ demo: $(READY)
 
 # What XLA has compiled for a test is kept for the next run, which then takes less than half the time.
 TEST := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest
 
 test: $(READY)
 	$(TEST) -n 2 --dist worksteal $(PYTEST_ARGS)

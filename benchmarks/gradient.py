@@ -48,6 +48,7 @@ CASES = [
     Case("wide-resnet", (32, 32, 3), ours=(8, 16), peer=(1, 1)),
     Case("conv-pool", (8, 8, 3), ours=(8, 8), peer=(8, 8)),
     Case("fcn5", (784,), ours=(256, 256), peer=(256, 256)),
+    Case("fcn3-gelu", (784,), ours=(256, 256), peer=(256, 256)),
 ]
 
 

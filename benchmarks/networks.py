@@ -67,6 +67,11 @@ def fcn5(stax):
     return stax.serial(*[layer for _ in range(5) for layer in (stax.Dense(512), stax.Relu())], stax.Dense(1))
 
 
+def fcn3_gelu(stax):
+    """Three hidden layers with GELU."""
+    return stax.serial(*[layer for _ in range(3) for layer in (stax.Dense(512), stax.Gelu())], stax.Dense(1))
+
+
 def text_cnn(stax):
     """Convolutions over sentences of words, and an average over the words: for reviews of films (IMDb)."""
     convolutions = [stax.Conv(300, (9,), padding="SAME"), stax.Relu()] * 2
@@ -81,5 +86,6 @@ NETWORKS = {
     "myrtle5": myrtle5,
     "conv-pool": conv_pool,
     "fcn5": fcn5,
+    "fcn3-gelu": fcn3_gelu,
     "imdb": text_cnn,
 }

@@ -369,13 +369,16 @@ class Backward : Derivative<T> {
     }
   }
 
-  // Whether pairs of these first samples with all second ones are packed. It takes time, and is worth it for many
-  // planes that are fewer then: where lanes would be empty.
+  // Whether pairs of these first samples with all second ones are packed. That takes time: it is worth it only where a
+  // pair has many planes, and fewer vectors are left since lanes would be empty.
   bool packs(int64_t begin, int64_t end, const Samples<T>& second) const {
-    int64_t by_row = 0;
-    for (int64_t i = begin; i < end; ++i) by_row += second.n_groups() - first_group(i, second);
-    const int64_t n_pairs = this->pairs(begin, end, second).size();
-    return c_.prepared.pairs.n_planes >= kPlanesWorthPacking && ceil_div(n_pairs, kL) < by_row;
+    if (c_.prepared.pairs.n_planes < kPlanesWorthPacking) return false;
+    int64_t n_pairs = 0, by_row = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      n_pairs += second.end - (program_.symmetric ? std::max(i, second.begin) : second.begin);
+      by_row += second.n_groups() - first_group(i, second);
+    }
+    return ceil_div(n_pairs, kL) < by_row;
   }
 
   // Where the pairs of a first sample begin.

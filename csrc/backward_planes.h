@@ -591,10 +591,9 @@ class TiedBack {
     };
     const WindowsOf z = along(0), y = along(1);
     for (int qz = z.begin(); qz < z.end(); ++qz) {
-      prefetch(row_at(qz, y.begin()));
       for (int qy = y.begin(); qy < y.end(); ++qy) {
         if (qy + 1 < y.end()) prefetch(row_at(qz, qy + 1));
-        row(row_at(qz, qy), z.of(qz), y.of(qy), visit);
+        visit_row(row_at(qz, qy), z.of(qz), y.of(qy), visit);
       }
     }
   }
@@ -603,7 +602,7 @@ class TiedBack {
 
   // From the rows of the windows that it is in.
   template <class Visit>
-  void row(const RowUnder& row, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
+  void visit_row(const RowUnder& row, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
     if (row.is_outside() || (!row.inside_plane && !tied_.deficit)) return;
     const BackwardScratch<T>& s = back_.scratch;
     sum_rows(windows_z, windows_y, out_bar_.d, s.rows_d.data(), s.windows_d.data());
@@ -758,8 +757,9 @@ void end_row_back(const Back<T>& back, const Seed<T>& seed, const Rectangle& r, 
   }
   const int number = work.plan.tensor_of[work.stage.end];
   const Tensor& tensor = work.plan.tensors[number];
-  const Vec<T>* bars_d = back.bars.tensors_d + start_of_tensor(work.plan, number);
-  const Vec<T>* bars_t = bars_d + (back.bars.tensors_t - back.bars.tensors_d);
+  const int64_t start = start_of_tensor(work.plan, number);
+  const Vec<T>* bars_d = back.bars.tensors_d + start;
+  const Vec<T>* bars_t = back.bars.tensors_t + start;
   const Op op = work.c.program.values[work.stage.end].op;
   if (op == Op::kFlatten) {
     for (int x = 0; x < r.size[2]; ++x) {

@@ -4,6 +4,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from conformance import ABS, CHAINS, MEAN, RELU, SUM, chain, conv, dense, inputs, masked, masks, pool, run, spec_of
 from nt_core import Request, Spec, activations, definition, steps
+from nt_core.activations.base import activation, static
 from nt_core.evaluation import tiles
 from nt_core.evaluation.entrywise import Entrywise
 
@@ -202,7 +205,7 @@ def test_gradients_of_matrices_keep_inputs_alone():
         return jax.grad(lambda x1: jnp.sum(run(program, x1, x2, NTK, "xla").ntk))(x1)
 
     memory = jax.jit(gradient).lower(x1, x2).compile().memory_analysis().temp_size_in_bytes
-    assert memory < 20 * x1.nbytes < 128 * x1.nbytes
+    assert memory < 20 * x1.nbytes  # differences are 128 times as large
 
 
 ACTIVATIONS = {
@@ -240,14 +243,60 @@ def test_forward_derivatives_of_nonlinearities(name, x64):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_functions_may_capture_what_is_learnt(x64):
-    def total(slope, wrap):
-        activation = activations.ElementwiseNumerical(lambda x: jnp.tanh(slope * x), None, 8)
-        return jnp.sum(wrap(activation).dual(jnp.array([0.7]), jnp.array([1.1]), jnp.array([0.3]))[0])
+@activation
+class Powers(activations.Activation):
+    """From outside of the package: with a function of its own, which needs an axis, and a factor without axes."""
 
-    found, expected = (jax.grad(lambda s, w=w: total(s, w))(0.8) for w in (Entrywise, lambda activation: activation))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert found != 0
+    fn: Callable[..., Any] = static()
+    a: float
+
+    def variance(self, var):
+        return self.a**2 * self.fn(var)
+
+    def dual(self, var1, var2, deficit):
+        return self.a**2 * self.fn(deficit), jnp.asarray(self.a**2, deficit.dtype)
+
+
+@activation
+class Other(activations.Activation):
+    """Holds another activation."""
+
+    inner: activations.Activation
+
+    def variance(self, var):
+        return self.inner.variance(var)
+
+    def dual(self, var1, var2, deficit):
+        return self.inner.dual(var1, var2, deficit)
+
+
+CAPTURING = {
+    "numerical": lambda s, n: activations.ElementwiseNumerical(lambda x: jnp.tanh(s * x) ** n, None, 2),
+    "from outside": lambda s, n: Powers(lambda var: (s * var) ** n, 0.7),
+    "within another": lambda s, n: Other(Powers(lambda var: (s * var) ** n, 0.7)),
+    "mapped": lambda s, n: Powers(jax.vmap(lambda var: var**2 + 0 * s * n), s),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURING)
+def test_what_functions_capture(name, x64):
+    """Numbers that are learnt, or known to JAX alone, also in activations from elsewhere."""
+    x1, x2 = (np.random.default_rng(seed).normal(size=(2, 3)) for seed in (1, 2))
+
+    def total(x1, s, n):
+        layers = [dense(), steps.Dual(CAPTURING[name](s, n)), dense()]
+        program = chain(Spec((2, 3), (2, 3), batch_axis=0, channel_axis=1), layers)
+        return jnp.sum(run(program, x1, x2, NTK, "xla").ntk)
+
+    @jax.jit
+    def derivatives(n):
+        return jax.grad(total, argnums=(0, 1))(jnp.asarray(x1), 0.8, n)
+
+    of_x1, of_s = derivatives(2)
+    shift = 1e-6 * np.ones_like(x1)
+    along = (total(x1 + shift, 0.8, 2) - total(x1 - shift, 0.8, 2)) / 2e-6
+    np.testing.assert_allclose(jnp.sum(of_x1), along, rtol=1e-6)
+    np.testing.assert_allclose(of_s, (total(x1, 0.8 + 1e-6, 2) - total(x1, 0.8 - 1e-6, 2)) / 2e-6, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -265,7 +314,7 @@ from conformance import chain, inputs, run, spec_of
 from test_core_derivatives import NTK, network
 
 assert len(jax.devices()) == 4
-x1, x2 = map(jnp.asarray, inputs((6, 6), 8, 3, "float32"))
+x1, x2 = map(jnp.asarray, inputs((6, 6), int(sys.argv[2]), 3, "float32"))
 
 def kernel(x1, x2):
     return run(chain(spec_of(x1, x2), network(int(sys.argv[1]))), x1, x2, NTK).ntk
@@ -280,16 +329,16 @@ def with_gradients(kernel):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x1, x2)
 
 for a, b in zip(jax.tree.leaves(with_gradients(sharded)), jax.tree.leaves(with_gradients(kernel)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 print("equal")
 """
 
 
-@pytest.mark.parametrize("implementation, n_layers", [("xla", "3"), ("cpu", "2")])
-def test_shard_map(implementation, n_layers):
+@pytest.mark.parametrize("implementation, n_layers, rows", [("xla", "3", "8"), ("xla", "1", "4"), ("cpu", "2", "8")])
+def test_shard_map(implementation, n_layers, rows):
     """Rows of a block on four devices, and the gradients through them, equal those on one."""
     flags = "--xla_force_host_platform_device_count=4"
-    assert in_process(SHARDED, n_layers, NT_IMPLEMENTATION=implementation, XLA_FLAGS=flags).strip() == "equal"
+    assert in_process(SHARDED, n_layers, rows, NT_IMPLEMENTATION=implementation, XLA_FLAGS=flags).strip() == "equal"
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

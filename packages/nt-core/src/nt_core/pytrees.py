@@ -55,3 +55,13 @@ def register_dataclass(cls: type[_T], data_fields: Sequence[str], meta_fields: S
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def replace_leaves(tree: Any, leaves: dict[int, Any]) -> Any:
+    """Returns a tree with some leaves, by their numbers, replaced.
+
+    >>> replace_leaves({"a": 1, "b": (2, 3)}, {2: 4})
+    {'a': 1, 'b': (2, 4)}
+    """
+    old, structure = jax.tree.flatten(tree)
+    return structure.unflatten([leaves.get(i, leaf) for i, leaf in enumerate(old)])

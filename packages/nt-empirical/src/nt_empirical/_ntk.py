@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.manual import varying, varying_axes
 
 from nt_empirical._auto import cheapest
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
 from nt_empirical._jacobian import ntk_by_jacobians
-from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised, counted
 from nt_empirical._structured import ntk_by_structure
 from nt_empirical._tiles import in_tiles

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from nt_core.manual import varying, varying_axes
 
-from nt_empirical._manual import varying, varying_axes
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
 

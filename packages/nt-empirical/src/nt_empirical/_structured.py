@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from nt_core.manual import varying, varying_axes
 
 from nt_empirical._axes import Layout, OutputAxes, sum_of_products
 from nt_empirical._batches import Batch
 from nt_empirical._jacobian import Differentiated, Function, differentiate, kernels_of
-from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised, labelled
 from nt_empirical._perturbation import Perturbed
 from nt_empirical._uses import Factor, Labels, Use

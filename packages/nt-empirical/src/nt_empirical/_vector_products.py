@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from nt_core.manual import varying, varying_axes
 
 from nt_empirical._axes import Layout
 from nt_empirical._batches import Batch
-from nt_empirical._manual import varying, varying_axes
 from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, outputs_of, sample_outputs
 

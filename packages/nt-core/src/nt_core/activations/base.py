@@ -34,7 +34,8 @@ class Activation:
 
         Args:
           var1, var2: variances of `u` and `v`.
-          deficit: `(var1 + var2)/2 - E u v`; all three have one shape and one dtype.
+          deficit: `(var1 + var2)/2 - E u v`. All three have one dtype, and shapes that broadcast to that of the
+            deficit. An entry of the results depends on the entries at its place alone.
 
         Returns:
           `(variance(var1) + variance(var2))/2 - E f(u) f(v)`, exactly 0 where `deficit == 0` and `var1 == var2`, and
@@ -45,10 +46,6 @@ class Activation:
     def covariance(self, var1: jax.Array, var2: jax.Array, deficit: jax.Array) -> jax.Array | None:
         """Returns `E f(u) f(v)`, or None where it is as accurate as the mean of the variances less the deficit."""
         return None
-
-    def captures(self, dtype: Any) -> bool:
-        """Returns whether functions that the activation holds depend on traced values, beside numbers of a dtype."""
-        return False
 
 
 def cast(coefficient: Scalar, like: jax.Array) -> jax.Array:

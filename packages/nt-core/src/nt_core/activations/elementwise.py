@@ -51,9 +51,6 @@ class Elementwise(Activation):
         # The values of equal inputs may differ in the last place, but their derivatives are wanted.
         return difference - jnp.where(is_equal, lax.stop_gradient(difference), 0), dot
 
-    def captures(self, dtype):
-        return any(captures(fn, 3, dtype) for fn in (self.nngp_fn, self.d_nngp_fn) if fn is not None)
-
 
 def _within(var1, var2, covariance):
     """Moves covariances that rounding has put at the ends of what the variances allow, or beyond, a little inside.
@@ -73,11 +70,6 @@ def _map_scalars(name, fn, *arguments):
             f"{result.shape[arguments[0].ndim :]} for scalar arguments."
         )
     return result.astype(arguments[0].dtype)
-
-
-def captures(fn: ScalarFunction, n_arguments: int, dtype: Any) -> bool:
-    """Returns whether a function of some numbers of a dtype depends on other traced values."""
-    return bool(jax.closure_convert(fn, *[jax.ShapeDtypeStruct((), dtype)] * n_arguments)[1])
 
 
 def check_function(name: str, fn: Any) -> None:

@@ -1,7 +1,7 @@
 """The native backend for CPUs: covariance programs in C++ (csrc), one XLA custom call for a program."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.lowering import Form
 from nt_core.program import Program
+from nt_core.pytrees import replace_leaves
 from nt_core.sources import Inputs, Source, dtype_of, is_symmetric, of_one_batch, same_batches
 from nt_core.spec import Spec
 
@@ -80,17 +81,15 @@ def _differentiable(request: Request) -> Any:
         program, sources = primals
         if _refusal_of_derivative(program, sources, request) is None:
             return value, _native_tangent(primals, changes, reference, request)
-        point = [jax.tree.leaves(primals)[i] for i in changes]
-        return value, jax.jvp(partial(_at, primals, list(changes), reference), (point,), (list(changes.values()),))[1]
+        leaves = jax.tree.leaves(primals)
+        return value, jax.jvp(_at(primals, reference), ({i: leaves[i] for i in changes},), (changes,))[1]
 
     return compute
 
 
-def _at(primals: Any, numbers: list[int], compute: Any, point: list[Array]) -> list[_Arrays]:
-    """Returns what is computed of a program and sources of which some leaves are others."""
-    leaves, structure = jax.tree.flatten(primals)
-    replaced = dict(zip(numbers, point, strict=True))
-    return compute(*structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
+def _at(primals: Any, compute: Any) -> Callable[[dict[int, Array]], list[_Arrays]]:
+    """Returns what is computed of a program and sources, as a function of some of their leaves."""
+    return lambda point: compute(*replace_leaves(primals, point))
 
 
 def _refusal_of_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
@@ -110,15 +109,12 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
       reference: the same computation, for derivatives of higher order.
       request: what is asked for.
     """
-    leaves = jax.tree.leaves(primals)
-    numbers = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    at = partial(_at, primals, numbers)
 
     def pushes(compute: Any) -> Linear:
-        return lambda point, tangent: jax.jvp(partial(at, compute), (point,), (tangent,))[1]
+        return lambda point, tangent: jax.jvp(_at(primals, compute), (point,), (tangent,))[1]
 
     def pulls(compute: Any) -> Linear:
-        return lambda point, cotangent: jax.vjp(partial(at, compute), point)[1](cotangent)[0]
+        return lambda point, cotangent: jax.vjp(_at(primals, compute), point)[1](cotangent)[0]
 
     push = linear_call(
         pushes(partial(_arrays, request=request, propagate=calls.propagate_with_pushforward)),
@@ -126,8 +122,9 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
         pushes(reference),
         pulls(reference),
     )
-    point = [jnp.asarray(leaves[i]) for i in numbers]
-    return push(point, [changes.get(i, jnp.zeros_like(x)) for i, x in zip(numbers, point, strict=True)])
+    leaves = {i: jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(primals))}
+    point = {i: leaf for i, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    return push(point, {i: changes.get(i, jnp.zeros_like(leaf)) for i, leaf in point.items()})
 
 
 def _arrays(
