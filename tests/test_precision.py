@@ -37,7 +37,7 @@ def check(network, x1, x2):
 def test_headline_networks(network):
     """Independent, nearly equal and equal inputs; and the diagonal of the kernel of a batch with itself."""
     random = np.random.default_rng(0)
-    shape = {"fcn5": (784,), "imdb": (500, 50)}.get(network, (32, 32, 3))
+    shape = {"fcn5": (784,), "fcn3-gelu": (784,), "imdb": (500, 50)}.get(network, (32, 32, 3))
     x1 = random.standard_normal((2, *shape))
     others = [x1[0] + noise * random.standard_normal(shape) for noise in (0.0, 1e-5, 1e-3, 1e-1)]
     check(network, x1, np.stack([*others, random.standard_normal(shape)]))
