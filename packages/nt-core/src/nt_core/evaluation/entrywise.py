@@ -37,8 +37,8 @@ class Entrywise(Activation):
         return self.activation.variance(var)
 
     def dual(self, var1: Array, var2: Array, deficit: Array) -> Results:
-        known = jax.make_jaxpr(_results)(self.activation, var1, var2, deficit).consts
-        if any(map(is_traced, known)):  # captured by a function of the user: derivatives by rule would not see it
+        captured = jax.make_jaxpr(_results)(self.activation, var1, var2, deficit).consts
+        if any(map(is_traced, captured)):  # by a function of the user: derivatives by rule would not see it
             return self.activation.dual(var1, var2, deficit)
         arguments = self.activation, var1, var2, deficit
         return _dual(*varying(arguments, varying_axes(arguments)))
