@@ -723,19 +723,10 @@ void pool_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars
   const size_t n = along.size();
   Vec<T>* sums = work.scratch.sums_of_links(2 * n);
   std::fill(sums, sums + 2 * n, Vec<T>{});
-  for (const Link& lz : work.links[0]) {
-    if (!lz.holds(z)) continue;
-    for (const Link& ly : work.links[1]) {
-      if (!ly.holds(y)) continue;
-      for (size_t k = 0; k < n; ++k) {
-        const Link& lx = along[k];
-        const int64_t entry = tensor.entry({lz.delta, ly.delta, lx.delta}, {lz.window, ly.window, lx.window});
-        if (entry < 0) continue;
-        sums[k] += bars_d[entry];
-        if (t) sums[n + k] += bars_t[entry];
-      }
-    }
-  }
+  each_link(work, tensor, z, y, [&](size_t k, int64_t entry) {
+    sums[k] += bars_d[entry];
+    if (t) sums[n + k] += bars_t[entry];
+  });
   for (size_t k = 0; k < n; ++k) {
     for (int x = along[k].begin - low; x < along[k].end - low; x += along[k].step) {
       d[x] += sums[k];

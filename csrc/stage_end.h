@@ -55,6 +55,23 @@ NT_INLINE V row_sum(const V* row, int n, int step = 1) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// Visits the windows that the row (z, y) is in, of each link along it: visit(number of the link, entry of the tensor).
+template <class T, class Visit>
+NT_INLINE void each_link(const Work<T>& work, const Tensor& tensor, int z, int y, const Visit& visit) {
+  const auto& along = work.links[2];
+  for (const Link& lz : work.links[0]) {
+    if (!lz.holds(z)) continue;
+    for (const Link& ly : work.links[1]) {
+      if (!ly.holds(y)) continue;
+      for (size_t k = 0; k < along.size(); ++k) {
+        const Link& lx = along[k];
+        const int64_t entry = tensor.entry({lz.delta, ly.delta, lx.delta}, {lz.window, ly.window, lx.window});
+        if (entry >= 0) visit(k, entry);
+      }
+    }
+  }
+}
+
 // Adds a row to the windows that it is in.
 template <class T>
 void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y, const Vec<T>* d, const Vec<T>* t) {
@@ -72,19 +89,10 @@ void pool_row(const Work<T>& work, const Rectangle& plane, int row_z, int row_y,
     sums[k] = sum(d);
     if (t) sums[n + k] = sum(t);
   }
-  for (const Link& lz : work.links[0]) {
-    if (!lz.holds(z)) continue;
-    for (const Link& ly : work.links[1]) {
-      if (!ly.holds(y)) continue;
-      for (size_t k = 0; k < n; ++k) {
-        const Link& lx = along[k];
-        const int64_t entry = tensor.entry({lz.delta, ly.delta, lx.delta}, {lz.window, ly.window, lx.window});
-        if (entry < 0) continue;
-        work.sum_d[entry] += sums[k];
-        if (t) work.sum_t[entry] += sums[n + k];
-      }
-    }
-  }
+  each_link(work, tensor, z, y, [&](size_t k, int64_t entry) {
+    work.sum_d[entry] += sums[k];
+    if (t) work.sum_t[entry] += sums[n + k];
+  });
 }
 
 // The copies that are made of a plane, along one axis.

@@ -329,12 +329,12 @@ def with_gradients(kernel):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x1, x2)
 
 for a, b in zip(jax.tree.leaves(with_gradients(sharded)), jax.tree.leaves(with_gradients(kernel)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 print("equal")
 """
 
 
-@pytest.mark.parametrize("implementation, n_layers, rows", [("xla", "3", "8"), ("xla", "1", "4"), ("cpu", "2", "8")])
+@pytest.mark.parametrize("implementation, n_layers, rows", [("xla", "3", "8"), ("xla", "2", "4"), ("cpu", "2", "8")])
 def test_shard_map(implementation, n_layers, rows):
     """Rows of a block on four devices, and the gradients through them, equal those on one."""
     flags = "--xla_force_host_platform_device_count=4"

@@ -200,7 +200,7 @@ def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Ar
         factor = factor + slope_a * slope_b * power
         return (c * power, c * one_minus_power + w, value, factor), None
 
-    # Carries pass through memory once in a turn: with fewer terms in it, derivatives take three times as long.
+    # Carries pass through memory once in a turn: with few terms in it, that takes longer than the terms.
     zero = jnp.zeros_like(w)
     start, terms = (jnp.ones_like(w), zero, zero, zero), (first.values, second.values, first.slopes, second.slopes)
     (_, _, value, factor), _ = lax.scan(add, start, terms, unroll=20)

@@ -1,7 +1,6 @@
 """Calls of the engine, as JAX functions of arrays: of values alone, with cotangents carried back, and with tangents."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax import Array
 
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu import native
-from nt_core.evaluation.fusion import constant
+from nt_core.manual import varying, varying_axes
 
 Types = Sequence[jax.ShapeDtypeStruct]
 # From the code of a program, the types of its results, and its operands, to its results.
@@ -41,7 +40,7 @@ def propagate_with_pullback(code: np.ndarray, results: Types, operands: Sequence
         return tuple(_call("nt_backward", code, operands, [*operands, *cotangents]))
 
     run.defvjp(lambda *operands: (run(*operands), operands), backward)
-    return run(*varying_alike(operands, operands))
+    return run(*varying(list(operands), varying_axes(operands)))
 
 
 def propagate_with_pushforward(code: np.ndarray, results: Types, operands: Sequence[Array]) -> list[Array]:
@@ -61,10 +60,4 @@ def propagate_with_pushforward(code: np.ndarray, results: Types, operands: Seque
 def _call(target: str, code: np.ndarray, like: Types | Sequence[Array], operands: Sequence[Array]) -> list[Array]:
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
     computed = jax.ffi.ffi_call(target, results, vmap_method="sequential")(*operands, code=code)
-    return varying_alike(computed, operands)  # JAX does not know over which axes of a mesh these vary
-
-
-def varying_alike(x: Any, like: Any) -> Any:
-    """Returns the arrays `x`; under `jax.shard_map` they vary over all mesh axes over which some of `like` varies."""
-    zeros = {dtype: constant((), 0, dtype, like) for dtype in {leaf.dtype for leaf in jax.tree.leaves(x)}}
-    return jax.tree.map(lambda leaf: leaf + zeros[leaf.dtype], x)
+    return varying(computed, varying_axes(operands))  # JAX does not know over which axes of a mesh these vary

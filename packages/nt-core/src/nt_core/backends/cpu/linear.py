@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nt_core.backends.cpu.calls import varying_alike
+from nt_core.manual import varying, varying_axes
 
 Vector = Any  # a pytree of arrays
 Linear = Callable[[Any, Vector], Vector]  # from a point, and a vector at it in which it is linear
@@ -48,7 +48,7 @@ def linear_call(push: Linear, pull: Linear, reference_push: Linear, reference_pu
 
     def call(point: Any, vector: Vector) -> Vector:
         # What is added up over the devices of a mesh is added up once, where these are made to vary.
-        point, vector = varying_alike((point, vector), point)
+        point, vector = varying((point, vector), varying_axes(point))
         image = jax.eval_shape(push, point, vector)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (vector, image))
         (_, (_, result)) = lax.custom_linear_solve(
