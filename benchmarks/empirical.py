@@ -5,7 +5,7 @@
     make bench-empirical BENCH_ARGS=--memory  # 1,000 x 1,000 kernels of 10^7 parameters, in under 4 GB
 
 Each network, library and implementation has a fresh process (empirical_worker.py): two batches, a mean over outputs,
-`vmap_axes=0`, jitted, float32, the fastest of five calls, and the memory that was needed beyond that of the idle
+`vmap_axes=0`, jitted, float32, the fastest of twenty calls, and the memory that was needed beyond that of the idle
 process. The kernels of all are compared. Prints a table, and writes it to benchmarks/results/empirical.md.
 
 `--memory` needs no archived library. It gives each implementation a bound, `max_bytes`, prints the most memory
@@ -118,7 +118,7 @@ def main():
         lines.append(row(network, *figures, differences[network]))
         print(lines[-1], flush=True)
     where = machine()
-    text = "\n".join(lines) + f"\n\nOn {where['cores']} cores ({where['cpu']}), float32, the fastest of five calls.\n"
+    text = "\n".join(lines) + f"\n\nOn {where['cores']} cores ({where['cpu']}), float32, the fastest of twenty calls.\n"
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "empirical.md").write_text(text)
     if wrong := [network for network, difference in differences.items() if not difference < 1e-4]:

@@ -15,7 +15,7 @@ import numpy as np
 from empirical_networks import LARGE, NETWORKS
 from neural_tangents import empirical_ntk_fn
 
-CALLS = 5
+CALLS = 20
 
 
 def peak_bytes():
@@ -45,7 +45,7 @@ def bounded(network, implementation, max_bytes):
 
 
 def timed(network, implementation):
-    """Returns figures of a kernel of two batches: compiles, and calls a few times."""
+    """Returns figures of a kernel of two batches: compiles, and calls many times."""
     make, n = NETWORKS[network]
     f, params, shape = make()
     x1, x2 = (np.random.default_rng(seed).normal(size=(n, *shape)).astype("float32") for seed in (1, 2))

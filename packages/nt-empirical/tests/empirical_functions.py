@@ -391,6 +391,51 @@ NETWORKS = {
     "no entries": (lambda w, x: x @ w + 1, (0, 2), (0,)),
     "one sample, one number": (lambda w, x: tanh(x * w), (1, 1), (1,)),
 }
+# What becomes of cotangents on their way from the output: means over positions and weights of readouts stay factors.
+READOUTS = {
+    "mean of relu": (lambda w, x: jnp.mean(jax.nn.relu(x @ w[0]), 1) @ w[1], [(3, 4), (4, 5)], (6, 3)),
+    "mean of a convolution": (
+        lambda w, x: jnp.mean(jax.nn.relu(conv(("NHWC", "HWIO", "NHWC"))(w[0], x)), (1, 2)) @ w[1],
+        [(3, 3, 2, 3), (3, 5)],
+        (6, 6, 2),
+    ),
+    "two layers after a mean": (
+        lambda w, x: jax.nn.relu(jnp.mean(jax.nn.relu(x @ w[0]), 1) @ w[1]) @ w[2],
+        [(3, 4), (4, 4), (4, 5)],
+        (6, 3),
+    ),
+    "bias before a mean": (
+        lambda w, x: jnp.mean(jax.nn.relu(x + row(row(w[0]))), 1) @ w[1],
+        [(3,), (3, 5)],
+        (6, 3),
+    ),
+    "bias that positions share": (lambda w, x: jnp.sum(x @ w[0] + row(row(w[1])), 1), [(3, 5), (5,)], (4, 3)),
+    "mean of gelu": (lambda w, x: jnp.mean(jax.nn.gelu(x @ w[0]), 1) @ w[1], [(3, 4), (4, 5)], (6, 3)),
+    "largest": (lambda w, x: jnp.max(jax.nn.relu(x @ w[0]), 1) @ w[1], [(3, 4), (4, 5)], (6, 3)),
+    "scaled, then chosen": (
+        lambda w, x: jnp.sqrt(jnp.where(x @ w[0] > 0, x @ w[0], 0.0) * 2 + 1.0) @ w[1],
+        [(3, 4), (4, 5)],
+        (3,),
+    ),
+    "infinite where it is not chosen": (
+        lambda w, x: jnp.mean(jnp.where(x @ w[0] > 0, jnp.sqrt(jnp.where(x @ w[0] > 0, x @ w[0], 0.0)), 0.0), 1) @ w[1],
+        [(3, 4), (4, 5)],
+        (6, 3),
+    ),
+    "attention pooling": (
+        lambda w, x: jnp.einsum("nt,ntd,do->no", jax.nn.softmax(tanh(x @ w[0]) @ w[1]), x, w[2]),
+        [(3, 4), (4,), (3, 5)],
+        (6, 3),
+    ),
+    "repeated outputs": (lambda w, x: jnp.repeat(tanh(x @ w)[:, None], 3, 1), (3, 2), (3,)),
+    "broadcast outputs": (lambda w, x: jnp.broadcast_to((x @ w)[:, None], (len(x), 3, 2)), (3, 2), (3,)),
+    "sum of all": (lambda w, x: jnp.sum(jax.nn.relu(x @ w), (1, 2)), (3, 2), (4, 3)),
+    "outputs of two sizes": (
+        lambda w, x: {"mean": jnp.mean(jax.nn.relu(x @ w[0]), 1) @ w[1], "sum": jnp.sum(x @ w[0], 1)},
+        [(3, 4), (4, 5)],
+        (6, 3),
+    ),
+}
 TABLE = {
     "products": PRODUCTS,
     "elementwise": ELEMENTWISE,
@@ -400,4 +445,5 @@ TABLE = {
     "tied": TIED,
     "calls": CALLS,
     "networks": NETWORKS,
+    "readouts": READOUTS,
 }

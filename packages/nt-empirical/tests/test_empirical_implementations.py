@@ -1,5 +1,7 @@
 """The implementations of the NTK give the same kernels, in the same layouts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,42 @@ def test_named_kernels_and_derivatives(implementation, x64):
     )
     assert values[0] == pytest.approx(np.sum(reduce(mlp_kernels(params, x1, x2)[1], (-1,), ()) ** 2), rel=1e-12)
     assert np.sum(slope[0] * direction) == pytest.approx(float(values[1] - values[2]) / 2e-6, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        pytest.param(lambda z, c: jnp.clip(c, -0.1, 0.1), id="clipped"),
+        pytest.param(lambda z, c: jnp.where(z > 0, c, 0.5), id="with an offset"),
+        pytest.param(lambda z, c: jnp.where(z > 0, c / jnp.maximum(z, 0.0), 0.0), id="infinite elsewhere"),
+    ],
+)
+def test_structure_of_derivatives_that_are_not_linear(derivative, x64):
+    """Functions may say what their derivative is; it counts for each number of the outputs."""
+    activation = jax.custom_vjp(lambda z: jnp.maximum(z, 0.0))
+    activation.defvjp(lambda z: (jnp.maximum(z, 0.0), z), lambda z, c: (derivative(z, c),))
+
+    def f(w, x):
+        return jnp.mean(activation(x @ w[0]), 1) @ w[1]
+
+    w, x = [RNG.normal(size=(6, 4)), RNG.normal(size=(4, 3))], RNG.normal(size=(4, 5, 6))
+    by_jacobians, by_structure = (
+        empirical_ntk_fn(f, trace_axes=(), vmap_axes=0, implementation=implementation)(x, None, w)
+        for implementation in (NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.STRUCTURED_DERIVATIVES)
+    )
+    assert_close(by_structure, by_jacobians, 1e-11)
+
+
+def test_what_outputs_share_is_not_multiplied_out():
+    """Of a mean over positions with a readout of many outputs no array has positions, channels and outputs."""
+
+    def f(w, x):
+        return jnp.mean(jax.nn.relu(x @ w[0]), 1) @ w[1]
+
+    w, x = [jnp.ones((3, 16)), jnp.ones((16, 50))], jnp.ones((2, 40, 3))
+    ntk_fn = empirical_ntk_fn(f, vmap_axes=0, implementation=NtkImplementation.STRUCTURED_DERIVATIVES)
+    program = jax.make_jaxpr(ntk_fn)(x, x, w)
+    assert max(math.prod(var.aval.shape) for equation in program.eqns for var in equation.outvars) < 40 * 16 * 50
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

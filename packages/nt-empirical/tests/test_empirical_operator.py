@@ -1,7 +1,9 @@
 """Tangent kernels as linear maps, and their diagonals, against the matrices."""
 
 import contextlib
+import functools
 import gc
+import math
 import weakref
 
 import jax
@@ -266,11 +268,15 @@ def test_estimates_are_within_their_errors():
     assert abs(alignment.value - centred_alignment(kernel, labels)) < 5 * alignment.standard_error
 
 
-def test_leading_eigenpairs(dtype):
+@pytest.mark.parametrize("by", ["arpack", "matfree", "matfree under jit"])
+def test_leading_eigenpairs(by, dtype):
     params = mlp_params(6, 2, dtype=dtype)
     for trace_axes in ((-1,), ()):
         operator = ntk_operator(mlp, params, jnp.asarray(X, dtype), trace_axes)
-        values, vectors = operator.eigenpairs(3)
+        find = functools.partial(operator.eigenpairs, 3)
+        if by != "arpack":
+            find = functools.partial(find, n_products=math.prod(operator.shape))
+        values, vectors = map(np.asarray, jax.jit(find)() if by == "matfree under jit" else find())
         expected = np.linalg.eigvalsh(matrix(params, trace_axes))[::-1][:3]
         np.testing.assert_allclose(values, expected, rtol=10 * TOLERANCE[dtype])
         assert vectors.shape == (3, *operator.shape)
@@ -329,6 +335,13 @@ def test_what_is_refused():
     for k in (0, 7):
         with pytest.raises(ValueError, match="`k` must be from 1 to 6"):
             operator.eigenpairs(k)
+    for n in (1, 8):
+        with pytest.raises(ValueError, match=f"`n_products` must be from 2 to 7, got {n}"):
+            operator.eigenpairs(2, n_products=n)
+    with pytest.raises(ValueError, match="Give `tolerance` or `n_products`, not both"):
+        operator.eigenpairs(2, 1e-3, n_products=5)
+    with pytest.raises(ValueError, match="The kernel is of lower rank than 5"):
+        ntk_operator(mlp, params, x, scale=jnp.zeros(())).eigenpairs(2, n_products=5)
     with pytest.raises(ValueError, match=r"Labels must have shape \(7,\), or more axes after these, got \(6,\)"):
         operator.alignment(np.ones(6), KEY)
     with pytest.raises(ValueError, match="Labels are the same for all samples"):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, primitives
 
-from nt_empirical._uses import Labels, Step, Use, new_labels, shape_of
+from nt_empirical._factors import Labels, new_labels
+from nt_empirical._uses import Step, Use, shape_of
 
 
 def convolution(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> Use | None:
@@ -21,7 +22,8 @@ def convolution(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> 
     group, (features, channels, *taps) = filters.axes[:split], filters.axes[split:]
     sample, *places = new_labels(1 + len(taps))
     patches = _patches(
-        jnp.transpose(inputs[0], images_at),
+        inputs[0],
+        images_at[2:],
         filters.shape[split + 2 :],
         [shape[axis] for axis in outputs_at[2:]],
         params["window_strides"],
@@ -29,19 +31,28 @@ def convolution(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> 
         params["lhs_dilation"],
         params["rhs_dilation"],
     )
-    of_samples = (*group, sample) if params["batch_group_count"] > 1 else (sample,)
-    of_channels = (*group, channels) if params["feature_group_count"] > 1 else (channels,)
-    of_space = tuple(label for pair in zip(places, taps, strict=True) for label in pair)
     sizes = dict(zip(filters.axes, filters.shape, strict=True)) | {sample: shape[outputs_at[0]]}
-    patches = patches.reshape(*(sizes[label] for label in (*of_samples, *of_channels)), *patches.shape[2:])
-
+    of_images: dict[int, Labels] = dict(
+        zip(
+            images_at,
+            [
+                (*group, sample) if params["batch_group_count"] > 1 else (sample,),
+                (*group, channels) if params["feature_group_count"] > 1 else (channels,),
+                *zip(places, taps, strict=True),
+            ],
+            strict=True,
+        )
+    )
+    labels = tuple(label for axis in range(len(shape)) for label in of_images[axis])
     sizes |= {place: shape[axis] for place, axis in zip(places, outputs_at[2:], strict=True)}
+    patches = patches.reshape([sizes[label] for label in labels])
+
     parts: dict[int, Labels] = dict(
         zip(outputs_at, [(sample,), (*group, features), *((p,) for p in places)], strict=True)
     )
     axes = tuple(label for axis in range(len(shape)) for label in parts[axis])
     new_shape = tuple(sizes[label] for label in axes)
-    return filters.replace(axes=axes, shape=new_shape).times(patches, (*of_samples, *of_channels, *of_space))
+    return filters.replace(axes=axes, shape=new_shape).times(patches, labels)
 
 
 def _by_group(filters: Use, groups: int) -> Use | None:
@@ -55,6 +66,7 @@ def _by_group(filters: Use, groups: int) -> Use | None:
 
 def _patches(
     images: jax.Array,
+    space: Sequence[int],
     taps: Sequence[int],
     places: Sequence[int],
     strides: Sequence[int],
@@ -62,17 +74,21 @@ def _patches(
     image_dilation: Sequence[int],
     filter_dilation: Sequence[int],
 ) -> jax.Array:
-    """Returns what a filter sees: axes of samples and channels, then for every axis of space those of places and taps.
+    """Returns what a filter sees: for every axis of space two, of places and of taps.
 
     Args:
-      images: axes are samples, channels, and those of space.
-      taps, places: sizes of the filter, and of the outputs, along the axes of space.
+      images: an array.
+      space: its axes of space; what follows is for each of them.
+      taps, places: sizes of the filter, and of the outputs.
       strides, padding, image_dilation, filter_dilation: as for `jax.lax.conv_general_dilated`.
     """
-    between = [(low, high, dilation - 1) for (low, high), dilation in zip(padding, image_dilation, strict=True)]
-    images = jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), (0, 0, 0), *between])
-    for i in range(len(taps)):
-        first, inside = jnp.arange(places[i]) * strides[i], jnp.arange(taps[i]) * filter_dilation[i]
-        # The axes of space before this one have become two.
-        images = jnp.take(images, jnp.expand_dims(first, 1) + jnp.expand_dims(inside, 0), axis=2 + 2 * i, mode="clip")
+    between = [(0, 0, 0)] * images.ndim
+    for axis, (low, high), dilation in zip(space, padding, image_dilation, strict=True):
+        between[axis] = (low, high, dilation - 1)
+    images = jax.lax.pad(images, jnp.zeros((), images.dtype), between)
+    for i in sorted(range(len(space)), key=lambda i: -space[i]):  # from the last axis, for they become two
+        extent = (places[i] - 1) * strides[i] + 1
+        firsts = [tap * filter_dilation[i] for tap in range(taps[i])]
+        seen = [jax.lax.slice_in_dim(images, first, first + extent, strides[i], axis=space[i]) for first in firsts]
+        images = jnp.stack(seen, axis=space[i] + 1)
     return images

@@ -12,8 +12,6 @@ from nt_empirical._batches import Batch
 from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, sample_outputs
 
-Function = Callable[[list[Any]], tuple[Any, Any]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Differentiated:
@@ -21,20 +19,14 @@ class Differentiated:
 
     Attributes:
       value: the output.
-      jacobian: for every array, by which it was differentiated, the axes of the output and then those of the array.
-      samples_at: the axis of the samples if they were differentiated one by one.
+      derivatives: for every array, by which it was differentiated; with an axis of samples first, if they were
+        differentiated one by one.
+      samples_at: the axis of the samples in `value` if they were differentiated one by one.
     """
 
     value: jax.Array
-    jacobian: list[jax.Array]
+    derivatives: list[Any]
     samples_at: int | None
-
-    @classmethod
-    def of(cls, value: jax.Array, jacobian: list[jax.Array], samples_at: int | None) -> "Differentiated":
-        """Moves the samples from the leading axis to where they belong."""
-        if samples_at is not None:
-            value, *jacobian = (jnp.moveaxis(array, 0, samples_at) for array in (value, *jacobian))
-        return cls(value, jacobian, samples_at)
 
 
 def ntk_by_jacobians(
@@ -42,19 +34,32 @@ def ntk_by_jacobians(
 ) -> list[Any]:
     """Returns, of every array of the parameters, the tangent kernels of two batches: products of their Jacobians."""
 
-    def function_of(batch: Batch) -> tuple[Function, list[Any]]:
-        return lambda w: (sample_outputs(network.f, w, batch, batch_axes), ()), network.weights
+    def jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]]]:
+        def outputs_twice(weights: list[jax.Array]) -> tuple[Any, Any]:
+            outputs = sample_outputs(network.f, weights, batch, batch_axes)
+            return outputs, outputs
 
-    outputs1, _ = differentiate(function_of, batch1, batch_axes)
-    outputs2 = outputs1 if batch2 is batch1 else differentiate(function_of, batch2, batch_axes)[0]
+        found, outputs = jax.jacrev(outputs_twice, has_aux=True)(network.weights)
+        return outputs, jax.tree.structure(outputs).flatten_up_to(found)
+
+    outputs1 = differentiate(jacobians, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(jacobians, batch2, batch_axes)
 
     def of_array(number: int) -> Any:
         def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
-            return output.contract(y1.jacobian[number], y2.jacobian[number], network.scales[number])
+            jacobian1 = _with_samples(y1, number)
+            jacobian2 = jacobian1 if y2 is y1 else _with_samples(y2, number)
+            return output.contract(jacobian1, jacobian2, network.scales[number])
 
         return kernels_of(kernel, outputs1, outputs2, layout)
 
     return [of_array(number) for number in range(len(network.weights))]
+
+
+def _with_samples(y: Differentiated, number: int) -> jax.Array:
+    """Returns the Jacobian by an array, with the samples where they are in the output."""
+    jacobian = y.derivatives[number]
+    return jacobian if y.samples_at is None else jnp.moveaxis(jacobian, 0, y.samples_at)
 
 
 def kernels_of(
@@ -70,38 +75,22 @@ def kernels_of(
 
 
 def differentiate(
-    function_of: Callable[[Batch], tuple[Function, list[Any]]], batch: Batch, axes: BatchAxes | None
-) -> tuple[Any, Any]:
-    """Differentiates a network, for a batch, by what is given with it.
+    derivatives: Callable[[Batch], tuple[Any, list[list[Any]]]], batch: Batch, axes: BatchAxes | None
+) -> Any:
+    """Differentiates a network, for a batch.
 
     Args:
-      function_of: returns a function of arrays, for a batch or a sample, and the arrays. The function returns outputs,
-        and anything else that is to be returned.
+      derivatives: returns outputs for a batch or a sample, and the derivatives of each of them.
       batch: inputs.
       axes: with these, samples are differentiated one by one, and not each output of a sample through the whole batch.
 
     Returns:
-      A pytree of `Differentiated`, and what else the function returned, with `axes` with a leading axis of samples.
+      A pytree of `Differentiated`.
     """
-
-    def outputs_and_jacobians(batch: Batch) -> tuple[Any, list[list[jax.Array]], Any]:
-        function, arrays = function_of(batch)
-
-        def outputs_twice(arrays: list[Any]) -> tuple[Any, Any]:
-            outputs, rest = function(arrays)
-            return outputs, (outputs, rest)
-
-        if not arrays:  # `jax.jacrev` needs some
-            _, (outputs, rest) = outputs_twice([])
-            return outputs, [[] for _ in jax.tree.leaves(outputs)], rest
-        jacobians, (outputs, rest) = jax.jacrev(outputs_twice, has_aux=True)(arrays)
-        return outputs, jax.tree.structure(outputs).flatten_up_to(jacobians), rest
-
-    if axes is None:
-        outputs, jacobians, rest = outputs_and_jacobians(batch)
-    else:
-        outputs, jacobians, rest = map_samples(outputs_and_jacobians, batch, axes)
+    outputs, found = derivatives(batch) if axes is None else map_samples(derivatives, batch, axes)
     values, structure = jax.tree.flatten(outputs)
     samples_at = [None] * len(values) if axes is None else output_axes(outputs, axes)
-    differentiated = [Differentiated.of(*arguments) for arguments in zip(values, jacobians, samples_at, strict=True)]
-    return structure.unflatten(differentiated), rest
+    return structure.unflatten(
+        Differentiated(y if axis is None else jnp.moveaxis(y, 0, axis), of_output, axis)
+        for y, of_output, axis in zip(values, found, samples_at, strict=True)
+    )

@@ -35,8 +35,8 @@ class Estimate(NamedTuple):
 class Eigenpairs(NamedTuple):
     """Eigenvalues, the largest first, and eigenvectors of length 1 along the first axis."""
 
-    values: np.ndarray
-    vectors: np.ndarray
+    values: np.ndarray | jax.Array
+    vectors: np.ndarray | jax.Array
 
 
 def ntk_operator(
@@ -189,28 +189,56 @@ class NTKOperator:
         value = overlap / (norm * jnp.sqrt(square))
         return Estimate(value, jnp.abs(value) * error / (2 * square))
 
-    def eigenpairs(self, k: int, tolerance: float = 0.0) -> Eigenpairs:
-        """Returns the `k` largest eigenvalues and their vectors, by Lanczos iterations (ARPACK). Not under `jax.jit`.
+    def eigenpairs(self, k: int, tolerance: float = 0.0, *, n_products: int | None = None) -> Eigenpairs:
+        """Returns the `k` largest eigenvalues and their vectors, by Lanczos iterations.
+
+        They are ARPACK's, on the CPU, as many as it takes; with `n_products` they are those of matfree, in JAX: where
+        the operator is, and under `jax.jit` too.
 
         Args:
           k: less than the size of the operator.
-          tolerance: relative, of the eigenvalues; 0 for the precision of numbers.
+          tolerance: relative, of the eigenvalues; 0 for the precision of numbers. Without `n_products`.
+          n_products: how many products with vectors to take, at least `k` and at most the size of the operator. The
+            more they are the better: outside of the space that they span eigenvalues are not seen. As many vectors are
+            in memory. It needs matfree: ``pip install nt-empirical[matfree]``.
 
         Raises:
-          ValueError: `k` is not from 1 to the size less 1.
+          ValueError: `k` or `n_products` is out of range; or both `tolerance` and `n_products` are given; or the space
+            is exhausted by fewer products, as that of a kernel of low rank.
+          ImportError: matfree is not installed.
           scipy.sparse.linalg.ArpackNoConvergence: iterations did not get there; it has what was found.
         """
         size = math.prod(self.shape)
         if not 1 <= k < size:
             raise ValueError(f"`k` must be from 1 to {size - 1}, less than the size of the operator, got {k}.")
+        start = np.random.default_rng(0).normal(size=size).astype(self.dtype)
+        if n_products is not None:
+            if tolerance:
+                raise ValueError("Give `tolerance` or `n_products`, not both: the latter says how long to iterate.")
+            return self._by_matfree(k, n_products, start)
 
         def product(v: np.ndarray) -> np.ndarray:
             return np.asarray(self(jnp.asarray(v.reshape(self.shape)))).ravel()
 
         operator: Any = scipy.sparse.linalg.LinearOperator((size, size), product, dtype=self.dtype)  # type: ignore[call-arg]
-        start = np.random.default_rng(0).normal(size=size).astype(self.dtype)
         values, vectors = scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, tol=tolerance)  # type: ignore[arg-type]
         return Eigenpairs(values[::-1], vectors.T[::-1].reshape(k, *self.shape))
+
+    def _by_matfree(self, k: int, n_products: int, start: np.ndarray) -> Eigenpairs:
+        try:
+            from matfree import decomp, eig
+        except ImportError as error:
+            raise ImportError(
+                "`n_products` needs matfree: `pip install nt-empirical[matfree]`. Without it, leave it out: ARPACK."
+            ) from error
+        if not k <= n_products <= start.size:
+            raise ValueError(f"`n_products` must be from {k} to {start.size}, got {n_products}.")
+        # Derivatives by its own formula would need products without values of an outer trace.
+        decompose = eig.eigh_partial(decomp.tridiag_sym(n_products, custom_vjp=False))
+        values, vectors = decompose(self._product, jnp.asarray(start.reshape(self.shape)))
+        if not is_traced(values) and not jnp.all(jnp.isfinite(values)):
+            raise ValueError(f"The kernel is of lower rank than {n_products}: give less `n_products`.")
+        return Eigenpairs(values[::-1][:k], vectors[::-1][:k])
 
     def _squared_norm(self, product: Product, key: jax.Array, n_products: int) -> Estimate:
         """Estimates the sum of squares of all entries of a symmetric map."""

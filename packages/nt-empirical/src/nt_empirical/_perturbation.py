@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from nt_core.manual import varying, varying_axes
 
+from nt_empirical._equations import CALLS, closed, evaluated
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
-
-# Equations that call a function, which is looked into where it takes parameters.
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
 
 
 class Weights(NamedTuple):
@@ -92,7 +90,7 @@ class _Evaluation:
             values = [read(var) for var in equation.invars]
             outputs = self._with_rule(equation, values, jaxpr) if any(isinstance(v, Weights) for v in values) else None
             if outputs is None:
-                outputs = _evaluated(equation, [read_plain(var) for var in equation.invars], jaxpr)
+                outputs = evaluated(equation, [read_plain(var) for var in equation.invars], jaxpr)
             known.update(zip(equation.outvars, outputs, strict=True))
         return [read(var) for var in jaxpr.outvars]
 
@@ -100,34 +98,20 @@ class _Evaluation:
         """Returns the outputs of an equation that takes parameters, or None if there is no rule for it."""
         name = equation.primitive.name
         if name in CALLS:
-            called = equation.params[CALLS[name]]
-            closed = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
-            return self.run(closed.jaxpr, closed.consts, inputs)
+            called = closed(equation.params[CALLS[name]])
+            return self.run(called.jaxpr, called.consts, inputs)
         weights = {i: value.use for i, value in enumerate(inputs) if isinstance(value, Weights)}
         values = [value.value if isinstance(value, Weights) else value for value in inputs]
         if name == "split":
             slices = split(weights[0], equation)
-            return None if slices is None else list(map(Weights, _evaluated(equation, values, jaxpr), slices))
+            return None if slices is None else list(map(Weights, evaluated(equation, values, jaxpr), slices))
         if name not in RULES or not jnp.issubdtype(dtype_of(equation.outvars[0]), jnp.floating):
             return None
         found = [RULES[name](use, i, values, equation) for i, use in weights.items()]
         uses = [use for use in found if use is not None]
         if len(uses) != len(found):
             return None
-        (output,) = _evaluated(equation, values, jaxpr)
+        (output,) = evaluated(equation, values, jaxpr)
         if len(uses) == 1 and is_arrangement(name, uses[0]):
             return [Weights(output, uses[0])]
         return [self.perturb(output, uses)]
-
-
-def _evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[Any]:
-    """Returns the outputs of an equation of a jaxpr, as part of which its own derivatives are kept."""
-    values = {var: x for var, x in zip(equation.invars, inputs, strict=True) if not isinstance(var, Literal)}
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=list(values),
-        outvars=list(equation.outvars),
-        eqns=[equation],
-        effects=equation.effects,
-    )
-    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())

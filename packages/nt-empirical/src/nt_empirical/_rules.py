@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, primitives
 
 from nt_empirical._convolution import convolution
-from nt_empirical._uses import Factor, Labels, Step, Use, new_labels, shape_of
+from nt_empirical._factors import Factor, Labels, new_labels
+from nt_empirical._uses import Step, Use, shape_of
 
 Rule = Callable[[Use, int, list[Any], JaxprEqn], Use | None]
 
@@ -161,6 +162,8 @@ ARRANGEMENTS: dict[str, Rule] = {
 SCALINGS: dict[str, Rule] = {"div": _div, "mul": _mul}
 # Their outputs are activations.
 PRODUCTS: dict[str, Rule] = {"conv_general_dilated": convolution, "dot_general": _dot_general, "gather": _gather}
+# What is small, or needs no copies: cotangents take these as products.
+LINEAR = ARRANGEMENTS | SCALINGS | {"dot_general": _dot_general}
 RULES = ARRANGEMENTS | SCALINGS | PRODUCTS
 
 

@@ -1,54 +1,25 @@
 """The tangent kernel from the structure of the equations that parameters enter."""
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from nt_core.manual import varying, varying_axes
 
-from nt_empirical._axes import Layout, OutputAxes, sum_of_products
+from nt_empirical._axes import Layout, OutputAxes
 from nt_empirical._batches import Batch
-from nt_empirical._jacobian import Differentiated, Function, differentiate, kernels_of
+from nt_empirical._cotangents import cotangents_of
+from nt_empirical._factors import Factor, new_labels, product
+from nt_empirical._jacobian import Differentiated, differentiate, kernels_of
 from nt_empirical._parameters import Parametrised, labelled
 from nt_empirical._perturbation import Perturbed
-from nt_empirical._uses import Factor, Labels, Use
+from nt_empirical._uses import Use
 from nt_empirical._vmap import BatchAxes, sample_outputs
-
-
-class Path(NamedTuple):
-    """A way from a parameter to an output.
-
-    Attributes:
-      cotangents: derivatives of the output by a value that the parameter changes: axes of both.
-      use: how it changes the value.
-      samples_at: axis of the output with the samples, if they lead the axes of factors.
-    """
-
-    cotangents: jax.Array
-    use: Use
-    samples_at: int | None
-
-    def factors(self, output_labels: list[int], weight_labels: list[int], unused: Iterator[int]) -> list[Factor]:
-        """Returns factors whose product, summed over all other axes, is the derivative of the output by the array."""
-        labels = dict(zip(self.use.weight_axes, weight_labels, strict=True))
-
-        def named(of_use: Labels) -> Labels:
-            return tuple(
-                labels[label] if label in labels else labels.setdefault(label, next(unused)) for label in of_use
-            )
-
-        shape = self.cotangents.shape[: len(output_labels)] + self.use.shape
-        sample = () if self.samples_at is None else (output_labels[self.samples_at],)
-        found = [Factor(self.cotangents.reshape(shape), (*output_labels, *named(self.use.axes)))]
-        for factor in self.use.factors:
-            label, size = factor.chosen or (None, 0)
-            chosen = None if label is None else (named((label,))[0], size)
-            found.append(Factor(factor.array, (*sample, *named(factor.labels)), chosen))
-        return found
 
 
 class Array(NamedTuple):
@@ -62,14 +33,14 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     scale: jax.Array | None
 
-    def scale_at(self, use: Use, weight_labels: list[int]) -> list[Factor]:
-        """Returns the scale of what enters at a use, whose axes have these labels; none if it is 1."""
+    def scale_at(self, use: Use) -> list[Factor]:
+        """Returns the scale of what enters at a use; none if it is 1."""
         if self.scale is None:
             return []
         scale = self.scale
         if use.steps and scale.ndim:
             scale = _taken(use, jnp.broadcast_to(scale, self.shape))
-        scale, labels = labelled(scale, use.weight_shape, weight_labels)
+        scale, labels = labelled(scale, use.weight_shape, use.weight_axes)
         return [Factor(scale, tuple(labels))]
 
 
@@ -78,18 +49,18 @@ def ntk_by_structure(
 ) -> list[Any]:
     """Returns, of every array of the parameters, the tangent kernels of two batches: sums over its uses."""
 
-    def function_of(batch: Batch) -> tuple[Function, list[Any]]:
+    def uses(batch: Batch) -> tuple[Any, list[list[Use]]]:
         perturbed = Perturbed(lambda w: sample_outputs(network.f, w, batch, batch_axes), network.weights)
-        return perturbed, perturbed.zeros
+        return _uses_of_outputs(perturbed)
 
-    outputs1, uses1 = differentiate(function_of, batch1, batch_axes)
-    outputs2, uses2 = (outputs1, uses1) if batch2 is batch1 else differentiate(function_of, batch2, batch_axes)
+    outputs1 = differentiate(uses, batch1, batch_axes)
+    outputs2 = outputs1 if batch2 is batch1 else differentiate(uses, batch2, batch_axes)
 
     def of_array(number: int) -> Any:
         array = Array(jnp.shape(network.weights[number]), network.scales[number])
 
         def kernel(output: OutputAxes, y1: Differentiated, y2: Differentiated) -> jax.Array:
-            total = _of_array(output, _paths(y1, uses1, number), _paths(y2, uses2, number), array)
+            total = _of_array(output, y1, y2, number, array)
             if total is None:
                 return output.contract(jnp.zeros_like(y1.value), jnp.zeros_like(y2.value))
             return output.symmetric(total) if batch2 is batch1 else total
@@ -99,50 +70,98 @@ def ntk_by_structure(
     return [of_array(number) for number in range(len(network.weights))]
 
 
-def _paths(y: Differentiated, uses: list[tuple[Use, ...]], parameter: int) -> list[Path]:
-    """Returns all ways from a parameter to an output."""
-    return [
-        Path(cotangents, use, y.samples_at)
-        for cotangents, of_value in zip(y.jacobian, uses, strict=True)
-        for use in of_value
-        if use.parameter == parameter
-    ]
+def _uses_of_outputs(perturbed: Perturbed) -> tuple[Any, list[list[Use]]]:
+    """Returns the outputs of a network, and for each of them all ways in which parameters change it."""
+    outputs, pull_back, uses = jax.vjp(perturbed, perturbed.zeros, has_aux=True)
+    leaves, structure = jax.tree.flatten(outputs)
+
+    def of_leaf(which: int) -> list[Use]:
+        def of_output(cotangent: jax.Array) -> list[jax.Array]:
+            everything = [cotangent if i == which else jnp.zeros_like(y) for i, y in enumerate(leaves)]
+            return pull_back(structure.unflatten(everything))[0]
+
+        cotangents = cotangents_of(of_output, leaves[which])
+        return [
+            use.carried_to_output(cotangent)
+            for cotangent, of_value in zip(cotangents, uses, strict=True)
+            if cotangent is not None
+            for use in of_value
+        ]
+
+    return outputs, [of_leaf(which) for which in range(len(leaves))]
 
 
-def _of_array(output: OutputAxes, paths1: list[Path], paths2: list[Path], array: Array) -> jax.Array | None:
+class Way(NamedTuple):
+    """A way from a parameter to an output: an einsum, `weight_axes, factors -> axes of the output`.
+
+    Attributes:
+      use: of the parameter by the output; of one sample, if samples were differentiated one by one.
+      factors: those of `use`, with the samples among their axes.
+    """
+
+    use: Use
+    factors: tuple[Factor, ...]
+
+
+def _ways(y: Differentiated, parameter: int, output_labels: Sequence[int]) -> list[Way]:
+    """Returns all ways from a parameter to an output, whose axes get these labels, and all others new ones."""
+    return [_way(use, y, output_labels) for use in y.derivatives if use.parameter == parameter]
+
+
+def _way(use: Use, y: Differentiated, output_labels: Sequence[int]) -> Way:
+    samples = () if y.samples_at is None else (output_labels[y.samples_at],)
+    of_sample = [label for axis, label in enumerate(output_labels) if axis != y.samples_at]
+    name = dict(zip(use.axes, of_sample, strict=True))
+    for label in (*use.weight_axes, *(label for factor in use.factors for label in factor.labels)):
+        if label not in name:
+            (name[label],) = new_labels(1)
+    named = [factor.named(name) for factor in use.factors]
+    factors = [dataclasses.replace(factor, labels=(*samples, *factor.labels)) for factor in named]
+    # Axes along which all numbers of the output change alike.
+    alike = [i for i, label in enumerate(output_labels) if not any(factor.has(label) for factor in factors)]
+    factors += [Factor(jnp.ones(y.value.shape[i]), (output_labels[i],)) for i in alike]
+    return Way(use.replace(weight_axes=tuple(name[label] for label in use.weight_axes)), tuple(factors))
+
+
+def _of_array(
+    output: OutputAxes, y1: Differentiated, y2: Differentiated, parameter: int, array: Array
+) -> jax.Array | None:
     """Returns the part of a kernel that is due to one array of the parameters, None if that is 0."""
-    pairs = [(a, b) for a, b in itertools.product(paths1, paths2) if not a.use.apart(b.use)]
+    new = new_labels(2 * output.ndim)
+    labels1, labels2, labels_of_kernel = (
+        [new[label] for label in labels] for labels in (output.labels1, output.labels2, output.labels_of_kernel)
+    )
+    ways1, ways2 = _ways(y1, parameter, labels1), _ways(y2, parameter, labels2)
+    pairs = [(a, b) for a, b in itertools.product(ways1, ways2) if not a.use.apart(b.use)]
     if not pairs:
         return None
     alike = all(a.use.steps == b.use.steps for a, b in pairs)
     # A parameter with many uses, as in a loop, has too many pairs of them.
-    if alike and len(pairs) <= 2 * max(len(paths1), len(paths2)):
-        return functools.reduce(jnp.add, (_of_pair(output, a, b, array) for a, b in pairs))
+    if alike and len(pairs) <= 2 * max(len(ways1), len(ways2)):
+        total = functools.reduce(jnp.add, (_of_pair(a, b, array, labels_of_kernel) for a, b in pairs))
+        return total / output.size_of_traced(y1.value.shape)
     jacobian1, jacobian2 = (
-        functools.reduce(jnp.add, (_jacobian(path, output.ndim, array.shape) for path in paths))
-        for paths in (paths1, paths2)
+        functools.reduce(jnp.add, (_jacobian(way, labels, array.shape) for way in ways))
+        for ways, labels in ((ways1, labels1), (ways2, labels2))
     )
     return output.contract(jacobian1, jacobian2, array.scale)
 
 
-def _of_pair(output: OutputAxes, path1: Path, path2: Path, array: Array) -> jax.Array:
-    """Returns the part of a kernel that is due to two uses of an array; the einsum finds the order of products."""
-    unused, use = itertools.count(2 * output.ndim), path1.use
-    weight_labels = list(itertools.islice(unused, len(use.weight_axes)))
-    factors1 = path1.factors(output.labels1, weight_labels, unused)
-    factors2 = path2.factors(output.labels2, weight_labels, unused)
-    factors2 += array.scale_at(use, weight_labels)
-    equal_terms = math.prod(
+def _of_pair(way1: Way, way2: Way, array: Array, labels_of_kernel: Sequence[int]) -> jax.Array:
+    """Returns the sum of the products of two ways from an array; the einsum finds the order of products."""
+    weight_axes, shape = way1.use.weight_axes, way1.use.weight_shape
+    same = dict(zip(way2.use.weight_axes, weight_axes, strict=True))
+    factors2 = [*(factor.named(same) for factor in way2.factors), *array.scale_at(way1.use)]
+    repeated = math.prod(
         size
-        for label, size in zip(weight_labels, use.weight_shape, strict=True)
-        if not any(factor.has(label) for factor in (*factors1, *factors2))
+        for label, size in zip(weight_axes, shape, strict=True)
+        if not any(factor.has(label) for factor in (*way1.factors, *factors2))
     )
-    factors = _with_equalities(factors1, factors2)
-    total = sum_of_products([(factor.array, factor.labels) for factor in factors], output.labels_of_kernel)
-    return total * (equal_terms / output.size_of_traced(path1.cotangents.shape))
+    total = product(_with_equalities(way1.factors, factors2), labels_of_kernel).array
+    return total if repeated == 1 else total * repeated
 
 
-def _with_equalities(factors1: list[Factor], factors2: list[Factor]) -> list[Factor]:
+def _with_equalities(factors1: Sequence[Factor], factors2: Sequence[Factor]) -> list[Factor]:
     """Returns all factors, none with `chosen`: of rows of one table it only matters whether they are the same."""
     factors = [*factors1, *factors2]
     for a, b in itertools.product(factors1, factors2):
@@ -171,16 +190,15 @@ def _at(label: int, rows: Factor, factor: Factor) -> Factor:
     return Factor(array, (*factor.labels[:axis], *rows.labels, *factor.labels[axis + 1 :]))
 
 
-def _jacobian(path: Path, ndim: int, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the derivative of an output with `ndim` axes by a parameter of a shape, by one way."""
-    unused, use = itertools.count(ndim), path.use
-    weight_labels = list(itertools.islice(unused, len(use.weight_axes)))
-    factors = [factor.written_out() for factor in path.factors(list(range(ndim)), weight_labels, unused)]
-    present = [label for label in weight_labels if any(label in factor.labels for factor in factors)]
-    jacobian = sum_of_products([(f.array, f.labels) for f in factors], [*range(ndim), *present])
-    jacobian = jnp.expand_dims(jacobian, [label for label in weight_labels if label not in present])
+def _jacobian(way: Way, output_labels: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+    """Returns the derivative of an output by a parameter of a shape, by one way."""
+    use, ndim = way.use, len(output_labels)
+    factors = [factor.written_out() for factor in way.factors]
+    present = [label for label in use.weight_axes if any(factor.has(label) for factor in factors)]
+    jacobian = product(factors, [*output_labels, *present]).array
+    absent = [ndim + axis for axis, label in enumerate(use.weight_axes) if label not in present]
     of_output = jacobian.shape[:ndim]
-    jacobian = jnp.broadcast_to(jacobian, (*of_output, *use.weight_shape))
+    jacobian = jnp.broadcast_to(jnp.expand_dims(jacobian, absent), (*of_output, *use.weight_shape))
     if not use.steps:
         return jacobian
     example = varying(jnp.zeros(shape, jacobian.dtype), varying_axes(jacobian))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
-Labels = tuple[int, ...]
-_numbers = itertools.count()
+from nt_empirical._factors import Factor, Labels, multiplied, new_labels, product
 
 
 def shape_of(variable: Any) -> tuple[int, ...]:
@@ -22,39 +21,6 @@ def shape_of(variable: Any) -> tuple[int, ...]:
 def dtype_of(variable: Any) -> Any:
     """Returns the dtype of a variable of a jaxpr."""
     return variable.aval.dtype
-
-
-def new_labels(n: int) -> Labels:
-    """Returns labels of axes that are in use nowhere else."""
-    return tuple(itertools.islice(_numbers, n))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels", "chosen"])
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """A factor of the products, an array with labelled axes.
-
-    Attributes:
-      array: its axes are, with many samples, that of the samples, and those of `labels`.
-      labels: of its axes.
-      chosen: None; or a label and a size: the array then has positions along that axis (those outside of it are -1),
-        and the factor is 1 at them and 0 elsewhere. So are rows of a table, which would be large as numbers.
-    """
-
-    array: jax.Array
-    labels: Labels
-    chosen: tuple[int, int] | None = None
-
-    def has(self, label: int) -> bool:
-        """Whether the factor differs along an axis."""
-        return label in self.labels or (self.chosen is not None and self.chosen[0] == label)
-
-    def written_out(self) -> "Factor":
-        """Returns an equal factor without `chosen`."""
-        if self.chosen is None:
-            return self
-        label, size = self.chosen
-        return Factor(jax.nn.one_hot(self.array, size), (*self.labels, label))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +74,57 @@ class Use:
     def times(self, array: jax.Array, labels: Labels = ()) -> "Use":
         """Returns the use of the value times another factor."""
         return self.replace(factors=(*self.factors, Factor(array, labels)))
+
+    def compressed(self) -> "Use":
+        """Returns the same use, with factors multiplied where their product is no larger than they are."""
+        return self.replace(factors=multiplied(self.factors, (*self.weight_axes, *self.axes)))
+
+    def array(self, dtype: Any) -> jax.Array:
+        """Returns the derivatives of the value by all entries of the parameter: axes of the parameter, of the value."""
+        alike = [label for label in self.weight_axes if label in self.axes]
+        names = dict(zip(alike, new_labels(len(alike)), strict=True))
+        labels = [*(names.get(label, label) for label in self.weight_axes), *self.axes]
+        shape = (*self.weight_shape, *self.shape)
+        sizes = dict(zip(labels, shape, strict=True))
+        same = [Factor(jnp.eye(sizes[label], dtype=dtype), (names[label], label)) for label in alike]
+        factors = [*self.factors, *same] or [Factor(jnp.ones((), dtype), ())]
+        present = [label for label in labels if any(factor.has(label) for factor in factors)]
+        entries = product(factors, present).array.astype(dtype)
+        absent = [axis for axis, label in enumerate(labels) if label not in present]
+        return jnp.broadcast_to(jnp.expand_dims(entries, absent), shape)
+
+    def carried_to_output(self, cotangent: "Use") -> "Use":
+        """Returns how the parameter changes an output.
+
+        Args:
+          cotangent: how the output, its `weight_axes`, changes with the value.
+        """
+        if cotangent.shape != self.shape:
+            n = len(cotangent.weight_axes)
+            array = cotangent.array(jnp.result_type(*(factor.array for factor in cotangent.factors), jnp.float32))
+            array = array.reshape(*cotangent.weight_shape, *self.shape)
+            labels = (*new_labels(n), *self.axes)
+            cotangent = cotangent.replace(
+                weight_axes=labels[:n], axes=self.axes, shape=self.shape, factors=(Factor(array, labels),)
+            )
+        name = dict(zip(cotangent.axes, self.axes, strict=True))
+        factors = [*self.factors, *(f.named(name) for f in cotangent.factors)]
+        outputs: list[int] = []
+        for label, size in zip(cotangent.weight_axes, cotangent.weight_shape, strict=True):
+            label = name.get(label, label)
+            if label in self.weight_axes:  # an axis of the parameter is one of the output
+                (new,) = new_labels(1)
+                factors.append(Factor(jnp.eye(size), (new, label)))
+                label = new
+            outputs.append(label)
+        kept = (*outputs, *self.weight_axes)
+        summed = [
+            size
+            for label, size in zip(self.axes, self.shape, strict=True)
+            if label not in kept and not any(f.has(label) for f in factors)
+        ]
+        factors.append(Factor(jnp.full((), float(math.prod(summed))), ()))
+        return self.replace(axes=tuple(outputs), shape=cotangent.weight_shape, factors=multiplied(factors, kept))
 
     def taking(self, axes: Sequence[int]) -> "Use":
         """Returns the use of the value with these of its axes, in this order; one that is left out is summed over."""
