@@ -865,7 +865,8 @@ template <class T, class End>
 void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars,
                 const End& end) {
   using V = Vec<T>;
-  execute_plane<true>(work, end);
+  Work<T>* const works[] = {&work};
+  execute_planes<true>(works, 1, end);
   Back<T> back{work, bars, scratch};
   back.place_planes();
   std::fill(scratch.coefficients.data(), scratch.coefficients.data() + scratch.n_coefficients, V{});
@@ -905,10 +906,10 @@ void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const
   for (size_t k = 0; k < stage.offsets.size(); ++k) {
     turn_to_plane(work, k);
     if (fills) {
-      plane_back(work, scratch, seed, bars, [&](const Rectangle& r, int z, int y) { end_row(work, r, z, y); });
-      sums.add_plane(k);
+      plane_back(work, scratch, seed, bars, [](Work<T>& w, const Rectangle& r, int z, int y) { end_row(w, r, z, y); });
+      sums.add_planes(k + 1);
     } else {
-      plane_back(work, scratch, seed, bars, [](const Rectangle&, int, int) {});
+      plane_back(work, scratch, seed, bars, [](Work<T>&, const Rectangle&, int, int) {});
     }
   }
   if (fills) sums.finish();

@@ -1,6 +1,8 @@
 // Planes and stages, carried through a program.
 #pragma once
 
+#include <optional>
+
 #include "angular.h"
 #include "samples.h"
 #include "sources.h"
@@ -10,50 +12,76 @@
 namespace nt {
 namespace NT_LEVEL {
 
-// ---- one plane
+// ---- planes
 
-// Carries the plane of `work.offset` through all passes of a stage. The rows of its root go to `end(rectangle, z, y)`.
-template <bool kWide, class T, class End>
-void execute_plane(Work<T>& work, const End& end) {
-  const Stage& stage = work.stage;
-  work.place_planes();
-  for (const Pass& pass : stage.passes) {
-    const Instance& geometry = stage.instances[pass.geometry];
-    const Rectangle& r = work.plane(geometry).r;
-    const bool is_last = &pass == &stage.passes.back();
-    const bool unmasked = pass.unmasked_dual >= 0 && leaves_all<kWide>(work, stage.instances[pass.row_ops[0]]);
-    const size_t first_op = unmasked ? 2 : 0;
-    const int fused_dual = unmasked ? pass.unmasked_dual : pass.fused_dual;
-    const auto each_row = [&](const auto& head) {
-      for (int z = 0; z < r.size[0]; ++z) {
-        for (int y = 0; y < r.size[1]; ++y) {
-          const auto head_of_row = head(z, y);
-          each_part(geometry, r, z, y, [&](const Place& at) {
-            head_of_row(at);
-            for (size_t k = first_op; k < pass.row_ops.size(); ++k) {
-              const Instance& op = stage.instances[pass.row_ops[k]];
-              if (work.c.one_position) {
-                apply_angular_row<kWide>(work, op, at);
-              } else {
-                apply_row<kWide>(work, op, at);
-              }
-            }
-          });
-          if (is_last) end(r, z, y);
-        }
-      }
-    };
-    if (pass.head < 0) {
-      each_row([](int, int) { return [](const Place&) {}; });
-    } else if (geometry.kind == Kind::kTied) {
-      const WindowSums<kWide, T> sums(work, geometry);
-      each_row([&](int z, int y) {
-        return [&work, &geometry, fused_dual, rows = sums.row(z, y)](const Place& at) {
-          finish_convolution<kWide>(work, geometry, fused_dual, at, rows);
-        };
+// The rows of one plane, in one pass of a stage.
+template <bool kWide, class T>
+class PassRows {
+ public:
+  PassRows(Work<T>& work, const Pass& pass)
+      : work_(work),
+        pass_(pass),
+        geometry_(work.stage.instances[pass.geometry]),
+        unmasked_(pass.unmasked_dual >= 0 && leaves_all<kWide>(work, work.stage.instances[pass.row_ops[0]])) {
+    if (pass.head >= 0 && geometry_.kind == Kind::kTied) sums_.emplace(work, geometry_);
+  }
+
+  const Rectangle& rectangle() const { return work_.plane(geometry_).r; }
+
+  void carry(int z, int y) const {
+    if (pass_.head < 0) {
+      carry_parts(z, y, [](const Place&) {});
+    } else if (sums_) {
+      const int fused_dual = unmasked_ ? pass_.unmasked_dual : pass_.fused_dual;
+      carry_parts(z, y, [this, fused_dual, rows = sums_->row(z, y)](const Place& at) {
+        finish_convolution<kWide>(work_, geometry_, fused_dual, at, rows);
       });
     } else {
-      each_row([&](int, int) { return [&](const Place& at) { load_row<kWide>(work, geometry, at); }; });
+      carry_parts(z, y, [this](const Place& at) { load_row<kWide>(work_, geometry_, at); });
+    }
+  }
+
+ private:
+  template <class Head>
+  void carry_parts(int z, int y, const Head& head) const {
+    each_part(geometry_, rectangle(), z, y, [&](const Place& at) {
+      head(at);
+      for (size_t k = unmasked_ ? 2 : 0; k < pass_.row_ops.size(); ++k) {
+        const Instance& op = work_.stage.instances[pass_.row_ops[k]];
+        if (work_.c.one_position) {
+          apply_angular_row<kWide>(work_, op, at);
+        } else {
+          apply_row<kWide>(work_, op, at);
+        }
+      }
+    });
+  }
+
+  Work<T>& work_;
+  const Pass& pass_;
+  const Instance& geometry_;
+  const bool unmasked_;
+  std::optional<WindowSums<kWide, T>> sums_;
+};
+
+// Carries planes of a stage, whose offsets differ along the last axis alone, through all of its passes: rows in turn,
+// for they read the same samples. The rows of their root go to `end(work, rectangle, z, y)`.
+template <bool kWide, class T, class End>
+void execute_planes(Work<T>* const* works, int n, const End& end) {
+  const Stage& stage = works[0]->stage;
+  for (int i = 0; i < n; ++i) works[i]->place_planes();
+  for (const Pass& pass : stage.passes) {
+    std::optional<PassRows<kWide, T>> rows[kMostPlanes];
+    for (int i = 0; i < n; ++i) rows[i].emplace(*works[i], pass);
+    const bool is_last = &pass == &stage.passes.back();
+    const Index3 size = rows[0]->rectangle().size;
+    for (int z = 0; z < size[0]; ++z) {
+      for (int y = 0; y < size[1]; ++y) {
+        for (int i = 0; i < n; ++i) {
+          rows[i]->carry(z, y);
+          if (is_last) end(*works[i], rows[i]->rectangle(), z, y);
+        }
+      }
     }
   }
 }
@@ -64,12 +92,12 @@ void execute_plane(Work<T>& work, const End& end) {
 template <class T>
 void turn_to_plane(Work<T>& work, size_t k) {
   const Stage& stage = work.stage;
-  work.offset = stage.offsets[k];
+  const Index3 before = std::exchange(work.offset, stage.offsets[k]);
   if (stage.end < 0) return;
   const Value& end = work.c.program.values[stage.end];
   if (end.op == Op::kPool) {
     for (int a = 0; a < kAxes; ++a) {
-      if (k > 0 && work.offset[a] == stage.offsets[k - 1][a]) continue;
+      if (!work.links[a].empty() && work.offset[a] == before[a]) continue;
       work.links[a] = pool_links(stage, end, a, work.offset[a]);
     }
   }
@@ -103,14 +131,15 @@ class TensorSums {
     work_.sum_t = !has_ntk_ ? nullptr : single() ? &plane_t_ : total_t_;
   }
 
-  // A single sum over very many planes is formed in three levels, or its rounding errors would add up.
-  void add_plane(size_t k) {
+  // Adds the planes since the last time, those before number `end`. A single sum over very many planes is formed in
+  // three levels, or its rounding errors would add up.
+  void add_planes(size_t end) {
     if (!single()) return;
     const std::vector<Index3>& offsets = work_.stage.offsets;
     line_d_ += plane_d_;
     line_t_ += plane_t_;
     plane_d_ = plane_t_ = V{};
-    const bool line_ends = k + 1 == offsets.size() || offsets[k + 1][1] != offsets[k][1];
+    const bool line_ends = end == offsets.size() || offsets[end][1] != offsets[end - 1][1];
     if (!line_ends) return;
     total_d_[0] += line_d_;
     if (has_ntk_) total_t_[0] += line_t_;
@@ -133,17 +162,57 @@ class TensorSums {
   V plane_d_{}, plane_t_{}, line_d_{}, line_t_{};
 };
 
+// Works for planes that go through the passes of a stage together, and end in the same sums.
+template <class T>
+class PlanesAtOnce {
+ public:
+  PlanesAtOnce(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile, Scratch<T>& scratch)
+      : stage_(stage) {
+    owned_.reserve(stage.planes_at_once);
+    Scratch<T>* at = &scratch;
+    for (int i = 0; i < stage.planes_at_once; ++i) {
+      if (i > 0) at = &at->for_plane_beside(c);
+      owned_.emplace_back(c, plan, stage, tile, *at);
+      works_[i] = &owned_.back();
+    }
+  }
+
+  Work<T>& first() { return owned_.front(); }
+  Work<T>* const* works() const { return works_; }
+
+  // Turns to the planes from number k on, and returns how many they are: their offsets differ along the last axis
+  // alone.
+  int turn_to(size_t k) {
+    const Index3& begin = stage_.offsets[k];
+    int n = 0;
+    for (; n < stage_.planes_at_once && k + n < stage_.offsets.size(); ++n) {
+      const Index3& offset = stage_.offsets[k + n];
+      if (offset[0] != begin[0] || offset[1] != begin[1]) break;
+      turn_to_plane(owned_[n], k + n);
+      owned_[n].sum_d = first().sum_d;
+      owned_[n].sum_t = first().sum_t;
+    }
+    return n;
+  }
+
+ private:
+  const Stage& stage_;
+  std::vector<Work<T>> owned_;
+  Work<T>* works_[kMostPlanes] = {};
+};
+
 template <bool kWide, class T>
 void execute_stage(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile,
                    Scratch<T>& scratch) {
-  Work<T> work(c, plan, stage, tile, scratch);
-  TensorSums<T> sums(work);
+  PlanesAtOnce<T> planes(c, plan, stage, tile, scratch);
+  TensorSums<T> sums(planes.first());
   sums.begin();
   if (stage.offsets.empty()) return;  // nothing is read; after copies of no position there are zeros
-  for (size_t k = 0; k < stage.offsets.size(); ++k) {
-    turn_to_plane(work, k);
-    execute_plane<kWide>(work, [&](const Rectangle& r, int z, int y) { end_row(work, r, z, y); });
-    sums.add_plane(k);
+  for (size_t k = 0; k < stage.offsets.size();) {
+    const int n = planes.turn_to(k);
+    execute_planes<kWide>(planes.works(), n, [](Work<T>& w, const Rectangle& r, int z, int y) { end_row(w, r, z, y); });
+    k += n;
+    sums.add_planes(k);
   }
   sums.finish();
 }

@@ -147,6 +147,9 @@ struct Tensor {
   std::vector<int64_t> start_;              // for each offset of the box
 };
 
+// Planes that may go through the passes of a stage together.
+constexpr int kMostPlanes = 8;
+
 struct Stage {
   int end = -1;                     // value number of what mixes pairs; or -1 and
   int output = -1;                  // number of an output
@@ -159,6 +162,7 @@ struct Stage {
   int64_t buffer_size = 0;        // in positions
   int pad_low = 0, pad_high = 0;  // room beside each row for what is read beyond its ends
   int64_t ring_size = 0;          // in positions: rows summed horizontally, that later rows will need again
+  int planes_at_once = 1;         // that go through the passes row by row in turn, and read the same samples
 };
 
 // The instances to whose cotangents one adds: its inputs, or those of the dual that it carries back.

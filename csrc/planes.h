@@ -17,12 +17,13 @@ struct Ring {
   std::vector<std::pair<int64_t, RowState>> rows;
 };
 
-// Everything that one thread needs.
+// Everything that one thread needs for a plane; and, of one plane beside it, what cannot be shared.
 template <class T>
 struct Scratch {
   using V = Vec<T>;
 
   Buffer<V> planes;            // tensors, buffers and ring: of covariances, then of tangent kernels
+  V* tensors = planes.data();  // those of the first plane
   Buffer<V> halo;              // a row outside of its plane
   Buffer<V> total_d, total_t;  // sums of more than three rows
   Buffer<V> zeros;
@@ -32,6 +33,7 @@ struct Scratch {
   Ring ring;
   std::vector<const V*> d, t;  // rows to be added up
   std::vector<const V*> branches_d, branches_t;
+  std::unique_ptr<Scratch> beside;
 
   explicit Scratch(const Context<T>& c)
       : planes(c.scratch_size * 2), halo(c.widest), total_d(c.widest), total_t(c.widest), zeros(c.widest), d(3), t(3) {
@@ -40,9 +42,18 @@ struct Scratch {
 
   // What is after the end of a stage; after the last one come the buffers.
   V* tensor(const Context<T>& c, const Plan& plan, int number) const {
-    V* at = planes.data();
+    V* at = tensors;
     for (int t = 0; t < number; ++t) at += plan.tensors[t].size * c.rows;
     return at;
+  }
+
+  // For another plane of the same stage.
+  Scratch& for_plane_beside(const Context<T>& c) {
+    if (!beside) {
+      beside = std::make_unique<Scratch>(c);
+      beside->tensors = tensors;
+    }
+    return *beside;
   }
 
   V* sums_of_links(size_t n) {
@@ -105,7 +116,7 @@ struct Work {
 
   Work(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile, Scratch<T>& scratch)
       : c(c), plan(plan), stage(stage), tile(tile), scratch(scratch) {
-    buffers = tensor(static_cast<int>(plan.tensors.size()));
+    buffers = scratch.planes.data() + (tensor(static_cast<int>(plan.tensors.size())) - scratch.tensors);
     ring = buffers + stage.n_buffers * stage.buffer_size * c.rows;
   }
 
