@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import EVERYTHING, Conformance, inputs, run_all, spec_of
@@ -20,6 +21,7 @@ SMOOTH = [
     activations.Gabor(),
     activations.Polynomial((0.3, 0.9, 0.2)),
     activations.RectifiedMonomial(2),
+    activations.ElementwiseNumerical(jnp.tanh, None, 10),  # several planes at once
 ]
 settings = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 

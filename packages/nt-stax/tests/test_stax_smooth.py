@@ -32,7 +32,9 @@ LAYERS = {
     "QuickGelu": (QuickGelu, lambda x: x * (0.5 + 0.5 * np.tanh(0.851 * x))),
 }
 CORRELATIONS = (-1.0, -0.6, 0.0, 0.3, 0.9, 0.999, 1.0)
-NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(220)
+# The trapezoidal rule: what functions that are analytic near the real axis leave of its error is rounding.
+NODES = np.linspace(-9, 9, 451)
+WEIGHTS = np.exp(-(NODES**2) / 2) * (NODES[1] - NODES[0]) / np.sqrt(2 * np.pi)
 
 
 def derivative(f, x, step=1e-3):
@@ -44,7 +46,7 @@ def expected(f, var1, var2, correlation):
     """E f(u) f(v), by quadrature."""
     u = np.sqrt(var1) * NODES[:, None]
     v = np.sqrt(var2) * (correlation * NODES[:, None] + np.sqrt(1 - correlation**2) * NODES)
-    return WEIGHTS @ (f(u) * f(v)) @ WEIGHTS / (2 * np.pi)
+    return WEIGHTS @ (f(u) * f(v)) @ WEIGHTS
 
 
 def points(var):
@@ -54,14 +56,13 @@ def points(var):
     return x1, np.sqrt(3 * var) * np.stack([c, np.sqrt(1 - c**2)], 1)
 
 
-# Relative to the kernel of parallel inputs; what 100 coefficients leave, for each precision by the variance.
-TOLERANCES = {"float32": {0.01: 1e-6, 1.0: 1e-6, 4.0: 1e-6}, "float64": {0.01: 1e-12, 1.0: 1e-11, 4.0: 1e-6}}
-TANH = 1e-5  # at a variance of 4, where its coefficients decay most slowly
+# Relative to the kernel of parallel inputs; what their coefficients leave, for each precision by the variance.
+TOLERANCES = {"float32": {0.01: 1e-6, 1.0: 1e-6, 10.0: 1e-6}, "float64": {0.01: 1e-12, 1.0: 1e-11, 10.0: 1e-6}}
 
 
 @pytest.mark.sample(16)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("var", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("var", [0.01, 1.0, 10.0])
 def test_kernels_are_expectations(name, var, dtype):
     layer, f = LAYERS[name]
     x1, x2 = points(var)
@@ -70,7 +71,7 @@ def test_kernels_are_expectations(name, var, dtype):
     k = var * 1.5**0.5 * np.array(CORRELATIONS)
     nngp = np.array([expected(f, var, 1.5 * var, c) for c in CORRELATIONS])
     ntk = k * [expected(lambda x: derivative(f, x), var, 1.5 * var, c) for c in CORRELATIONS]
-    tolerance = TANH if (name, var) == ("Tanh", 4.0) else TOLERANCES[dtype][var]
+    tolerance = TOLERANCES[dtype][var]
     np.testing.assert_allclose(kernel.nngp[0], nngp, rtol=0, atol=tolerance * nngp[-1])
     np.testing.assert_allclose(kernel.ntk[0], ntk, rtol=0, atol=tolerance * ntk[-1])
 
