@@ -16,7 +16,7 @@ from empirical_networks import (
     quickly_compiled,
     reduce,
 )
-from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn
+from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn, explain_ntk
 from nt_empirical._auto import cheapest
 from nt_empirical._cost import Cost, cost_of
 
@@ -110,6 +110,19 @@ def test_what_outputs_share_is_not_multiplied_out():
     ntk_fn = empirical_ntk_fn(f, vmap_axes=0, implementation=NtkImplementation.STRUCTURED_DERIVATIVES)
     program = jax.make_jaxpr(ntk_fn)(x, x, w)
     assert max(math.prod(var.aval.shape) for equation in program.eqns for var in equation.outvars) < 40 * 16 * 50
+
+
+def test_explanation():
+    """It names what is chosen, computes nothing, and takes what comes from `empirical_ntk_fn` alone."""
+    params, x = mlp_params(6, 2, dtype="float32"), RNG.normal(size=(3, 6)).astype("float32")
+    text = explain_ntk(empirical_ntk_fn(mlp, vmap_axes=0), x, x, params)
+    for name in list(NtkImplementation)[1:]:
+        assert f"{name.name}: " in text
+    assert text.splitlines()[-1] == "AUTO takes STRUCTURED_DERIVATIVES."
+    assert explain_ntk(empirical_ntk_fn(mlp, scale=0.0), x, None, params) == "No parameters count: the kernel is 0."
+    for other in (mlp, empirical_ntk_fn(mlp, vmap_axes=0, max_bytes=10**9)):
+        with pytest.raises(TypeError, match="must come from `empirical_ntk_fn`, without `max_bytes`"):
+            explain_ntk(other, x, x, params)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -2,6 +2,7 @@
 
 from nt_empirical._diagonal import empirical_ntk_diagonal_fn
 from nt_empirical._expansion import linearize, taylor_expand
+from nt_empirical._explain import explain_ntk
 from nt_empirical._frameworks import from_equinox, from_haiku, from_linen, from_nnx
 from nt_empirical._kernel import empirical_kernel_fn
 from nt_empirical._monte_carlo import monte_carlo_kernel_fn
@@ -21,6 +22,7 @@ __all__ = [
     "empirical_ntk_diagonal_fn",
     "empirical_ntk_fn",
     "empirical_ntk_vp_fn",
+    "explain_ntk",
     "from_equinox",
     "from_haiku",
     "from_linen",

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from nt_core.manual import varying, varying_axes
 
-from nt_empirical._auto import cheapest
+from nt_empirical._auto import cheapest, cost_of_implementation
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
+from nt_empirical._cost import Cost
 from nt_empirical._jacobian import ntk_by_jacobians
 from nt_empirical._parameters import Parametrised, counted
 from nt_empirical._structured import ntk_by_structure
@@ -122,6 +123,12 @@ def empirical_ntk_fn(
         batches = make_batches(x1, x2, kwargs)
         return ntk(f, params, *batches, layout, batch_axes, implementation, scale, per_leaf, max_bytes)
 
+    def costs(x1: Any, x2: Any, params: Any, **kwargs: Any) -> dict[NtkImplementation, Cost]:
+        computation = _Computation(f, params, *make_batches(x1, x2, kwargs), layout, batch_axes, scale, per_leaf)
+        names, weights = _IMPLEMENTATIONS if computation.numbers else (), computation.network.weights
+        return {name: cost_of_implementation(computation.by(name), weights) for name in names}
+
+    ntk_fn.costs = costs  # type: ignore[attr-defined]
     pairs = ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
     if max_bytes is None:
         return ntk_fn
@@ -149,18 +156,14 @@ def ntk(
     if jax.sharding.get_abstract_mesh().manual_axes:
         outputs = [jax.eval_shape(lambda b=batch: outputs_of(f, params, b, batch_axes)) for batch in (batch1, batch2)]
         params = varying(params, varying_axes(outputs))
-    whole, numbers = Parametrised.of(f, params, scale), counted(scale, params)
-    network = whole.only(numbers)
-
-    def by(implement: Callable[..., list[Any]]) -> Callable[[list[Any]], list[Any]]:
-        return lambda weights: implement(network.at(weights), batch1, batch2, layout, batch_axes, per_leaf)
-
+    computation = _Computation(f, params, batch1, batch2, layout, batch_axes, scale, per_leaf)
+    whole, numbers, network = computation.whole, computation.numbers, computation.network
     if not numbers:
         found = []
     elif implementation == NtkImplementation.AUTO:
-        found = cheapest([by(implement) for implement in _IMPLEMENTATIONS.values()], network.weights, max_bytes)
+        found = cheapest([computation.by(name) for name in _IMPLEMENTATIONS], network.weights, max_bytes)
     else:
-        found = by(_IMPLEMENTATIONS[implementation])(network.weights)
+        found = computation.by(implementation)(network.weights)
 
     def nothing() -> Any:
         outputs1, outputs2 = (outputs_of(f, params, batch, batch_axes) for batch in (batch1, batch2))
@@ -176,6 +179,35 @@ def ntk(
     if not whole.weights:
         return kernels
     return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*whole.weights)), kernels)
+
+
+class _Computation:
+    """What is to be computed of two batches, by any implementation.
+
+    Attributes:
+      whole: the network.
+      numbers: of the arrays of parameters that count.
+      network: as a function of these alone.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        params: Any,
+        batch1: Batch,
+        batch2: Batch,
+        layout: Layout,
+        batch_axes: BatchAxes | None,
+        scale: Any,
+        per_leaf: bool,
+    ):
+        self.whole, self.numbers = Parametrised.of(f, params, scale), counted(scale, params)
+        self.network = self.whole.only(self.numbers)
+        self._arguments = batch1, batch2, layout, batch_axes, per_leaf
+
+    def by(self, implementation: NtkImplementation) -> Callable[[list[Any]], list[Any]]:
+        """Returns the kernels as a function of the arrays that count."""
+        return lambda weights: _IMPLEMENTATIONS[implementation](self.network.at(weights), *self._arguments)
 
 
 def _no_kernel(outputs1: Any, outputs2: Any, layout: Layout) -> Any:
