@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "angular.h"
 #include "samples.h"
@@ -97,7 +98,7 @@ void turn_to_plane(Work<T>& work, size_t k) {
   const Value& end = work.c.program.values[stage.end];
   if (end.op == Op::kPool) {
     for (int a = 0; a < kAxes; ++a) {
-      if (!work.links[a].empty() && work.offset[a] == before[a]) continue;
+      if (!work.links[a].empty() && work.offset[a] == before[a]) continue;  // those of the plane before
       work.links[a] = pool_links(stage, end, a, work.offset[a]);
     }
   }
@@ -127,18 +128,18 @@ class TensorSums {
     total_t_ = has_ntk_ ? work_.tangent(total_d_) : nullptr;
     std::fill(total_d_, total_d_ + size_, V{});
     if (has_ntk_) std::fill(total_t_, total_t_ + size_, V{});
-    work_.sum_d = single() ? &plane_d_ : total_d_;
-    work_.sum_t = !has_ntk_ ? nullptr : single() ? &plane_t_ : total_t_;
+    work_.sum_d = single() ? &planes_d_ : total_d_;
+    work_.sum_t = !has_ntk_ ? nullptr : single() ? &planes_t_ : total_t_;
   }
 
   // Adds the planes since the last time, those before number `end`. A single sum over very many planes is formed in
-  // three levels, or its rounding errors would add up.
+  // three levels (planes that go together, lines of them, all), or its rounding errors would add up.
   void add_planes(size_t end) {
     if (!single()) return;
     const std::vector<Index3>& offsets = work_.stage.offsets;
-    line_d_ += plane_d_;
-    line_t_ += plane_t_;
-    plane_d_ = plane_t_ = V{};
+    line_d_ += planes_d_;
+    line_t_ += planes_t_;
+    planes_d_ = planes_t_ = V{};
     const bool line_ends = end == offsets.size() || offsets[end][1] != offsets[end - 1][1];
     if (!line_ends) return;
     total_d_[0] += line_d_;
@@ -159,7 +160,7 @@ class TensorSums {
   int64_t size_ = 0;
   V* total_d_ = nullptr;
   V* total_t_ = nullptr;
-  V plane_d_{}, plane_t_{}, line_d_{}, line_t_{};
+  V planes_d_{}, planes_t_{}, line_d_{}, line_t_{};
 };
 
 // Works for planes that go through the passes of a stage together, and end in the same sums.
@@ -183,11 +184,9 @@ class PlanesAtOnce {
   // Turns to the planes from number k on, and returns how many they are: their offsets differ along the last axis
   // alone.
   int turn_to(size_t k) {
-    const Index3& begin = stage_.offsets[k];
     int n = 0;
     for (; n < stage_.planes_at_once && k + n < stage_.offsets.size(); ++n) {
-      const Index3& offset = stage_.offsets[k + n];
-      if (offset[0] != begin[0] || offset[1] != begin[1]) break;
+      if (!go_together(stage_.offsets[k], stage_.offsets[k + n])) break;
       turn_to_plane(owned_[n], k + n);
       owned_[n].sum_d = first().sum_d;
       owned_[n].sum_t = first().sum_t;

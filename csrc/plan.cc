@@ -231,6 +231,7 @@ Plan make_plan(const Program& program, Purpose purpose, bool keeps_planes = fals
       stage->wrapped = wrapped_axes(program, *stage);
       stage->offsets = wrap(*stage, space, stage->offsets).list();
     }
+    if (!plan.keeps_planes) stage->planes_at_once = planes_at_once(program, *stage);
     plan.n_planes += static_cast<int64_t>(stage->offsets.size());
     for (const Instance& instance : stage->instances) {
       const int tensor = plan.tensor_of[instance.value];

@@ -147,8 +147,12 @@ struct Tensor {
   std::vector<int64_t> start_;              // for each offset of the box
 };
 
-// Planes that may go through the passes of a stage together.
+// Planes that may go through the passes of a stage together: those with offsets that differ along the last axis alone.
 constexpr int kMostPlanes = 8;
+
+inline bool go_together(const Index3& offset1, const Index3& offset2) {
+  return offset1[0] == offset2[0] && offset1[1] == offset2[1];
+}
 
 struct Stage {
   int end = -1;                     // value number of what mixes pairs; or -1 and

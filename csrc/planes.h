@@ -47,7 +47,7 @@ struct Scratch {
     return at;
   }
 
-  // For another plane of the same stage.
+  // For another plane of the same stage. Of its memory the part of the tensors is never touched.
   Scratch& for_plane_beside(const Context<T>& c) {
     if (!beside) {
       beside = std::make_unique<Scratch>(c);

@@ -299,18 +299,6 @@ void measure(const Program& program, Stage& stage) {
   }
 }
 
-// Samples have so many numbers for a table that caches do not keep them from one plane to the next: planes that take
-// each row in turn read them once. Other duals have few.
-int planes_at_once(const Program& program, const Stage& stage) {
-  constexpr int64_t kMostPositions = 1 << 18;  // of all planes: 32 MB of each thread
-  const bool has_tables = std::any_of(stage.instances.begin(), stage.instances.end(), [&](const Instance& i) {
-    return i.kind == Kind::kDual && program.values[i.value].table.terms > 0;
-  });
-  if (!has_tables) return 1;
-  const int64_t of_plane = stage.n_buffers * stage.buffer_size + stage.ring_size;
-  return static_cast<int>(std::clamp<int64_t>(kMostPositions / std::max<int64_t>(of_plane, 1), 1, kMostPlanes));
-}
-
 }  // namespace
 
 Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit) {
@@ -321,8 +309,24 @@ Stage build_stage(const Program& program, const Plan& plan, int root, bool defic
   BufferAllocator(program, stage).run();
   if (plan.keeps_planes) place_cotangents(stage);
   measure(program, stage);
-  if (!plan.keeps_planes) stage.planes_at_once = planes_at_once(program, stage);
   return stage;
+}
+
+// Samples have so many numbers for a table that caches do not keep them from one plane to the next: planes that take
+// each row in turn read them once. Other duals have few.
+int planes_at_once(const Program& program, const Stage& stage) {
+  constexpr int64_t kMostPositions = 1 << 18;  // of all planes: 32 MB of each thread
+  const bool has_tables = std::any_of(stage.instances.begin(), stage.instances.end(), [&](const Instance& i) {
+    return i.kind == Kind::kDual && program.values[i.value].table.terms > 0;
+  });
+  if (!has_tables) return 1;
+  int64_t most = 1, run = 1;
+  for (size_t k = 1; k < stage.offsets.size(); ++k) {
+    run = go_together(stage.offsets[k - 1], stage.offsets[k]) ? run + 1 : 1;
+    most = std::max(most, run);
+  }
+  const int64_t of_plane = std::max<int64_t>(stage.n_buffers * stage.buffer_size + stage.ring_size, 1);
+  return static_cast<int>(std::clamp<int64_t>(kMostPositions / of_plane, 1, std::min<int64_t>(most, kMostPlanes)));
 }
 
 }  // namespace nt

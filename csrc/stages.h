@@ -11,4 +11,7 @@ inline bool is_source(Op op) { return op == Op::kInputs || op == Op::kMaterialis
 // before, and says whether planes are kept.
 Stage build_stage(const Program& program, const Plan& plan, int root, bool deficit);
 
+// How many planes go through the passes of a stage together, given its offsets.
+int planes_at_once(const Program& program, const Stage& stage);
+
 }  // namespace nt

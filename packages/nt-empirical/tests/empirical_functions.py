@@ -1,5 +1,6 @@
 """Small functions in which parameters enter in all sorts of places: `f(params, x)`, samples along the first axis."""
 
+import functools
 from functools import partial
 
 import jax
@@ -372,6 +373,11 @@ NETWORKS = {
     "embedding of columns": (lambda w, x: tanh(jnp.take(w, tokens(x), axis=1)).swapaxes(0, 1), (3, 4), (2,)),
     "scaled embedding": (lambda w, x: embedding(w * 0.5, x), (4, 3), (2,)),
     "position embedding": (lambda w, x: tanh(embedding(w[0], x) + row(w[1])), [(4, 3), (2, 3)], (2,)),
+    "embedding in a table of equal rows": (
+        lambda w, x: jnp.sum(jnp.take(jnp.broadcast_to(row(w), (5, 3)), tokens(x), axis=0), 1),
+        (3,),
+        (2,),
+    ),
     "one number of a table": (lambda w, x: tanh(x * w[tokens(x[:, 0])][:, None]), (4,), (2,)),
     "by two indices": (lambda w, x: tanh(x * w[tokens(x), tokens(2 * x)]), (4, 4), (2,)),
     "attention": (attention, [(3, 2, 2), (3, 2, 2), (3, 2, 2), (2, 2, 3)], (2, 3)),
@@ -425,6 +431,11 @@ READOUTS = {
     "attention pooling": (
         lambda w, x: jnp.einsum("nt,ntd,do->no", jax.nn.softmax(tanh(x @ w[0]) @ w[1]), x, w[2]),
         [(3, 4), (4,), (3, 5)],
+        (6, 3),
+    ),
+    "many layers of positions": (
+        lambda w, x: jnp.mean(functools.reduce(lambda x, w: jax.nn.relu(x @ w), w[:-1], x), 1) @ w[-1],
+        [(3, 3)] * 6 + [(3, 20)],
         (6, 3),
     ),
     "repeated outputs": (lambda w, x: jnp.repeat(tanh(x @ w)[:, None], 3, 1), (3, 2), (3,)),

@@ -1,5 +1,6 @@
 """The implementations of the NTK give the same kernels, in the same layouts."""
 
+import functools
 import math
 
 import jax
@@ -81,6 +82,7 @@ def test_named_kernels_and_derivatives(implementation, x64):
     [
         pytest.param(lambda z, c: jnp.clip(c, -0.1, 0.1), id="clipped"),
         pytest.param(lambda z, c: jnp.where(z > 0, c, 0.5), id="with an offset"),
+        pytest.param(lambda z, c: jnp.maximum(z, 0.0), id="the same for all outputs"),
         pytest.param(lambda z, c: jnp.where(z > 0, c / jnp.maximum(z, 0.0), 0.0), id="infinite elsewhere"),
     ],
 )
@@ -98,6 +100,32 @@ def test_structure_of_derivatives_that_are_not_linear(derivative, x64):
         for implementation in (NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.STRUCTURED_DERIVATIVES)
     )
     assert_close(by_structure, by_jacobians, 1e-11)
+
+
+def test_no_double_precision_for_single(x64):
+    """Where networks are in single precision nothing is in double, also where the output is a parameter's axis."""
+    w, x = [jnp.ones((3, 4), "float32"), jnp.ones(4, "float32")], jnp.ones((2, 3), "float32")
+    ntk_fn = empirical_ntk_fn(
+        lambda w, x: x @ w[0] + jnp.expand_dims(w[1], 0),
+        vmap_axes=0,
+        implementation=NtkImplementation.STRUCTURED_DERIVATIVES,
+    )
+    program = jax.make_jaxpr(ntk_fn)(x, x, w)
+    assert all(var.aval.dtype != "float64" for equation in program.eqns for var in equation.outvars)
+
+
+def test_many_layers_are_traced_in_proportion():
+    """Factors of what is behind many layers of positions are few."""
+
+    def equations(layers):
+        def f(w, x):
+            return jnp.mean(functools.reduce(lambda x, w: jax.nn.relu(x @ w), w[:-1], x), 1) @ w[-1]
+
+        w, x = [jnp.ones((8, 8))] * layers + [jnp.ones((8, 300))], jnp.ones((2, 16, 8))
+        ntk_fn = empirical_ntk_fn(f, vmap_axes=0, implementation=NtkImplementation.STRUCTURED_DERIVATIVES)
+        return len(jax.make_jaxpr(ntk_fn)(x, None, w).eqns)
+
+    assert equations(24) - equations(16) <= 1.1 * (equations(16) - equations(8))
 
 
 def test_what_outputs_share_is_not_multiplied_out():

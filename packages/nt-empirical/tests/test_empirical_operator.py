@@ -286,6 +286,18 @@ def test_leading_eigenpairs(by, dtype):
         assert np.max(np.abs(residuals)) < 30 * TOLERANCE[dtype] * values[0]
 
 
+@pytest.mark.parametrize(("samples", "rank"), [(40, 3), (100, 5), (12, 2), (7, 0)])
+def test_eigenpairs_of_low_rank(samples, rank, dtype):
+    """More products than the space has dimensions: the rank, and one of the eigenvalue 0. What is left is 0."""
+    x, w = jnp.asarray(RNG.normal(size=(samples, max(rank, 1))), dtype), jnp.ones((max(rank, 1), 1), dtype)
+    operator = ntk_operator(lambda w, x: x @ w, w, x, scale=jnp.asarray(float(rank > 0)))
+    values, vectors = map(np.asarray, operator.eigenpairs(rank + 2, n_products=samples))
+    expected = np.linalg.eigvalsh(np.asarray(x, "float64") @ np.asarray(x, "float64").T)[::-1] * (rank > 0)
+    np.testing.assert_allclose(values, expected[: rank + 2], atol=100 * TOLERANCE[dtype] * expected[0])
+    np.testing.assert_allclose(vectors[:rank] @ vectors[:rank].T, np.eye(rank), atol=1e-5)
+    assert not np.any(vectors[rank + 1 :])
+
+
 def test_half_precision():
     """Vectors have single precision."""
     x, w = X.astype("bfloat16"), jnp.ones((6, 2), "bfloat16")
@@ -340,8 +352,6 @@ def test_what_is_refused():
             operator.eigenpairs(2, n_products=n)
     with pytest.raises(ValueError, match="Give `tolerance` or `n_products`, not both"):
         operator.eigenpairs(2, 1e-3, n_products=5)
-    with pytest.raises(ValueError, match="The kernel is of lower rank than 5"):
-        ntk_operator(mlp, params, x, scale=jnp.zeros(())).eigenpairs(2, n_products=5)
     with pytest.raises(ValueError, match=r"Labels must have shape \(7,\), or more axes after these, got \(6,\)"):
         operator.alignment(np.ones(6), KEY)
     with pytest.raises(ValueError, match="Labels are the same for all samples"):

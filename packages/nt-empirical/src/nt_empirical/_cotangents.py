@@ -28,9 +28,10 @@ class Cotangent:
     """The cotangents of a value, for all numbers of an output.
 
     Attributes:
-      use: how numbers of the output, its `weight_axes`, change the cotangent.
-      finite: whether it is made of weights and zeros alone, and not of derivatives, which may be infinite where they do
-        not count. Only then is a selection a product with 0 and 1.
+      use: how numbers of the output, its `weight_axes`, change the cotangent. They do alike along an axis of the output
+        that is neither among its `axes` nor in a factor.
+      finite: whether it is made of weights and values of the network, and not of derivatives of functions, which may be
+        infinite where they do not count. Only then is a selection a product with 0 and 1.
     """
 
     use: Use
@@ -44,7 +45,23 @@ def cotangents_of(pull_back: Callable[[jax.Array], Sequence[jax.Array]], output:
     """
     program = jax.make_jaxpr(pull_back)(output)
     found = _run(program.jaxpr, program.consts, [Cotangent(Use.of(0, output), finite=True)])
-    return [value.use if isinstance(value, Cotangent) else None for value in found]
+    return [_use(value, output) for value in found]
+
+
+def _use(value: Any, output: jax.Array) -> Use | None:
+    """Returns the use that a cotangent is."""
+    if isinstance(value, Cotangent):
+        return value.use
+    if _is_known_zero(value):
+        return None
+    # A function with a derivative of its own may return the same for all numbers of the output.
+    axes = new_labels(value.ndim)
+    alike = Use(0, (), new_labels(output.ndim), output.shape, axes, value.shape)
+    return alike.times(value, axes)
+
+
+def _is_known_zero(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and not value.any()
 
 
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -74,7 +91,9 @@ def _is_zero(equation: JaxprEqn, values: list[Any]) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a number that is known and finite."""
-    return not is_traced(value) and np.ndim(value) == 0 and bool(np.isfinite(np.asarray(value)))
+    if is_traced(value) or np.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+        return False
+    return bool(np.isfinite(np.asarray(value)))
 
 
 def _zeros(equation: JaxprEqn) -> np.ndarray:
@@ -109,7 +128,7 @@ def _selected(use: Use, which: int, values: list[Any], equation: JaxprEqn) -> Us
     if len(values) != 3 or which == 0:
         return None
     predicate, other = values[0], values[3 - which]
-    if not isinstance(other, np.ndarray) or other.any():
+    if not _is_known_zero(other):
         return None
     chosen = (jnp.asarray(predicate, bool) == (which == 2)).astype(dtype_of(equation.outvars[0]))
     return use.times(chosen, use.axes if chosen.ndim else ())

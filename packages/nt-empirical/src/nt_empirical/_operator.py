@@ -198,13 +198,14 @@ class NTKOperator:
         Args:
           k: less than the size of the operator.
           tolerance: relative, of the eigenvalues; 0 for the precision of numbers. Without `n_products`.
-          n_products: how many products with vectors to take, at least `k` and at most the size of the operator. The
-            more they are the better: outside of the space that they span eigenvalues are not seen. As many vectors are
-            in memory. It needs matfree: ``pip install nt-empirical[matfree]``.
+          n_products: how many products with vectors to take, at least `k` and at most the size of the operator.
+            Eigenvalues outside of the space that these span are not seen. As many vectors are in memory. Where the
+            space ends before, as that of a kernel of low rank, what is found in it is returned; where it has less than
+            `k` dimensions, values and vectors of 0 after that.
+            It needs matfree: ``pip install nt-empirical[matfree]``.
 
         Raises:
-          ValueError: `k` or `n_products` is out of range; or both `tolerance` and `n_products` are given; or the space
-            is exhausted by fewer products, as that of a kernel of low rank.
+          ValueError: `k` or `n_products` is out of range, or both `tolerance` and `n_products` are given.
           ImportError: matfree is not installed.
           scipy.sparse.linalg.ArpackNoConvergence: iterations did not get there; it has what was found.
         """
@@ -226,19 +227,26 @@ class NTKOperator:
 
     def _by_matfree(self, k: int, n_products: int, start: np.ndarray) -> Eigenpairs:
         try:
-            from matfree import decomp, eig
+            from matfree import decomp
         except ImportError as error:
             raise ImportError(
                 "`n_products` needs matfree: `pip install nt-empirical[matfree]`. Without it, leave it out: ARPACK."
             ) from error
         if not k <= n_products <= start.size:
             raise ValueError(f"`n_products` must be from {k} to {start.size}, got {n_products}.")
-        # Derivatives by its own formula would need products without values of an outer trace.
-        decompose = eig.eigh_partial(decomp.tridiag_sym(n_products, custom_vjp=False))
-        values, vectors = decompose(self._product, jnp.asarray(start.reshape(self.shape)))
-        if not is_traced(values) and not jnp.all(jnp.isfinite(values)):
-            raise ValueError(f"The kernel is of lower rank than {n_products}: give less `n_products`.")
-        return Eigenpairs(values[::-1][:k], vectors[::-1][:k])
+        # Without its own derivatives: their products would not know the values of an outer trace.
+        found: Any = decomp.tridiag_sym(n_products, custom_vjp=False)(
+            self._product, jnp.asarray(start.reshape(self.shape))
+        )
+        basis, tridiagonal = found.Q_tall.reshape(n_products, -1), found.J_small
+        # Behind the end of the space, vectors are rounding errors divided by rounding errors.
+        largest = jax.lax.cummax(jnp.abs(jnp.diag(tridiagonal)))[:-1]
+        least = _ROUNDINGS * math.sqrt(start.size) * jnp.finfo(self.dtype).eps * largest
+        goes_on = jnp.cumprod(jnp.abs(jnp.diag(tridiagonal, 1)) > least) > 0
+        is_there = jnp.concatenate([jnp.ones(1, bool), goes_on])
+        values, vectors = jnp.linalg.eigh(jnp.where(jnp.outer(is_there, is_there), tridiagonal, 0))
+        vectors = _matmul(vectors.T, jnp.where(jnp.expand_dims(is_there, 1), basis, 0))
+        return Eigenpairs(values[::-1][:k], vectors[::-1][:k].reshape(k, *self.shape))
 
     def _squared_norm(self, product: Product, key: jax.Array, n_products: int) -> Estimate:
         """Estimates the sum of squares of all entries of a symmetric map."""

@@ -33,7 +33,10 @@ def _mul(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> Use:
 
 
 def _div(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> Use | None:
-    return _scaled(use, 1 / inputs[1], equation) if which == 0 else None
+    if which != 0:
+        return None
+    divisor = jnp.asarray(inputs[1])  # whose reciprocal may be beyond the range of half precision
+    return _scaled(use, 1 / divisor.astype(jnp.promote_types(divisor.dtype, jnp.float32)), equation)
 
 
 def _scaled(use: Use, by: Any, equation: JaxprEqn) -> Use:

@@ -82,7 +82,7 @@ def _uses_of_outputs(perturbed: Perturbed) -> tuple[Any, list[list[Use]]]:
 
         cotangents = cotangents_of(of_output, leaves[which])
         return [
-            use.carried_to_output(cotangent)
+            use.carried_to_output(cotangent, jnp.promote_types(leaves[which].dtype, jnp.float32))
             for cotangent, of_value in zip(cotangents, uses, strict=True)
             if cotangent is not None
             for use in of_value
@@ -112,14 +112,14 @@ def _way(use: Use, y: Differentiated, output_labels: Sequence[int]) -> Way:
     samples = () if y.samples_at is None else (output_labels[y.samples_at],)
     of_sample = [label for axis, label in enumerate(output_labels) if axis != y.samples_at]
     name = dict(zip(use.axes, of_sample, strict=True))
-    for label in (*use.weight_axes, *(label for factor in use.factors for label in factor.labels)):
+    for label in (*use.weight_axes, *(label for factor in use.factors for label in factor.all_labels)):
         if label not in name:
             (name[label],) = new_labels(1)
     named = [factor.named(name) for factor in use.factors]
     factors = [dataclasses.replace(factor, labels=(*samples, *factor.labels)) for factor in named]
     # Axes along which all numbers of the output change alike.
     alike = [i for i, label in enumerate(output_labels) if not any(factor.has(label) for factor in factors)]
-    factors += [Factor(jnp.ones(y.value.shape[i]), (output_labels[i],)) for i in alike]
+    factors += [Factor(jnp.ones(y.value.shape[i], y.value.dtype), (output_labels[i],)) for i in alike]
     return Way(use.replace(weight_axes=tuple(name[label] for label in use.weight_axes)), tuple(factors))
 
 

@@ -12,6 +12,9 @@ from jax.extend.core import primitives
 
 from nt_empirical._factors import Factor, Labels, multiplied, new_labels, product
 
+# Of a cotangent: with more, what is small at first would be multiplied out again and again.
+MOST_FACTORS = 4
+
 
 def shape_of(variable: Any) -> tuple[int, ...]:
     """Returns the shape of a variable of a jaxpr."""
@@ -76,8 +79,8 @@ class Use:
         return self.replace(factors=(*self.factors, Factor(array, labels)))
 
     def compressed(self) -> "Use":
-        """Returns the same use, with factors multiplied where their product is no larger than they are."""
-        return self.replace(factors=multiplied(self.factors, (*self.weight_axes, *self.axes)))
+        """Returns the same use with few factors."""
+        return self.replace(factors=multiplied(self.factors, (*self.weight_axes, *self.axes), MOST_FACTORS))
 
     def array(self, dtype: Any) -> jax.Array:
         """Returns the derivatives of the value by all entries of the parameter: axes of the parameter, of the value."""
@@ -93,16 +96,16 @@ class Use:
         absent = [axis for axis, label in enumerate(labels) if label not in present]
         return jnp.broadcast_to(jnp.expand_dims(entries, absent), shape)
 
-    def carried_to_output(self, cotangent: "Use") -> "Use":
+    def carried_to_output(self, cotangent: "Use", dtype: Any) -> "Use":
         """Returns how the parameter changes an output.
 
         Args:
           cotangent: how the output, its `weight_axes`, changes with the value.
+          dtype: of what is no factor of either.
         """
         if cotangent.shape != self.shape:
             n = len(cotangent.weight_axes)
-            array = cotangent.array(jnp.result_type(*(factor.array for factor in cotangent.factors), jnp.float32))
-            array = array.reshape(*cotangent.weight_shape, *self.shape)
+            array = cotangent.array(dtype).reshape(*cotangent.weight_shape, *self.shape)
             labels = (*new_labels(n), *self.axes)
             cotangent = cotangent.replace(
                 weight_axes=labels[:n], axes=self.axes, shape=self.shape, factors=(Factor(array, labels),)
@@ -114,7 +117,7 @@ class Use:
             label = name.get(label, label)
             if label in self.weight_axes:  # an axis of the parameter is one of the output
                 (new,) = new_labels(1)
-                factors.append(Factor(jnp.eye(size), (new, label)))
+                factors.append(Factor(jnp.eye(size, dtype=dtype), (new, label)))
                 label = new
             outputs.append(label)
         kept = (*outputs, *self.weight_axes)
@@ -123,7 +126,7 @@ class Use:
             for label, size in zip(self.axes, self.shape, strict=True)
             if label not in kept and not any(f.has(label) for f in factors)
         ]
-        factors.append(Factor(jnp.full((), float(math.prod(summed))), ()))
+        factors.append(Factor(jnp.full((), math.prod(summed), dtype), ()))
         return self.replace(axes=tuple(outputs), shape=cotangent.weight_shape, factors=multiplied(factors, kept))
 
     def taking(self, axes: Sequence[int]) -> "Use":
