@@ -256,6 +256,11 @@ CONVOLUTIONS = {
         (4, 4, 2),
     ),
     "valid": (conv(("NHWC", "HWIO", "NHWC"), padding="VALID"), (2, 3, 2, 2), (4, 3, 2)),
+    "no places": (
+        lambda w, x: jnp.sum(conv(("NHWC", "HWIO", "NHWC"), (2, 3), "VALID")(w[0], x), (1, 2)) + row(w[1]),
+        [(3, 3, 2, 4), (4,)],
+        (1, 2, 2),
+    ),
     "strides": (conv(("NHWC", "HWIO", "NHWC"), (2, 1)), (3, 2, 2, 2), (5, 4, 2)),
     "padding": (conv(("NHWC", "HWIO", "NHWC"), padding=((2, 0), (-1, 1))), (2, 2, 2, 2), (4, 4, 2)),
     "dilated filter": (conv(("NHWC", "HWIO", "NHWC"), rhs_dilation=(2, 1)), (2, 2, 2, 2), (4, 4, 2)),

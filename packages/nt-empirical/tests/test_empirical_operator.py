@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import math
+import sys
 import weakref
 
 import jax
@@ -352,6 +353,9 @@ def test_what_is_refused():
             operator.eigenpairs(2, n_products=n)
     with pytest.raises(ValueError, match="Give `tolerance` or `n_products`, not both"):
         operator.eigenpairs(2, 1e-3, n_products=5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ImportError, match=r"`n_products` needs matfree"):
+        patch.setitem(sys.modules, "matfree", None)
+        operator.eigenpairs(2, n_products=5)
     with pytest.raises(ValueError, match=r"Labels must have shape \(7,\), or more axes after these, got \(6,\)"):
         operator.alignment(np.ones(6), KEY)
     with pytest.raises(ValueError, match="Labels are the same for all samples"):

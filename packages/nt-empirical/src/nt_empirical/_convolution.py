@@ -88,7 +88,9 @@ def _patches(
     images = jax.lax.pad(images, jnp.zeros((), images.dtype), between)
     for i in sorted(range(len(space)), key=lambda i: -space[i]):  # from the last axis, for they become two
         extent = (places[i] - 1) * strides[i] + 1
-        firsts = [tap * filter_dilation[i] for tap in range(taps[i])]
-        seen = [jax.lax.slice_in_dim(images, first, first + extent, strides[i], axis=space[i]) for first in firsts]
+        starts = [tap * filter_dilation[i] for tap in range(taps[i])]
+        if not places[i]:  # where images end before the first place, no tap lies inside
+            extent, starts = 0, [0] * taps[i]
+        seen = [jax.lax.slice_in_dim(images, start, start + extent, strides[i], axis=space[i]) for start in starts]
         images = jnp.stack(seen, axis=space[i] + 1)
     return images

@@ -124,9 +124,12 @@ def empirical_ntk_fn(
         return ntk(f, params, *batches, layout, batch_axes, implementation, scale, per_leaf, max_bytes)
 
     def costs(x1: Any, x2: Any, params: Any, **kwargs: Any) -> dict[NtkImplementation, Cost]:
-        computation = _Computation(f, params, *make_batches(x1, x2, kwargs), layout, batch_axes, scale, per_leaf)
-        names, weights = _IMPLEMENTATIONS if computation.numbers else (), computation.network.weights
-        return {name: cost_of_implementation(computation.by(name), weights) for name in names}
+        numbers = counted(scale, params)
+        network = Parametrised.of(f, params, scale).only(numbers)
+        implemented = _implemented(network, *make_batches(x1, x2, kwargs), layout, batch_axes, per_leaf)
+        if not numbers:
+            return {}
+        return {name: cost_of_implementation(by, network.weights) for name, by in implemented.items()}
 
     ntk_fn.costs = costs  # type: ignore[attr-defined]
     pairs = ntk_fn.axis_pairs = pairs_of_axes(trace_axes, diagonal_axes, batch_axes)  # type: ignore[attr-defined]
@@ -156,14 +159,15 @@ def ntk(
     if jax.sharding.get_abstract_mesh().manual_axes:
         outputs = [jax.eval_shape(lambda b=batch: outputs_of(f, params, b, batch_axes)) for batch in (batch1, batch2)]
         params = varying(params, varying_axes(outputs))
-    computation = _Computation(f, params, batch1, batch2, layout, batch_axes, scale, per_leaf)
-    whole, numbers, network = computation.whole, computation.numbers, computation.network
+    whole, numbers = Parametrised.of(f, params, scale), counted(scale, params)
+    network = whole.only(numbers)
+    implemented = _implemented(network, batch1, batch2, layout, batch_axes, per_leaf)
     if not numbers:
         found = []
     elif implementation == NtkImplementation.AUTO:
-        found = cheapest([computation.by(name) for name in _IMPLEMENTATIONS], network.weights, max_bytes)
+        found = cheapest(list(implemented.values()), network.weights, max_bytes)
     else:
-        found = computation.by(implementation)(network.weights)
+        found = implemented[implementation](network.weights)
 
     def nothing() -> Any:
         outputs1, outputs2 = (outputs_of(f, params, batch, batch_axes) for batch in (batch1, batch2))
@@ -181,33 +185,13 @@ def ntk(
     return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*whole.weights)), kernels)
 
 
-class _Computation:
-    """What is to be computed of two batches, by any implementation.
+def _implemented(network: Parametrised, *arguments: Any) -> dict[NtkImplementation, Callable[[list[Any]], list[Any]]]:
+    """Returns each implementation as a function of the arrays of a network; `arguments` are what it takes besides."""
 
-    Attributes:
-      whole: the network.
-      numbers: of the arrays of parameters that count.
-      network: as a function of these alone.
-    """
+    def by(implement: Callable[..., list[Any]]) -> Callable[[list[Any]], list[Any]]:
+        return lambda weights: implement(network.at(weights), *arguments)
 
-    def __init__(
-        self,
-        f: Callable[..., Any],
-        params: Any,
-        batch1: Batch,
-        batch2: Batch,
-        layout: Layout,
-        batch_axes: BatchAxes | None,
-        scale: Any,
-        per_leaf: bool,
-    ):
-        self.whole, self.numbers = Parametrised.of(f, params, scale), counted(scale, params)
-        self.network = self.whole.only(self.numbers)
-        self._arguments = batch1, batch2, layout, batch_axes, per_leaf
-
-    def by(self, implementation: NtkImplementation) -> Callable[[list[Any]], list[Any]]:
-        """Returns the kernels as a function of the arrays that count."""
-        return lambda weights: _IMPLEMENTATIONS[implementation](self.network.at(weights), *self._arguments)
+    return {name: by(implement) for name, implement in _IMPLEMENTATIONS.items()}
 
 
 def _no_kernel(outputs1: Any, outputs2: Any, layout: Layout) -> Any:
