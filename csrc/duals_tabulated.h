@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "duals_common.h"
+#include "duals_relu.h"
 #include "program.h"
 
 namespace nt {
@@ -16,18 +17,24 @@ namespace NT_LEVEL {
 
 // With a_k and b_k the coefficients at the variances of u and v, w = 1 - c for a correlation c, and e_k = 1 - c^k, the
 // deficit after is the sum of (a_k - b_k)^2 / 2 + a_k b_k e_k. What is beyond the terms, of the even and of the odd
-// part of the function, is taken for terms that decay like a power of their order: see
-// nt_core/activations/numerical.py.
+// part of the function, is taken for terms that decay like a power of their order. What is of |x| in a function with a
+// kink at 0, its cusp, is left out of all sums, and has its closed form: see nt_core/activations/numerical.py.
 template <class T>
 class Tabulated {
   using V = Vec<T>;
   static constexpr int kL = kLanes<T>;
 
  public:
-  enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };  // then a_k, and of the rest roots and orders
-  static constexpr int kNumbers = kValues + 4;
+  // Then a_k, of the rest roots and orders, and what is beyond the terms of the products with the cusp.
+  enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };
+  static constexpr int kNumbers = kValues + 6;
 
-  Tabulated(const T* numbers, const Table& table) : numbers_(numbers), table_(table) {}
+  Tabulated(const T* numbers, const Table& table)
+      : numbers_(numbers),
+        cusps_(numbers + table.size() - table.terms),
+        square_of_cusp_(cusps_[-1]),
+        has_cusp_(square_of_cusp_ > 0),
+        table_(table) {}
 
   V prepare(V half, V* numbers) const {
     std::fill(numbers, numbers + kNumbers + table_.terms, V{});
@@ -59,13 +66,18 @@ class Tabulated {
     const V terms = max(first[kTerms], second[kTerms]);
     const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
     V suffix = zero, sum = zero, derivative = zero, square = zero;
+    const V std_apart = first[kStd] - second[kStd], square_of_std_apart = std_apart * std_apart;
     const auto add_term = [&](int k, auto is_for_all) {
       fetch_ahead(second, kValues + k);
       V both = first[kValues + k] * second[kValues + k], apart = first[kValues + k] - second[kValues + k];
+      if (has_cusp_) both = fma(broadcast(-cusps_[k]), a.scale, both);
       if constexpr (!is_for_all.value) {
         const V is_needed = terms - broadcast(T(k));
         both = if_positive(is_needed, both, zero);
         apart = if_positive(is_needed, apart, zero);
+        if (has_cusp_) square = fma(if_positive(is_needed, broadcast(-cusps_[k]), zero), square_of_std_apart, square);
+      } else if (has_cusp_) {
+        square = fma(broadcast(-cusps_[k]), square_of_std_apart, square);
       }
       square = fma(apart, apart, square);
       suffix += both;
@@ -93,9 +105,14 @@ class Tabulated {
     slope += linear;
     for (int low = 0; low < 2; ++low) {
       const V apart = first[kValues + low] - second[kValues + low];
-      square = fma(apart, apart, square);
+      square = fma(apart, apart, fma(broadcast(-cusps_[low]), square_of_std_apart, square));
     }
     after = fma(half, square, after);
+    if (has_cusp_) {
+      const V distance = distance_from_parallel<T>(deficit, a.angular, a.angular - a.scale, a.scale, first[kInverse],
+                                                   second[kInverse]);
+      add_cusp<kNtk>(if_positive(both_vary, distance, one), c, a.scale, square_of_std_apart, after, slope);
+    }
     if (most == table_.terms) {  // these were not enough
       add_rest<kNtk>(0, first, second, w, after, slope);
       add_rest<kNtk>(1, first, second, w, after, slope);
@@ -107,6 +124,8 @@ class Tabulated {
  private:
   // Where the root of what is beyond the terms is, of a parity; two after it, its order.
   int root(int parity) const { return kValues + table_.terms + parity; }
+  // Where `beyond` of a cusp is; after it, `beyond_slope`.
+  int beyond_cusp() const { return kValues + table_.terms + 4; }
 
   // The numbers of one sample and position, with the variance `var`.
   template <class Put>
@@ -131,7 +150,7 @@ class Tabulated {
     const T* after_table = numbers_ + int64_t{table_.octaves} * rows * columns;
     T* others = at.data() + table_.terms;
     for (int k = 1; k < 3; ++k) others[k] = std::max(T(0), others[k]);
-    if (var < lowest) extend(after_table + table_.octaves, deviation / std::sqrt(lowest), at.data(), others);
+    if (var < lowest) extend(after_table + table_.octaves, deviation, std::sqrt(lowest), at.data(), others);
     put(kHalfAfter, others[0]);
     put(kStd, deviation);
     put(kInverse, T(1) / deviation);
@@ -141,34 +160,59 @@ class Tabulated {
       put(root(parity), others[1 + parity]);
       put(root(parity) + 2, std::max(static_cast<T>(table_.order(table_.terms)), others[3 + parity]));
     }
+    for (int k = 0; k < 2; ++k) put(beyond_cusp() + k, others[5 + k]);
     for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
   }
 
-  // From the first octave to deviations below it that are smaller by a ratio.
-  void extend(const T* at_zero_and_exponents, T ratio, T* at, T* others) const {
-    const T at_zero = at_zero_and_exponents[0];
+  // From the deviation where the first octave begins to one below it.
+  void extend(const T* at_zero_and_exponents, T deviation, T lowest, T* at, T* others) const {
+    const T at_zero = at_zero_and_exponents[0], ratio = deviation / lowest, var = deviation * deviation;
     const T* exponents = at_zero_and_exponents + 1;
-    at[0] = at_zero + (at[0] - at_zero) * std::pow(ratio, exponents[0]);
-    T square = at[0] * at[0];
-    for (int k = 1; k < table_.terms; ++k) {
-      at[k] *= std::pow(ratio, exponents[k]);
-      square += at[k] * at[k];
+    T square = square_of_cusp_ * var;
+    for (int k = 0; k < table_.terms; ++k) {
+      const T constant = k == 0 ? at_zero : T(0);
+      at[k] = constant + (at[k] - constant) * std::pow(ratio, exponents[k]);
+      square += at[k] * at[k] - cusps_[k] * var;
     }
     for (int k = 1; k < 3; ++k) {
       others[k] *= ratio;  // only kinks at 0 leave a rest there
       square += others[k] * others[k];
     }
-    others[0] = T(0.5) * square;
+    for (int k = 5; k < 7; ++k) others[k] *= ratio * ratio;
+    others[0] = T(0.5) * (square + T(2) * deviation * others[5]);
+  }
+
+  // Adds the closed form of the cusp, for 1 - |c|.
+  template <bool kNtk>
+  NT_INLINE void add_cusp(V w, V c, V scale, V square_of_std_apart, V& after, V& slope) const {
+    const V one = broadcast(T(1)), half = broadcast(T(0.5)), two = broadcast(T(2)), square = broadcast(square_of_cusp_);
+    const V root = sqrt(w), bent = w - two * w * root * horner<T>(ReluPolynomials<T>::q, w);
+    after = fma(square, fma(scale, bent, half * square_of_std_apart), after);
+    if constexpr (kNtk) {
+      const V straight = one - two * root * horner<T>(ReluPolynomials<T>::p, w);
+      slope = fma(square * scale, if_positive(-c, -straight, straight), slope);
+    }
   }
 
   // Adds what is beyond the terms: of functions with kinks, or of large variances.
   template <bool kNtk, class First, class Second>
   NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope) const {
-    const V root1 = first[root(parity)], root2 = second[root(parity)];
-    if (!any_positive(max(root1, root2))) return;
     const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
-    const V is_negative = w - one, both = root1 * root2, apart = root1 - root2;
-    const V mean_order = half * (first[root(parity) + 2] + second[root(parity) + 2]);
+    const V root1 = first[root(parity)], root2 = second[root(parity)], apart = root1 - root2;
+    V both = root1 * root2, slopes = half * both * (first[root(parity) + 2] + second[root(parity) + 2]);
+    V square = half * apart * apart;
+    if (parity == 0 && has_cusp_) {
+      const int beyond = beyond_cusp();
+      const auto with_cusp = [&](int k) { return first[kStd] * second[k] + first[k] * second[kStd]; };
+      both += with_cusp(beyond);
+      slopes += with_cusp(beyond + 1);
+      square = fma(first[kStd] - second[kStd], first[beyond] - second[beyond], square);
+    } else if (!any_positive(max(root1, root2))) {
+      return;
+    }
+    const V is_negative = w - one;
+    const V quotient = slopes / if_positive(max(both, -both), both, one);
+    const V mean_order = max(broadcast(static_cast<T>(table_.order(table_.terms))), quotient);
     // Uncorrelated pairs have no rest.
     const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
     V log;
@@ -190,8 +234,8 @@ class Tabulated {
     }
     const bool odd = parity == 1;
     const V mirrored = odd ? two - complement : complement;
-    after = fma(both, if_positive(is_negative, mirrored, complement), fma(half * apart, apart, after));
-    if constexpr (kNtk) slope = fma(both, odd ? power : if_positive(is_negative, -power, power), slope);
+    after = fma(both, if_positive(is_negative, mirrored, complement), after + square);
+    if constexpr (kNtk) slope = fma(slopes / mean_order, odd ? power : if_positive(is_negative, -power, power), slope);
   }
 
   // As in numerical.py: log v^3 at nodes of Gauss-Legendre quadrature on [0, 1], and 3 v^2 times their weights.
@@ -204,6 +248,9 @@ class Tabulated {
   static constexpr T kSmallest = sizeof(T) == sizeof(float) ? T(0x1p-55) : T(0x1p-500);
 
   const T* numbers_;
+  const T* cusps_;  // the squares of the coefficients of the cusp, at a variance of 1
+  T square_of_cusp_;
+  bool has_cusp_;
   Table table_;
 };
 

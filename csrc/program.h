@@ -67,19 +67,23 @@ inline constexpr bool is_fused(Activation activation) {
 
 // The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
 // octave and power, the columns; then for each octave, how many terms count; then the value of the function at 0, and
-// for each term the power of the deviation that it is in proportion to below the first octave.
+// for each term the power of the deviation that it is in proportion to below the first octave; then the square of the
+// cusp and, for each term, of its coefficient.
 struct Table {
   int terms = 0, start = 2, step = 1;       // of the orders 0, 1, start, start + step, ...
   int degree = 0, lowest = 0, octaves = 0;  // octaves from 2^lowest on
 
   int order(int term) const { return term < 2 ? term : start + step * (term - 2); }
 
-  // The terms, half the variance after, and of the rest of the even and of the odd part the roots and the orders.
-  int columns() const { return terms + 5; }
-  int64_t size() const { return terms == 0 ? 0 : int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + 1 + terms; }
+  // The terms, half the variance after, of the rest of the even and of the odd part the roots and the orders, and what
+  // is beyond the terms of the products with the cusp.
+  int columns() const { return terms + 7; }
+  int64_t size() const {
+    return terms == 0 ? 0 : int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + 2 * (int64_t{terms} + 1);
+  }
 };
 
-inline constexpr int64_t kEncoding = 7;  // changes with the layout of the code
+inline constexpr int64_t kEncoding = 8;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {

@@ -38,9 +38,9 @@ def exponential(alpha, scale, slope):
 SELU = 1.0507009873554805, 1.6732632423543772
 # With the largest errors of NNGP and NTK, relative to those of equal inputs. All kinks are at 0.
 KINKED = {
-    "Elu": (lambda: Elu(0.7), exponential(0.7, 1.0, 1.0), 1e-7, 5e-5),
-    "Selu": (Selu, exponential(SELU[0] * SELU[1], SELU[0], 1.0), 1e-7, 1e-4),
-    "Celu": (lambda: Celu(2.0), exponential(2.0, 1.0, 0.5), 1e-9, 1e-6),
+    "Elu": (lambda: Elu(0.7), exponential(0.7, 1.0, 1.0), 1e-11, 1e-7),
+    "Selu": (Selu, exponential(SELU[0] * SELU[1], SELU[0], 1.0), 1e-11, 1e-7),
+    "Celu": (lambda: Celu(2.0), exponential(2.0, 1.0, 0.5), 1e-11, 1e-7),
 }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from nt_core import backends
-from nt_core.activations.numerical import ElementwiseNumerical, number_of_terms
-from nt_core.activations.tables import TracedFunction, share_beyond_terms
+from nt_core.activations.numerical import ElementwiseNumerical, TracedFunction, number_of_terms
+from nt_core.activations.tables import share_beyond_terms
 from nt_core.backends import Implementation, Request
 from nt_core.get import Get
 from nt_core.layer import kernel_fields, request_for, rules_of

@@ -4,19 +4,19 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nt_core.activations.numerical import (
     ElementwiseNumerical,
     HermiteCoefficients,
-    derivative_of,
+    absolute_value_coefficients,
+    cusp_at_zero,
     hermite_coefficients,
     hermite_functions,
+    known_values,
+    no_cusp,
     number_of_terms,
 )
-from nt_core.tracing import evaluate_now, is_traced
 
 # For each precision the degree of the polynomials, and the octaves: the power of 2 at which they begin, below which a
 # smooth function is linear up to rounding, and their number. Where they end, coefficients no longer tell a function.
@@ -29,18 +29,15 @@ _NOISE = 2**6 * float(np.finfo(float).eps)
 _NEARLY = 1e-2
 
 
-class TracedFunction(Exception):
-    """The values of a function are not known yet, so that there is no table of them."""
-
-
 class CoefficientTable(NamedTuple):
     """What csrc/duals_tabulated.h reads.
 
     Attributes:
       numbers: for each octave and power the columns, which are the coefficients, half the mean square of the function,
-        and of the even and the odd part of what is beyond the terms the roots and the orders; then for each octave how
-        many terms count; then the function at 0, and for each coefficient the power of the deviation that it (without
-        that value) is in proportion to below the first octave.
+        of the even and the odd part of what is beyond the terms the roots and the orders, and `beyond` and
+        `beyond_slope` of a `Cusp`; then for each octave how many terms count; then the function at 0, and for each
+        coefficient the power of the deviation that it (without that value) is in proportion to below the first octave;
+        then the square of the cusp, 0 without one, and of its coefficients at a variance of 1.
       terms: how many coefficients there are, of the orders 0, 1, start, start + step and so on: of most functions, the
         even or the odd part is linear.
       start: 2 or 3.
@@ -73,10 +70,13 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     >>> import jax.numpy as jnp
     >>> table = coefficient_table(ElementwiseNumerical(jnp.tanh, None, 25), "float32")
     >>> table.terms, table.octaves, table.numbers.size
-    (26, 54, 15147)
+    (26, 54, 16146)
     """
     terms = number_of_terms(activation.deg)
     degree, lowest, octaves = _SHAPES[precision]
+    with np.errstate(all="ignore"):
+        if not _is_linear_from(activation, lowest):  # its second derivative jumps at 0
+            lowest, octaves = 2 * lowest, octaves - lowest
     points = np.cos(math.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     variances = np.ldexp(1.5 + 0.5 * points, lowest + np.arange(octaves)[:, None])
     with np.errstate(all="ignore"):  # functions may overflow at variances that nobody has
@@ -89,34 +89,48 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     for k in range(degree + 1):
         to_powers[: k + 1, k] = np.polynomial.chebyshev.cheb2poly(np.eye(k + 1)[k])
     powers = np.einsum("pk,kco->opc", to_powers, chebyshev)
-    at_zero = _values(activation, np.zeros(1))[0]
+    at_zero = known_values(activation, np.zeros(1))[0]
     counts = counts.reshape(octaves, degree + 1).max(1)
     exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
-    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents])
+    cusp = cusp_at_zero(activation) or 0.0
+    cusps = (cusp * absolute_value_coefficients(terms)[orders]) ** 2
+    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents, [cusp**2], cusps])
     start, step = (orders[2], orders[3] - orders[2]) if len(orders) > 3 else (2, 1)
     return CoefficientTable(numbers, len(orders), int(start), int(step), degree, lowest, octaves)
+
+
+def _is_linear_from(activation: ElementwiseNumerical, lowest: int) -> bool:
+    """Whether the mean slope no longer changes from the variance 2^lowest down, but for rounding."""
+    variances = np.ldexp(1.0, np.array([lowest, 2 * lowest]))
+    linear = _coefficients(activation, variances, 2).values[1] / np.sqrt(variances)
+    return not abs(linear[1] - linear[0]) > 2 ** (0.75 * lowest) * np.abs(linear).max()
 
 
 def _columns(
     activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and the counts."""
-    at_variances = _coefficients(activation, variances, terms)
-    a, mean_square, (even, odd) = at_variances.values, at_variances.mean_square, at_variances.rest
-    kept = _orders_that_are_there(a, mean_square)
-    a, orders = a[kept], kept[:, None]
-    even_square, odd_square = even.root**2, odd.root**2
-    counts = _terms_that_count(a**2, even_square + odd_square, mean_square, tolerance)
-    of_slope = even_square * even.order + odd_square * odd.order
-    counts_of_slope = _terms_that_count(orders * a**2, of_slope, at_variances.slope_square, tolerance)
-    columns = [*a, 0.5 * mean_square, even.root, odd.root, even.order, odd.order]
+    of = _coefficients(activation, variances, terms)
+    even, odd = of.rest
+    cusp = of.cusp or no_cusp(variances, terms)
+    of_cusp = cusp.coefficients[:, None] * cusp.std
+    kept = _orders_that_are_there(of.values - of_cusp, of.mean_square)
+    orders = kept[:, None]
+    # With the closed form of the cusp, what is left of the terms is to be added.
+    squares = np.abs(of.values**2 - of_cusp**2)[kept]
+    rest = even.root**2 + odd.root**2 + np.abs(2 * cusp.std * cusp.beyond)
+    counts = _terms_that_count(squares, rest, of.mean_square, tolerance)
+    rest = even.root**2 * even.order + odd.root**2 * odd.order + np.abs(2 * cusp.std * cusp.beyond_slope)
+    counts_of_slope = _terms_that_count(orders * squares, rest, of.slope_square, tolerance)
+    columns = [*of.values[kept], 0.5 * of.mean_square, even.root, odd.root, even.order, odd.order]
+    columns = [*columns, cusp.beyond, cusp.beyond_slope]
     return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
 
 
 def _coefficients(activation: ElementwiseNumerical, variances: np.ndarray, terms: int) -> HermiteCoefficients:
-    nodes, weights, products = hermite_functions(terms, _PANELS, _NODES)
-    values, slopes = _values(activation, nodes[:, None] * np.sqrt(variances))
-    return hermite_coefficients(np, weights, products, variances, values, slopes)
+    quadrature = hermite_functions(terms, _PANELS, _NODES)
+    values, slopes = known_values(activation, quadrature.nodes[:, None] * np.sqrt(variances))
+    return hermite_coefficients(np, quadrature, variances, values, slopes, cusp_at_zero(activation))
 
 
 def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float, ...]) -> np.ndarray:
@@ -127,7 +141,9 @@ def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float,
     """
     with np.errstate(all="ignore"):
         of = _coefficients(activation, np.array(variances), number_of_terms(activation.deg))
-        return sum(rest.root**2 for rest in of.rest) / np.where(of.mean_square == 0, 1, of.mean_square)
+        cusp = of.cusp or no_cusp(of.mean_square, 0)
+        beyond = sum(rest.root**2 for rest in of.rest) + np.abs(2 * cusp.std * cusp.beyond)
+        return beyond / np.where(of.mean_square == 0, 1, of.mean_square)
 
 
 def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
@@ -158,14 +174,3 @@ def _terms_that_count(squares: np.ndarray, rest: np.ndarray, total: np.ndarray, 
     """Returns after how many terms what is left of a sum is below the tolerance; two at least."""
     left = np.cumsum(squares[::-1], 0)[::-1] + rest
     return np.maximum((~(left <= tolerance * total)).sum(0), 2)
-
-
-def _values(activation: ElementwiseNumerical, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the function and its derivative in double precision."""
-    with jax.enable_x64(True), evaluate_now():
-        at = jnp.asarray(x)
-        results = activation.fn(at), derivative_of(activation)(at)
-    if any(map(is_traced, results)):
-        raise TracedFunction
-    values, slopes = (np.broadcast_to(np.asarray(y, float), x.shape) for y in results)
-    return values, slopes
