@@ -282,7 +282,7 @@ class Backward : Derivative<T> {
 
  public:
   Backward(const BackwardJob<T>& job, const Parallel& parallel)
-      : Base(job.job, parallel), job_(job), coefficients_(program_.n_coefficients, 0) {}
+      : Base(job.job, parallel), job_(job), coefficients_(program_.n_cotangents(), 0) {}
 
   void run() {
     each_array(program_, job_.results, [](T* array, int64_t size) { std::fill(array, array + size, T(0)); });
@@ -297,7 +297,9 @@ class Backward : Derivative<T> {
           samples_back(second);
         },
         [&](const Samples<T>& first) { samples_back(first); });
-    std::copy(coefficients_.begin(), coefficients_.end(), job_.results.coefficients);
+    for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
+      job_.results.coefficients[program_.with_cotangents[k]] += static_cast<T>(coefficients_[k]);
+    }
   }
 
  private:
@@ -310,11 +312,11 @@ class Backward : Derivative<T> {
     Buffer<V> coefficients;              // cotangents, of one tile
     double* coefficient_sums = nullptr;  // and of one task
 
-    explicit Worker(const Context<T>& c) : scratch(c), first(c), second(c), coefficients(c.program.n_coefficients) {}
+    explicit Worker(const Context<T>& c) : scratch(c), first(c), second(c), coefficients(c.program.n_cotangents()) {}
   };
 
   void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
-    std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_coefficients, V{});
+    std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_cotangents(), V{});
     const auto seeds = this->seeds(tile);
     TileBack<T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
     add_lanes(worker.coefficients.data(), worker.coefficient_sums);
@@ -343,7 +345,7 @@ class Backward : Derivative<T> {
   void pairs_back(const Samples<T>& first, const Samples<T>& second) {
     const int64_t n1 = first.end - first.begin, n2 = second.end - second.begin;
     // A task takes some first samples, such that lanes are full, and adds up cotangents of all the second ones.
-    const int64_t n_coefficients = program_.n_coefficients, n_bars = second.n_groups() * c_.cotangent_size;
+    const int64_t n_coefficients = program_.n_cotangents(), n_bars = second.n_groups() * c_.cotangent_size;
     const int64_t room = std::max<int64_t>(kBytesOfBars / (n_bars * static_cast<int64_t>(sizeof(V))), 1);
     const int64_t rows = std::max(ceil_div(kL, n2), ceil_div(n1, std::min(room, kMaxTasks)));
     const int64_t n_tasks = ceil_div(n1, rows);
@@ -420,13 +422,13 @@ class Backward : Derivative<T> {
   }
 
   void add_lanes(const V* lanes, double* sums) const {
-    for (int64_t k = 0; k < program_.n_coefficients; ++k) {
+    for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
       for (int l = 0; l < kL; ++l) sums[k] += lanes[k][l];
     }
   }
 
   void samples_back(const Samples<T>& samples) {
-    const int64_t n_coefficients = program_.n_coefficients;
+    const int64_t n_coefficients = program_.n_cotangents();
     std::vector<double> coefficients(samples.n_groups() * n_coefficients, 0);
     parallel_.run(samples.n_groups(), [&](const auto& next) {
       BackwardScratch<T> scratch(c_);
@@ -497,7 +499,7 @@ class Tangents : Derivative<T> {
       parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
         BackwardScratch<T> scratch(c_);
         const Lanes<T> lanes1(c_), lanes2(c_);
-        const Buffer<V> coefficients(program_.n_coefficients);
+        const Buffer<V> coefficients(program_.n_cotangents());
         const auto product = [&](const Tile<T>& tile, const std::vector<Seed<T>>& seeds) {
           return this->product(tile, seeds, lanes1, lanes2, coefficients.data(), scratch);
         };
@@ -524,12 +526,12 @@ class Tangents : Derivative<T> {
             V* coefficients, BackwardScratch<T>& scratch) const {
     lanes1.clear_bars();
     lanes2.clear_bars();
-    std::fill(coefficients, coefficients + program_.n_coefficients, V{});
+    std::fill(coefficients, coefficients + program_.n_cotangents(), V{});
     TileBack<T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
     V sum = of_samples(tile, 1, lanes1, coefficients, scratch);
     sum += of_samples(tile, 2, lanes2, coefficients, scratch);
-    for (int64_t k = 0; k < program_.n_coefficients; ++k) {
-      sum += coefficients[k] * broadcast(job_.tangents.coefficients[k]);
+    for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
+      sum += coefficients[k] * broadcast(job_.tangents.coefficients[program_.with_cotangents[k]]);
     }
     return sum;
   }

@@ -1,18 +1,13 @@
 // Derivatives of nonlinearities.
 #pragma once
 
-#include "duals_common.h"
+#include "backward_erf.h"
+#include "backward_partials.h"
+#include "backward_tabulated.h"
 #include "duals_relu.h"
 
 namespace nt {
 namespace NT_LEVEL {
-
-// Of a pair: what is after a nonlinearity, and the cotangents of what that reads.
-template <class T>
-struct DualBars {
-  Vec<T> value, tangent_after;
-  Vec<T> deficit, tangent, half1, half2;
-};
 
 // The ReLU family. With h the angle over pi, o what `AbRelu` calls `opposed`, s the product of the standard deviations
 // and dA = -s dc the change of the deficit at fixed variances (c is the correlation),
@@ -24,7 +19,16 @@ class AbReluBack {
   using V = Vec<T>;
 
  public:
-  explicit AbReluBack(const T* c) : slope_(broadcast(c[0])), kink_(broadcast(c[1])) {}
+  static constexpr int kCoefficients = 2;
+
+  AbReluBack(const T* c, const Table&) : slope_(broadcast(c[0])), kink_(broadcast(c[1])) {}
+
+  // From the cotangent of half the variance after, to that of the one before.
+  template <class Numbers>
+  NT_INLINE V half_back(const Numbers& numbers, V bar, V* coefficients) const {
+    coefficients[0] = fma(bar, numbers[0] * numbers[0], coefficients[0]);
+    return slope_ * bar;
+  }
 
   // Adds the cotangents of the two coefficients to `coefficients`.
   template <bool kCovariance, bool kNtk, class First, class Second>
@@ -57,7 +61,7 @@ class AbReluBack {
       coefficients[1] = fma(-factor_bar, angle, coefficients[1]);
       bars.tangent = tangent_bar * factor;
       const V sine = root * fma(one - w, p, of_q);  // over pi
-      const V regular = sine - broadcast(kSmallestSine);
+      const V regular = sine - broadcast(kSmallestSine<T>);
       const V per_sine = inverse1 * inverse2 / if_positive(regular, pi * pi * sine, one);
       angular_bar = fma(-kink_ * factor_bar, if_positive(regular, per_sine, zero), angular_bar);
     }
@@ -66,19 +70,35 @@ class AbReluBack {
     bars.half1 = fma(-angular_bar, deficit + gap, relative_bar) * (inverse1 * inverse1);
     bars.half2 = fma(-angular_bar, deficit - gap, relative_bar) * (inverse2 * inverse2);
     if constexpr (kCovariance) {
-      coefficients[0] = fma(value_bar, fma(root1, root1, root2 * root2), coefficients[0]);
-      bars.half1 = fma(slope_, value_bar, bars.half1);
-      bars.half2 = fma(slope_, value_bar, bars.half2);
+      bars.half1 += half_back(first, value_bar, coefficients);
+      bars.half2 += half_back(second, value_bar, coefficients);
     }
     return bars;
   }
 
  private:
-  // As in nt_core/activations/relu.py: the cube root of the smallest normal number.
-  static constexpr T kSmallestSine = sizeof(T) == sizeof(float) ? T(2.2737368e-13) : T(2.8126442852362996e-103);
-
   V slope_, kink_;
 };
+
+template <class T>
+using ErfBack = ByPartials<T, ErfPartials<T>>;
+template <class T>
+using GeluBack = ByPartials<T, GeluPartials<T>>;
+template <class T>
+using TabulatedBack = ByPartials<T, TabulatedPartials<T>>;
+
+// Calls a function with the way back through a nonlinearity.
+template <class T, class Call>
+void with_dual_back(Activation activation, const T* coefficients, const Table& table, const Call& call) {
+  switch (activation) {
+#define NT_DIFFERENTIABLE(name) \
+  case Activation::k##name:     \
+    return call(name##Back<T>(coefficients, table));
+#include "table.def"
+    default:  // never: see `check_way_back`
+      break;
+  }
+}
 
 }  // namespace NT_LEVEL
 }  // namespace nt

@@ -49,9 +49,9 @@ struct BackwardScratch {
         windows_t(c.widest),
         inside_d(c.widest),
         inside_t(c.widest),
-        coefficients(c.program.n_coefficients),
-        unused(std::max<int64_t>(c.cotangent_size, c.program.n_coefficients)),
-        n_coefficients(c.program.n_coefficients),
+        coefficients(c.program.n_cotangents()),
+        unused(std::max<int64_t>(c.cotangent_size, c.program.n_cotangents())),
+        n_coefficients(c.program.n_cotangents()),
         n_tensors(size_of_tensors(c)) {}
 
   void clear_tensors() const { std::fill(tensors.data(), tensors.data() + 2 * n_tensors, V{}); }
@@ -124,7 +124,7 @@ struct Back {
 
   // Adds to the cotangent of a coefficient of a value.
   void add_coefficient(const Value& value, int k, V bar) const {
-    scratch.coefficients.data()[value.coefficient + k] += bar;
+    scratch.coefficients.data()[value.cotangent + k] += bar;
   }
 };
 
@@ -171,8 +171,7 @@ class DualBack {
         instance_(instance),
         value_(back.work.value(instance)),
         before_(back.work.input(instance)),
-        is_first_(is_first),
-        dual_(back.work.coefficients(value_)) {
+        is_first_(is_first) {
     own_share_ = broadcast(has_own_covariance(back.work, before_) && before_.feeds_dual_alone ? T(1) : T(0));
   }
 
@@ -185,20 +184,22 @@ class DualBack {
   // what is after the dual.
   Products row(const Place& at, const V* d, const V* t, V weight, V own_weight) {
     Products products;
-    dispatch(instance_.has_ntk, !instance_.deficit, [&](auto ntk, auto covariance) {
-      products = this->template row<ntk.value, covariance.value>(at, d, t, weight, own_weight);
+    const T* numbers = back_.work.coefficients(value_);
+    with_dual_back<T>(value_.activation, numbers, value_.table, [&](const auto& dual) {
+      dispatch(instance_.has_ntk, !instance_.deficit, [&](auto ntk, auto covariance) {
+        products = this->template row<ntk.value, covariance.value>(dual, at, d, t, weight, own_weight);
+      });
     });
     return products;
   }
 
-  // Of the two coefficients.
   void add_coefficients() const {
-    for (int k = 0; k < 2; ++k) back_.add_coefficient(value_, k, coefficients_[k]);
+    for (int k = 0; k < info(value_.activation).coefficients; ++k) back_.add_coefficient(value_, k, coefficients_[k]);
   }
 
  private:
-  template <bool kNtk, bool kCovariance>
-  Products row(const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
+  template <bool kNtk, bool kCovariance, class Dual>
+  Products row(const Dual& shared, const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
     const Plane<T>& in = back_.work.plane(before_);
     const Plane<T>& in_bar = back_.plane(before_);
     const V* d = in.row_d(at.z, at.y, at.x);
@@ -208,10 +209,10 @@ class DualBack {
     V* bar1 = back_.first(Statistic::kHalfVariance, value_.inputs[0], at);
     V* bar2 = back_.second(Statistic::kHalfVariance, value_.inputs[0], at);
     const auto numbers = dual_rows<true>(back_.work, instance_.value, at);
-    const AbReluBack<T> dual = dual_;
+    const Dual dual = shared;
     const V own_share = own_share_;
     const int width = at.geometry.space[2];  // cotangents are asked for one row ahead
-    V coefficients[2] = {};
+    V coefficients[kMostCoefficients] = {};
     Products products;
     for (int x = 0; x < at.n; ++x) {
       __builtin_prefetch(bar1 + x + width, 1);
@@ -238,8 +239,7 @@ class DualBack {
       add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
       if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
     }
-    coefficients_[0] += coefficients[0];
-    coefficients_[1] += coefficients[1];
+    for (int k = 0; k < Dual::kCoefficients; ++k) coefficients_[k] += coefficients[k];
     return products;
   }
 
@@ -252,9 +252,8 @@ class DualBack {
   const Value& value_;
   const Instance& before_;
   const bool is_first_;
-  const AbReluBack<T> dual_;
   V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
-  V coefficients_[2] = {};
+  V coefficients_[kMostCoefficients] = {};
 };
 
 template <class T>

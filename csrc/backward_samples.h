@@ -56,7 +56,7 @@ class RecordBack {
     const int64_t start = c_.prepared.cotangents.find(statistic, value);
     return start < 0 ? nullptr : bars_.first + start;
   }
-  void add_coefficient(const Value& value, int k, V sum) const { bars_.coefficients[value.coefficient + k] += sum; }
+  void add_coefficient(const Value& value, int k, V sum) const { bars_.coefficients[value.cotangent + k] += sum; }
 
   void value(int i) {
     const Value& value = c_.program.values[i];
@@ -74,7 +74,7 @@ class RecordBack {
         if (half_bar) tied(value, coefficient[0], half_in, half_bar, bar(Statistic::kHalfAverage, i), in_bar);
         return;
       case Op::kDual:
-        if (half_bar) relu(value, coefficient[0], half_in, half_bar, in_bar);
+        if (half_bar) dual(value, coefficient, plane(Statistic::kDual, i), half_bar, in_bar);
         return;
       case Op::kScale:
         if (half_bar) rescale(i, half_in, half_bar, in_bar);
@@ -164,13 +164,18 @@ class RecordBack {
     }
   }
 
-  void relu(const Value& value, T slope, const T* half_in, const V* half_bar, V* in_bar) const {
-    Sum<V> slope_bar;
-    for (int64_t p = 0; p < n_positions(value.space); ++p) {
-      in_bar[p] += broadcast(slope) * half_bar[p];
-      slope_bar.add(half_bar[p] * load(half_in + p * kL));
-    }
-    add_coefficient(value, 0, slope_bar.total());
+  void dual(const Value& value, const T* coefficient, const T* numbers, const V* half_bar, V* in_bar) const {
+    with_dual_back<T>(value.activation, coefficient, value.table, [&](const auto& dual) {
+      constexpr int kCoefficients = std::decay_t<decltype(dual)>::kCoefficients;
+      Sum<V> sums[kMostCoefficients];
+      for (int64_t p = 0; p < n_positions(value.space); ++p) {
+        V coefficients[kMostCoefficients] = {};
+        const Numbers1<true, T> of_sample{numbers + p * n_numbers(value) * kL, 0};
+        in_bar[p] += dual.half_back(of_sample, half_bar[p], coefficients);
+        for (int k = 0; k < kCoefficients; ++k) sums[k].add(coefficients[k]);
+      }
+      for (int k = 0; k < kCoefficients; ++k) add_coefficient(value, k, sums[k].total());
+    });
   }
 
   void rescale(int i, const T* half_in, const V* half_bar, V* in_bar) const {

@@ -26,15 +26,46 @@ class Tabulated {
 
  public:
   // Then a_k, of the rest roots and orders, and what is beyond the terms of the products with the cusp.
-  enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kValues };
+  enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kGain, kValues };
   static constexpr int kNumbers = kValues + 6;
 
   Tabulated(const T* numbers, const Table& table)
       : numbers_(numbers),
         cusps_(numbers + table.size() - table.terms),
-        square_of_cusp_(cusps_[-1]),
-        has_cusp_(square_of_cusp_ > 0),
-        table_(table) {}
+        cusp_(cusps_[-1]),
+        has_cusp_(cusp_ != 0),
+        table_(table),
+        lifts_(Lifts::get().of_order) {}
+
+  // What the sums over terms need to know of a pair.
+  struct Pair {
+    V w, c, scale, inverse;  // 1 - c, the correlation, the product of the deviations, and 1 over it
+    V both_vary;             // positive, unless a variance is 0: such inputs are uncorrelated
+    V terms;                 // how many its samples need
+    int most, least;         // the largest and the smallest such number of the pairs that are side by side
+    V from_parallel;         // 1 - |c|, if there is a cusp
+  };
+
+  template <class First, class Second>
+  NT_INLINE Pair pair(V deficit, const First& first, const Second& second) const {
+    const V one = broadcast(T(1)), zero{}, difference = first[kHalf] - second[kHalf];
+    const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
+    Pair p;
+    p.scale = a.scale;
+    p.inverse = first[kInverse] * second[kInverse];
+    p.both_vary = if_positive(first[kHalf], second[kHalf], zero);
+    p.w = min(broadcast(T(2)), a.angular * p.inverse);
+    p.c = if_positive(p.both_vary, one - p.w, zero);
+    p.terms = max(first[kTerms], second[kTerms]);
+    p.most = static_cast<int>(largest(p.terms));
+    p.least = -static_cast<int>(largest(-p.terms));
+    if (has_cusp_) {
+      const V distance = distance_from_parallel<T>(deficit, a.angular, a.angular - a.scale, a.scale, first[kInverse],
+                                                   second[kInverse]);
+      p.from_parallel = if_positive(p.both_vary, distance, one);
+    }
+    return p;
+  }
 
   V prepare(V half, V* numbers) const {
     std::fill(numbers, numbers + kNumbers + table_.terms, V{});
@@ -51,28 +82,22 @@ class Tabulated {
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
     const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
     for (int k = kHalf; k < kValues + 2; ++k) fetch_ahead(second, k);
-    const V difference = first[kHalf] - second[kHalf];
-    const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
-    const V inverse = first[kInverse] * second[kInverse];
-    // Inputs of variance 0 are uncorrelated.
-    const V both_vary = if_positive(first[kHalf], second[kHalf], zero);
-    const V w = min(broadcast(T(2)), a.angular * inverse), c = if_positive(both_vary, one - w, zero);
+    const Pair p = pair(deficit, first, second);
+    const V w = p.w, c = p.c;
     const V plus = one + c, square_c = c * c;
     const bool by_two = table_.step == 2;
     const V power = by_two ? square_c : c, one_minus_power = by_two ? w * plus : w;
     // With p_m the a_k b_k of the orders k = start + step m, x = c^step and P_j the sum of the p_m for m >= j: the sum
     // R of P_(j + 1) x^j, for which (1 - x) R is the sum of p_m (1 - x^m), and its derivative, from the last term to
     // the first. Each pair has as many terms as its samples need; those that another one needs do not change it.
-    const V terms = max(first[kTerms], second[kTerms]);
-    const int most = static_cast<int>(largest(terms)), least = -static_cast<int>(largest(-terms));
     V suffix = zero, sum = zero, derivative = zero, square = zero;
     const V std_apart = first[kStd] - second[kStd], square_of_std_apart = std_apart * std_apart;
     const auto add_term = [&](int k, auto is_for_all) {
       fetch_ahead(second, kValues + k);
       V both = first[kValues + k] * second[kValues + k], apart = first[kValues + k] - second[kValues + k];
-      if (has_cusp_) both = fma(broadcast(-cusps_[k]), a.scale, both);
+      if (has_cusp_) both = fma(broadcast(-cusps_[k]), p.scale, both);
       if constexpr (!is_for_all.value) {
-        const V is_needed = terms - broadcast(T(k));
+        const V is_needed = p.terms - broadcast(T(k));
         both = if_positive(is_needed, both, zero);
         apart = if_positive(is_needed, apart, zero);
         if (has_cusp_) square = fma(if_positive(is_needed, broadcast(-cusps_[k]), zero), square_of_std_apart, square);
@@ -87,10 +112,10 @@ class Tabulated {
       if constexpr (kNtk) derivative = fma(power, derivative, sum);
       sum = fma(power, sum, suffix);
     };
-    int k = most - 1;
-    for (; k > 2 && k >= least; --k) add(k, std::false_type{});
+    int k = p.most - 1;
+    for (; k > 2 && k >= p.least; --k) add(k, std::false_type{});
     for (; k > 2; --k) add(k, std::true_type{});
-    if (most > 2) add_term(2, std::false_type{});
+    if (p.most > 2) add_term(2, std::false_type{});
     const V missing = one_minus_power * sum;  // P_0 less the sum of p_m x^m
     const V one_minus_start = table_.start == 2 ? w * plus : w * fma(c, plus, one);
     const V before_start = table_.start == 2 ? c : square_c;  // the power of c that is one less
@@ -108,17 +133,62 @@ class Tabulated {
       square = fma(apart, apart, fma(broadcast(-cusps_[low]), square_of_std_apart, square));
     }
     after = fma(half, square, after);
-    if (has_cusp_) {
-      const V distance = distance_from_parallel<T>(deficit, a.angular, a.angular - a.scale, a.scale, first[kInverse],
-                                                   second[kInverse]);
-      add_cusp<kNtk>(if_positive(both_vary, distance, one), c, a.scale, square_of_std_apart, after, slope);
-    }
-    if (most == table_.terms) {  // these were not enough
-      add_rest<kNtk>(0, first, second, w, after, slope);
-      add_rest<kNtk>(1, first, second, w, after, slope);
+    if (has_cusp_) add_cusp<kNtk>(p, square_of_std_apart, after, slope);
+    if (p.most == table_.terms) {  // these were not enough
+      V bend{};
+      for (int parity = 0; parity < 2; ++parity) add_rest<kNtk, false>(parity, first, second, w, after, slope, bend);
     }
     value = deficit_or_covariance<kCovariance>(after, first, second);
-    if constexpr (kNtk) factor = slope * inverse;
+    if constexpr (kNtk) factor = slope * p.inverse;
+  }
+
+  // For derivatives:
+
+  // For a term of order k, sqrt((k + 1) (k + 2)) a_(k+2): `lift` times the value of a term and `of_cusp` times the
+  // deviation, for where that order is left out, the cusp alone has it.
+  struct TwoUp {
+    int term;
+    T lift, of_cusp;
+    bool is_beyond;  // the terms
+  };
+  TwoUp two_up(int term) const {
+    const bool is_low = term < 2 && table_.step == 2;
+    if (is_low && table_.start != term + 2)
+      return {term, T(0), term == 0 ? cusp_ * T(0.7978845608028654) : T(0), false};
+    const int up = is_low ? 2 : term + 2 / table_.step;
+    if (up >= table_.terms) return {term, T(0), T(0), true};
+    return {up, lifts_[table_.order(term)], T(0), false};
+  }
+
+  // The slope of the cusp times the deviations.
+  NT_INLINE V slope_of_cusp(const Pair& pair) const {
+    const V w = pair.from_parallel, root = sqrt(w);
+    const V straight = fma(broadcast(T(-2)) * root, horner<T>(ReluPolynomials<T>::p, w), broadcast(T(1)));
+    return broadcast(cusp_ * cusp_) * pair.scale * if_positive(-pair.c, -straight, straight);
+  }
+
+  const Table& table() const { return table_; }
+  T cusp() const { return cusp_; }
+
+  // The square of a coefficient of the cusp at a variance of 1.
+  T square_of_cusp(int term) const { return cusps_[term]; }
+
+  // Whether something is beyond the terms of a pair.
+  template <class First, class Second>
+  NT_INLINE V has_rest(const First& first, const Second& second) const {
+    const auto size = [&](const auto& numbers) {
+      const V cusp = numbers[beyond_cusp()];
+      return max(max(numbers[root(0)], numbers[root(1)]), max(cusp, -cusp));
+    };
+    return max(size(first), size(second));
+  }
+
+  // Adds to the derivative of the slope in the correlation, what is beyond the terms.
+  template <class First, class Second>
+  NT_INLINE void add_bend_of_rest(const Pair& pair, const First& first, const Second& second, V& bend) const {
+    if (pair.most < table_.terms) return;
+    V after{}, slope{};
+    for (int parity = 0; parity < 2; ++parity) add_rest<true, true>(parity, first, second, pair.w, after, slope, bend);
   }
 
  private:
@@ -162,13 +232,28 @@ class Tabulated {
     }
     for (int k = 0; k < 2; ++k) put(beyond_cusp() + k, others[5 + k]);
     for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
+    put(kGain, gain(at.data(), deviation * deviation, others[1] + others[2] + std::abs(others[5]) > T(0)));
+  }
+
+  // The derivative of half the variance after in that before. Of what is beyond the terms nothing is left in it, if
+  // those without a term two orders up are left out too.
+  T gain(const T* at, T var, bool has_rest) const {
+    T sum = cusp_ * cusp_ * var;
+    for (int k = 0; k < table_.terms; ++k) {
+      const TwoUp up = two_up(k);
+      if (has_rest && up.is_beyond) continue;
+      const T order = static_cast<T>(table_.order(k)), of_cusp = cusps_[k] * var;
+      sum += order * (at[k] * at[k] - of_cusp) + (order - T(1)) * of_cusp;
+      sum += at[k] * (up.lift * at[up.term] + up.of_cusp * std::sqrt(var));
+    }
+    return sum / var;
   }
 
   // From the deviation where the first octave begins to one below it.
   void extend(const T* at_zero_and_exponents, T deviation, T lowest, T* at, T* others) const {
     const T at_zero = at_zero_and_exponents[0], ratio = deviation / lowest, var = deviation * deviation;
     const T* exponents = at_zero_and_exponents + 1;
-    T square = square_of_cusp_ * var;
+    T square = cusp_ * cusp_ * var;
     for (int k = 0; k < table_.terms; ++k) {
       const T constant = k == 0 ? at_zero : T(0);
       at[k] = constant + (at[k] - constant) * std::pow(ratio, exponents[k]);
@@ -182,21 +267,20 @@ class Tabulated {
     others[0] = T(0.5) * (square + T(2) * deviation * others[5]);
   }
 
-  // Adds the closed form of the cusp, for 1 - |c|.
+  // Adds the closed form of the cusp.
   template <bool kNtk>
-  NT_INLINE void add_cusp(V w, V c, V scale, V square_of_std_apart, V& after, V& slope) const {
-    const V one = broadcast(T(1)), half = broadcast(T(0.5)), two = broadcast(T(2)), square = broadcast(square_of_cusp_);
-    const V root = sqrt(w), bent = w - two * w * root * horner<T>(ReluPolynomials<T>::q, w);
-    after = fma(square, fma(scale, bent, half * square_of_std_apart), after);
-    if constexpr (kNtk) {
-      const V straight = one - two * root * horner<T>(ReluPolynomials<T>::p, w);
-      slope = fma(square * scale, if_positive(-c, -straight, straight), slope);
-    }
+  NT_INLINE void add_cusp(const Pair& pair, V square_of_std_apart, V& after, V& slope) const {
+    const V half = broadcast(T(0.5)), two = broadcast(T(2)), square = broadcast(cusp_ * cusp_), w = pair.from_parallel;
+    const V bent = w - two * w * sqrt(w) * horner<T>(ReluPolynomials<T>::q, w);
+    after = fma(square, fma(pair.scale, bent, half * square_of_std_apart), after);
+    if constexpr (kNtk) slope += slope_of_cusp(pair);
   }
 
-  // Adds what is beyond the terms: of functions with kinks, or of large variances.
-  template <bool kNtk, class First, class Second>
-  NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope) const {
+  // Adds what is beyond the terms: of functions with kinks, or of large variances. `bend` is the derivative of the
+  // slope in the correlation.
+  template <bool kNtk, bool kBend, class First, class Second>
+  NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope,
+                          V& bend) const {
     const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
     const V root1 = first[root(parity)], root2 = second[root(parity)], apart = root1 - root2;
     V both = root1 * root2, slopes = half * both * (first[root(parity) + 2] + second[root(parity) + 2]);
@@ -226,16 +310,19 @@ class Tabulated {
       orders[k] = exp_pair<T>(broadcast(static_cast<T>(-kRest[k][0])) * spread).exp;
       mean = fma(broadcast(static_cast<T>(kRest[k][1])), orders[k], mean);
     }
-    V complement{}, power{};  // the mean of 1 - |c|^order, and of order |c|^(order - 1)
+    V complement{}, power{}, bent{};  // the mean of 1 - |c|^order, and of the derivatives of |c|^order
     for (int k = 0; k < kNodes; ++k) {
       const V order = mean_order / mean * orders[k], share = broadcast(static_cast<T>(kRest[k][1]));
       complement = fma(-share, exp_pair<T>(order * log).expm1, complement);
       if constexpr (kNtk) power = fma(share * order, exp_pair<T>((order - one) * log).exp, power);
+      if constexpr (kBend) bent = fma(share * order * (order - one), exp_pair<T>((order - two) * log).exp, bent);
     }
     const bool odd = parity == 1;
     const V mirrored = odd ? two - complement : complement;
     after = fma(both, if_positive(is_negative, mirrored, complement), after + square);
-    if constexpr (kNtk) slope = fma(slopes / mean_order, odd ? power : if_positive(is_negative, -power, power), slope);
+    const V per_order = slopes / mean_order;
+    if constexpr (kNtk) slope = fma(per_order, odd ? power : if_positive(is_negative, -power, power), slope);
+    if constexpr (kBend) bend = fma(per_order, odd ? if_positive(is_negative, -bent, bent) : bent, bend);
   }
 
   // As in numerical.py: log v^3 at nodes of Gauss-Legendre quadrature on [0, 1], and 3 v^2 times their weights.
@@ -244,14 +331,28 @@ class Tabulated {
       {-2.8973064430179774, 0.10171877096492274},   {-1.4374499430644678, 0.26919863430200541},
       {-0.55680389216500115, 0.37333636308428264},  {-0.1030453635607588, 0.23992528769900631}};
 
+  // sqrt((k + 1) (k + 2)) for all orders k.
+  struct Lifts {
+    T of_order[2 * Table::kMostTerms + 2];
+
+    Lifts() {
+      for (int k = 0; k < static_cast<int>(std::size(of_order)); ++k) of_order[k] = std::sqrt(T(k + 1) * T(k + 2));
+    }
+    static const Lifts& get() {
+      static const Lifts lifts;
+      return lifts;
+    }
+  };
+
   // In the place of deviations of zero: the factor divides by them.
   static constexpr T kSmallest = sizeof(T) == sizeof(float) ? T(0x1p-55) : T(0x1p-500);
 
   const T* numbers_;
   const T* cusps_;  // the squares of the coefficients of the cusp, at a variance of 1
-  T square_of_cusp_;
+  T cusp_;
   bool has_cusp_;
   Table table_;
+  const T* lifts_;
 };
 
 }  // namespace NT_LEVEL

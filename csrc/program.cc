@@ -46,7 +46,7 @@ class Reader {
 // than 32.
 constexpr int kMaxSize = 1 << 20;
 constexpr int64_t kMaxPositions = 1 << 24;
-constexpr int kMaxTerms = 1 << 10, kMaxDegreeOfTable = 1 << 5, kMaxExponent = 1 << 7;
+constexpr int kMaxDegreeOfTable = 1 << 5, kMaxExponent = 1 << 7;
 
 // The product of what are not negative, which must stay a size of something in memory.
 int64_t product(std::initializer_list<int64_t> factors, const char* what) {
@@ -81,7 +81,7 @@ void read_windows(Reader& reader, Value& value) {
 
 Table read_table(Reader& reader) {
   Table table;
-  table.terms = reader.next(2, kMaxTerms, "the number of terms");
+  table.terms = reader.next(2, Table::kMostTerms, "the number of terms");
   table.start = reader.next(2, 3, "the order of the third term");
   table.step = reader.next(1, 2, "the step of orders");
   table.degree = reader.next(0, kMaxDegreeOfTable, "the degree of a table");
@@ -205,6 +205,14 @@ void check(const Program& program) {
   }
 }
 
+void number_cotangents(Program& program) {
+  for (Value& value : program.values) {
+    value.cotangent = static_cast<int>(program.with_cotangents.size());
+    if (value.table.terms) continue;
+    for (int k = 0; k < coefficients_of(value); ++k) program.with_cotangents.push_back(value.coefficient + k);
+  }
+}
+
 }  // namespace
 
 Program decode_program(const int64_t* code, int64_t length) {
@@ -282,6 +290,7 @@ Program decode_program(const int64_t* code, int64_t length) {
     }
     program.values.push_back(std::move(value));
   }
+  number_cotangents(program);
   if (!reader.at_end()) malformed("it does not end where it should");
   if (program.symmetric && program.n1 != program.n2) malformed("symmetric batches of different sizes");
   check(program);

@@ -65,11 +65,21 @@ inline constexpr bool is_fused(Activation activation) {
   return found;
 }
 
+// Whether a nonlinearity has derivatives.
+inline constexpr bool is_differentiable(Activation activation) {
+  bool found = false;
+#define NT_DIFFERENTIABLE(name) found |= activation == Activation::k##name;
+#include "table.def"
+  return found;
+}
+
 // The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
 // octave and power, the columns; then for each octave, how many terms count; then the value of the function at 0, and
-// for each term the power of the deviation that it is in proportion to below the first octave; then the square of the
-// cusp and, for each term, of its coefficient.
+// for each term the power of the deviation that it is in proportion to below the first octave; then the cusp
+// and, for each term, the square of its coefficient.
 struct Table {
+  static constexpr int kMostTerms = 1 << 10;
+
   int terms = 0, start = 2, step = 1;       // of the orders 0, 1, start, start + step, ...
   int degree = 0, lowest = 0, octaves = 0;  // octaves from 2^lowest on
 
@@ -91,6 +101,7 @@ struct Value {
   bool needs = false;       // variances are read here or later: carried as a deficit
   std::vector<int> inputs;  // numbers of earlier values
   int coefficient = 0;      // where its coefficients start
+  int cotangent = 0;        // where their cotangents start
   Index3 space{1, 1, 1};
   std::array<Window, kAxes> window;   // kTied, kPool
   bool bias_follows_weights = false;  // kTied: its own tangent kernel is its covariance
@@ -140,7 +151,11 @@ struct Program {
   int n_sources = 0;
   int n_coefficients = 0;
   std::vector<Value> values;  // sources first; each reads only values before it
+  // The coefficients that have cotangents, value by value: tables have none, which are many numbers.
+  std::vector<int> with_cotangents;
   std::vector<Output> outputs;
+
+  int64_t n_cotangents() const { return static_cast<int64_t>(with_cotangents.size()); }
 
   bool ntk() const {
     return std::any_of(outputs.begin(), outputs.end(), [](const Output& output) { return output.ntk; });

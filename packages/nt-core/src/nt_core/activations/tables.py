@@ -37,7 +37,7 @@ class CoefficientTable(NamedTuple):
         of the even and the odd part of what is beyond the terms the roots and the orders, and `beyond` and
         `beyond_slope` of a `Cusp`; then for each octave how many terms count; then the function at 0, and for each
         coefficient the power of the deviation that it (without that value) is in proportion to below the first octave;
-        then the square of the cusp, 0 without one, and of its coefficients at a variance of 1.
+        then the cusp, 0 without one, and the squares of its coefficients at a variance of 1.
       terms: how many coefficients there are, of the orders 0, 1, start, start + step and so on: of most functions, the
         even or the odd part is linear.
       start: 2 or 3.
@@ -94,7 +94,7 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
     cusp = cusp_at_zero(activation) or 0.0
     cusps = (cusp * absolute_value_coefficients(terms)[orders]) ** 2
-    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents, [cusp**2], cusps])
+    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents, [cusp], cusps])
     start, step = (orders[2], orders[3] - orders[2]) if len(orders) > 3 else (2, 1)
     return CoefficientTable(numbers, len(orders), int(start), int(step), degree, lowest, octaves)
 
