@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "duals_clip.h"
+#include "duals_clip_gate.h"
 #include "duals_erf.h"
 #include "duals_exponential.h"
 #include "duals_gaussian.h"

@@ -1,4 +1,4 @@
-"""Prints the table of docs/numerics.md of activations that are known by their Hermite coefficients.
+"""Prints the table of docs/numerics.md of activations that are known by their Hermite coefficients, and of hard SiLU.
 
     .venv/bin/python tools/accuracy_of_activations.py [NAME ...]
 

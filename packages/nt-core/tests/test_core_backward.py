@@ -131,8 +131,8 @@ def check_direction(kernels, point, tolerance=1e-7):
     np.testing.assert_allclose(tangent, (after - before) / (2 * step), rtol=tolerance)
 
 
-# Beside the ReLU family: those with closed forms, and Hermite coefficients that end, of both parities and of one, with a
-# kink at 0, and of a cusp beside an odd function and a constant.
+# Beside the ReLU family: those with closed forms, and Hermite coefficients: that end, of both parities and of one, with
+# a kink at 0, and of a cusp beside an odd function and a constant.
 NONLINEARITIES = {
     "erf": activations.Erf(0.7, 1.3, 0.2),
     "gelu": activations.Gelu(),

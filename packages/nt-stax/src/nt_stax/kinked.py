@@ -1,7 +1,8 @@
 """Nonlinearities with kinks, beyond those of the ReLU family.
 
-What is linear in pieces has exact kernels (`nt_core.activations.Clip`). The kernels of others come from Hermite
-coefficients (`nt_core.activations.ElementwiseNumerical`), which decay slowly: docs/numerics.md has the errors.
+What is linear in pieces has exact kernels (`nt_core.activations.Clip`), and so has its product with the argument
+(`ClipGate`). The kernels of others come from Hermite coefficients (`nt_core.activations.ElementwiseNumerical`), which
+decay slowly: docs/numerics.md has the errors.
 """
 
 import dataclasses
@@ -103,12 +104,12 @@ def Celu(alpha: float = 1.0):
 def HardSilu():
     """Sigmoid-weighted linear unit with a hard sigmoid, `f(x) = x min(max(x + 3, 0), 6) / 6`; see arXiv:1905.02244.
 
-    >>> from nt_stax import HardSilu
-    >>> _, apply_fn, _ = HardSilu()
-    >>> print(apply_fn((), jnp.array([[1.0]])).round(4))
-    [[0.6667]]
+    >>> from nt_stax import Dense, HardSilu, serial
+    >>> _, _, kernel_fn = serial(Dense(512), HardSilu())
+    >>> print(kernel_fn(jnp.ones((1, 3)), None, "nngp").round(4))
+    [[0.3316]]
     """
-    return by_coefficients(jax.nn.hard_silu, _DEGREE)
+    return elementwise(jax.nn.hard_silu, activations.ClipGate(1 / 6, 3.0, 0.5))
 
 
 def HardSwish():

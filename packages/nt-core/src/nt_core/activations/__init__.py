@@ -2,6 +2,7 @@
 
 from nt_core.activations.base import Activation, activation, static
 from nt_core.activations.clip import Clip
+from nt_core.activations.clip_gate import ClipGate
 from nt_core.activations.elementwise import Elementwise
 from nt_core.activations.erf import Erf, Gelu
 from nt_core.activations.exponential import Exp, ExpNormalized, Rbf, Sin
@@ -15,6 +16,7 @@ __all__ = [
     "ABRelu",
     "Activation",
     "Clip",
+    "ClipGate",
     "Elementwise",
     "ElementwiseNumerical",
     "Erf",

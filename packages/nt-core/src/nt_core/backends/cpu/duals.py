@@ -9,6 +9,7 @@ from nt_core.activations import (
     ABRelu,
     Activation,
     Clip,
+    ClipGate,
     ElementwiseNumerical,
     Erf,
     Exp,
@@ -65,6 +66,8 @@ def encode_activation(activation: Activation, precision: str) -> tuple[list[int]
             name, coefficients = "Gabor", []
         case Clip(a, low, high, c):
             name, coefficients = "Clip", [a * a, 2 * a * c, c * c, -low, high]
+        case ClipGate(a, bound, c):
+            name, coefficients = "ClipGate", [c * c, a * a, bound]
         case Series():
             name, coefficients = "Polynomial", _table(activation.expansion())
         case RectifiedMonomial(degree):
