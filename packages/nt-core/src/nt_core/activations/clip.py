@@ -19,7 +19,7 @@ from nt_core.activations.base import Activation, Scalar, activation, cast
 
 # Nodes on the way from coincident to orthogonal variables, and the root of the tangent of half the angle in which they
 # are those of Gauss-Legendre quadrature: the density may change abruptly at small angles.
-_NODES, _POWER = 160, 10
+N_NODES, _POWER = 160, 10
 # Up to this relative difference, what is between two standard deviations is interpolated.
 _NEAR = {"float32": 2**-3, "float64": 2**-8}
 # Beyond so many standard deviations there is nothing.
@@ -66,6 +66,18 @@ class Clip(Activation):
         return a * a * square + c * (2 * a * mean + c)
 
     def dual(self, var1, var2, deficit):
+        angles = self.angles(var1, var2, deficit)
+
+        @jax.checkpoint
+        def add(total: Crossing, node: Any) -> tuple[Crossing, None]:
+            return angles.add(total, *node), None
+
+        zero = jnp.zeros_like(angles.w)
+        crossing, _ = lax.scan(add, Crossing(zero, zero), nodes(deficit.dtype))
+        return self.dual_of(crossing, var1, var2, deficit)
+
+    def dual_of(self, crossing: "Crossing", var1: Array, var2: Array, deficit: Array) -> tuple[Array, Array]:
+        """As `dual`, from integrals that are known."""
         square = cast(self.a, deficit) ** 2
         _, scale, w = one_minus_correlation(var1, var2, deficit)
         std1, std2 = safe_sqrt(var1), safe_sqrt(var2)
@@ -73,39 +85,25 @@ class Clip(Activation):
         difference = jnp.abs(var1 - var2) / jnp.where(total > 0, total, 1)  # std1 - std2 has lost digits
         coincident = sum(_inside(_relative(bound, larger)) for _, bound in self._bounds(var1))
         apart = sum(_deficit_of_parallel(bound, smaller, larger, difference) for _, bound in self._bounds(var1))
-        crossing = self._crossing(std1, std2, w)
         deficit_out = apart + scale * (w * coincident - crossing.moment)
         return square * deficit_out, square * (coincident - crossing.probability)
+
+    def angles(self, var1: Array, var2: Array, deficit: Array) -> "Angles":
+        """Returns what the integrals are over."""
+        w = one_minus_correlation(var1, var2, deficit)[2]
+        stds = safe_sqrt(var1), safe_sqrt(var2)
+        first, second = ([_relative(bound, std) for _, bound in self._bounds(w)] for std in stds)
+        # Tangents of half the angle: from coincident variables up to a right angle, and beyond, to opposite ones.
+        near, far = jnp.minimum(w, 1), jnp.minimum(2 - w, 1)
+        opening, remaining = safe_sqrt(near / (2 - near)), safe_sqrt(far / (2 - far))
+        return Angles(first, second, w, opening, remaining, jnp.where(w > 1, 1 - remaining, 0))
 
     def _bounds(self, like: Array) -> list[tuple[int, Array]]:
         """The distances of both bounds from 0, with their signs."""
         return [(-1, -cast(self.low, like)), (1, cast(self.high, like))]
 
-    def _crossing(self, std1: Array, std2: Array, w: Array) -> "_Crossing":
-        first, second = ([_relative(bound, std) for _, bound in self._bounds(w)] for std in (std1, std2))
-        # Tangents of half the angle: from coincident variables up to a right angle, and beyond, to opposite ones.
-        near, far = jnp.minimum(w, 1), jnp.minimum(2 - w, 1)
-        opening, remaining = safe_sqrt(near / (2 - near)), safe_sqrt(far / (2 - far))
-        beyond = jnp.where(w > 1, 1 - remaining, 0)
 
-        @jax.checkpoint
-        def add(total: _Crossing, node: Any) -> tuple[_Crossing, None]:
-            at, weight = node
-            for sign, start, length in ((1, 0.0, opening), (-1, remaining, beyond)):
-                tangent = start + length * at
-                square = tangent * tangent
-                angle = 2 / (1 + square) * weight * length
-                density = angle * _density(first, second, square, sign)
-                chord = 2 * square / (1 + square)  # 1 - the cosine
-                until = w - chord if sign > 0 else w - 2 + chord
-                total = _Crossing(total.probability + density, total.moment + until * density)
-            return total, None
-
-        zero = jnp.zeros_like(w)
-        return lax.scan(add, _Crossing(zero, zero), _nodes(w.dtype))[0]
-
-
-class _Crossing(NamedTuple):
+class Crossing(NamedTuple):
     """Integrals over correlations, from that of `u` and `v` to 1, of the joint density at the bounds.
 
     Attributes:
@@ -115,6 +113,36 @@ class _Crossing(NamedTuple):
 
     probability: Array
     moment: Array
+
+
+class Angles(NamedTuple):
+    """The angles between variables, from coincident ones to `u` and `v`, by the tangents of their halves.
+
+    Attributes:
+      first, second: the distances of the bounds from 0, in standard deviations.
+      w: 1 - the correlation of `u` and `v`.
+      opening: the last tangent up to a right angle.
+      remaining, beyond: the first tangent from a right angle on, of what remains to opposite variables, and the length.
+    """
+
+    first: list[Array]
+    second: list[Array]
+    w: Array
+    opening: Array
+    remaining: Array
+    beyond: Array
+
+    def add(self, total: Crossing, at: Array, weight: Array) -> Crossing:
+        """Adds a node of the integrals, at a share of the way."""
+        for sign, start, length in ((1, 0.0, self.opening), (-1, self.remaining, self.beyond)):
+            tangent = start + length * at
+            square = tangent * tangent
+            angle = 2 / (1 + square) * weight * length
+            density = angle * _density(self.first, self.second, square, sign)
+            chord = 2 * square / (1 + square)  # 1 - the cosine
+            until = self.w - chord if sign > 0 else self.w - 2 + chord
+            total = Crossing(total.probability + density, total.moment + until * density)
+        return total
 
 
 def _density(first: list[Array], second: list[Array], square: Array, sign: int) -> Array:
@@ -205,11 +233,12 @@ def _second_moment(x: Array) -> Array:
 
 @lru_cache
 def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    at, weights = np.polynomial.legendre.leggauss(_NODES)
+    at, weights = np.polynomial.legendre.leggauss(N_NODES)
     at, weights = 0.5 * (at + 1), 0.5 * weights
     return at**_POWER, weights * _POWER * at ** (_POWER - 1)
 
 
-def _nodes(dtype: Any) -> tuple[Array, Array]:
+def nodes(dtype: Any) -> tuple[Array, Array]:
+    """Returns the nodes of the integrals, as shares of the way, and their weights."""
     at, weights = _quadrature()
     return jnp.asarray(at, dtype), jnp.asarray(weights, dtype)

@@ -22,7 +22,7 @@ _NOISE = 2**6
 _JUMPS = 1.01
 # The relative error of quadrature, whose nodes and weights are computed in double precision.
 _QUADRATURE = 1e-12
-# For what is beyond the terms, see `_sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
+# For what is beyond the terms, see `sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
 _REST = [
     (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
     for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
@@ -74,7 +74,7 @@ class ElementwiseNumerical(Activation):
         _, scale, w = one_minus_correlation(var1, var2, deficit)
         value, factor = _sum_of_terms(first, second, w)
         for parity, (rest1, rest2) in enumerate(zip(first.rest, second.rest, strict=True)):
-            more, slope = _sum_of_rest(parity, len(first.values), rest1, rest2, w)
+            more, slope = sum_of_rest(parity, len(first.values), rest1, rest2, w)
             value, factor = value + more, factor + slope / jnp.where(scale > 0, scale, 1)
         # At variances of 0 there is no correlation, but the derivative is the factor as elsewhere.
         value = _with_slope(value, deficit, jnp.where(scale > 0, 0, factor))
@@ -189,25 +189,47 @@ def _root(xp: ModuleType, x: Any) -> Any:
     return xp.where(is_positive, xp.sqrt(xp.where(is_positive, x, 1)), 0)
 
 
+class Sums(NamedTuple):
+    """Sums over terms, from the first one on.
+
+    Attributes:
+      power: of the correlation, by which the next slopes are multiplied.
+      one_minus_power: 1 less the power that belongs to the next coefficients.
+      value: the sum of `(a - b)^2 / 2 + a b (1 - c^k)`.
+      factor: the sum of slopes times powers.
+    """
+
+    power: Array
+    one_minus_power: Array
+    value: Array
+    factor: Array
+
+    def plus(self, a: Array, b: Array, slopes: Array) -> "Sums":
+        """Adds coefficients of both samples, and a product of slopes."""
+        value = self.value + (0.5 * (a - b) ** 2 + a * b * self.one_minus_power)
+        return self._replace(value=value, factor=self.factor + slopes * self.power)
+
+    def then(self, c: Array, w: Array) -> "Sums":
+        """Goes on to orders that have `c = 1 - w` more among their powers."""
+        return self._replace(power=c * self.power, one_minus_power=c * self.one_minus_power + w)
+
+
 def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Array) -> tuple[Array, Array]:
     """Returns the sums of `(a - b)^2 / 2 + a b (1 - c^k)` and of `a' b' c^k` over the terms, for `w = 1 - c`."""
     c = 1 - w
 
-    def add(carry: Any, terms: Any) -> tuple[Any, None]:
-        power, one_minus_power, value, factor = carry
+    def add(sums: Sums, terms: Any) -> tuple[Sums, None]:
         a, b, slope_a, slope_b = terms
-        value = value + (0.5 * (a - b) ** 2 + a * b * one_minus_power)
-        factor = factor + slope_a * slope_b * power
-        return (c * power, c * one_minus_power + w, value, factor), None
+        return sums.plus(a, b, slope_a * slope_b).then(c, w), None
 
     # Carries pass through memory once in a turn: with few terms in it, that takes longer than the terms.
     zero = jnp.zeros_like(w)
-    start, terms = (jnp.ones_like(w), zero, zero, zero), (first.values, second.values, first.slopes, second.slopes)
-    (_, _, value, factor), _ = lax.scan(add, start, terms, unroll=20)
-    return value, factor
+    start, terms = Sums(jnp.ones_like(w), zero, zero, zero), (first.values, second.values, first.slopes, second.slopes)
+    sums, _ = lax.scan(add, start, terms, unroll=20)
+    return sums.value, sums.factor
 
 
-def _sum_of_rest(parity: int, n_terms: int, first: Rest, second: Rest, w: Array) -> tuple[Array, Array]:
+def sum_of_rest(parity: int, n_terms: int, first: Rest, second: Rest, w: Array) -> tuple[Array, Array]:
     """Returns the share of the rest in the deficit, and that in the factor times the standard deviations.
 
     Terms in proportion to a power of their order k, for k from k0 on: with v = (k / k0)^(-1 / (3 spread)) they are the
