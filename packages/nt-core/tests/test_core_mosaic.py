@@ -79,6 +79,9 @@ SLOW = (
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
 GELU = steps.Dual(activations.Gelu())
+TANH = steps.Dual(activations.ElementwiseNumerical(jnp.tanh, None, 20))
+SELU = steps.Dual(activations.ElementwiseNumerical(jax.nn.selu, None, 10))  # with a kink, so that there is a rest
+CLIP = steps.Dual(activations.Clip(1.0, -1.0, 0.5, 0.1))
 
 
 POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
@@ -116,6 +119,9 @@ MORE = {
             *(conv(), steps.Dual(activations.Sin(1.0, 0.7, 0.2)), steps.GlobalPool(MEAN)),
         ],
     ),
+    "hermite coefficients": ((3, 3), [conv(), TANH, conv(), SELU, steps.GlobalPool(MEAN), dense(), TANH]),
+    "hermite coefficients, repeated": ((2, 2), [conv(), TANH] * 4 + [steps.GlobalPool(MEAN)]),
+    "clip": ((3, 3), [conv(), CLIP, conv(), CLIP, steps.Flatten(), dense()]),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
@@ -592,8 +598,8 @@ def test_what_is_refused(monkeypatch):
     with jax.enable_x64(True):
         assert "float32, not in float64" in refusal(backend, dtype="float64")
     assert "one or two spatial axes" in refusal(backend, [dense(), RELU], ())
-    clip = steps.Dual(activations.Clip(1.0, -1.0, 1.0, 0.0))
-    assert "dual of Clip" in refusal(backend, [conv(), clip, steps.GlobalPool(MEAN)])
+    elementwise = steps.Dual(activations.Elementwise(lambda cov12, var1, var2: cov12))
+    assert "dual of Elementwise" in refusal(backend, [conv(), elementwise, steps.GlobalPool(MEAN)])
     assert "up to 5 x 5" in refusal(backend, [conv((6, 6)), steps.GlobalPool(MEAN)], (8, 8))
     assert "up to 64 x 64" in refusal(backend, space=(65, 4))
     assert "up to 16 channels" in refusal(backend, n_channels=17)

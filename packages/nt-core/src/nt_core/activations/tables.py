@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from nt_core.activations.numerical import (
     ElementwiseNumerical,
@@ -57,6 +58,35 @@ class CoefficientTable(NamedTuple):
     degree: int
     lowest: int
     octaves: int
+
+    def coefficients(self, variances: Array) -> Array:
+        """Returns the coefficients at some variances, then the roots and the orders of the rest, as
+        `(terms + 4, *shape)`: what `prepare` in csrc/duals_tabulated.h computes."""
+        n_powers, n_columns = self.degree + 1, self.terms + 5
+        powers = self.numbers[: self.octaves * n_powers * n_columns].reshape(self.octaves, n_powers, n_columns)
+        powers = jnp.asarray(np.delete(powers, self.terms, axis=2).T, variances.dtype)  # without mean squares
+        lowest, octave = 2.0**self.lowest, self._octave(variances)
+        place = jnp.where(variances < lowest, -1, 4 * jnp.frexp(variances)[0] - 3)
+        found = jnp.take(powers[:, -1], octave, 1)
+        for power in range(self.degree - 1, -1, -1):
+            found = found * place[None] + jnp.take(powers[:, power], octave, 1)
+        # Below the first octave, powers of the deviation, but for the function at 0 and the orders.
+        offsets = np.concatenate([self.numbers[-self.terms - 1][None], np.zeros(self.terms + 3)])
+        exponents = np.concatenate([self.numbers[-self.terms :], [1, 1, 0, 0]])
+        offsets, exponents = (
+            jnp.asarray(x.reshape(-1, *[1] * variances.ndim), variances.dtype) for x in (offsets, exponents)
+        )
+        ratio = jnp.minimum(jnp.sqrt(variances / lowest), 1)
+        found = offsets + (found - offsets) * ratio[None] ** exponents
+        return jnp.where(variances[None] < 2.0 ** (self.lowest + self.octaves), found, jnp.nan)
+
+    def terms_that_count(self, variances: Array) -> Array:
+        """Returns how many terms count at some variances."""
+        counts = self.numbers[-(self.octaves + 1 + self.terms) : -(1 + self.terms)]
+        return jnp.take(jnp.asarray(counts, jnp.int32), self._octave(variances))
+
+    def _octave(self, variances: Array) -> Array:
+        return jnp.clip(jnp.frexp(variances)[1] - 1 - self.lowest, 0, self.octaves - 1)
 
 
 @lru_cache(maxsize=32)

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from nt_core import activations
+from nt_core.activations.tables import TracedFunction
 from nt_core.backends.base import Refused
+from nt_core.backends.mosaic.terms import Terms
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
 from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
 from nt_core.program import Program
@@ -92,11 +94,11 @@ class Hardware(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel).
+    """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel or term).
 
     Attributes:
       kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (the root of the variance; negative at ghosts),
-        'scale' (of a rescaling) or 'average' (half the mean of the variances over each window).
+        'scale' (of a rescaling), 'average' (half the mean of the variances over each window) or 'terms' (see `Terms`).
       repeated: the number of the `Repeated` value whose body it is of, or None.
       number: the value, of the program or of the body.
       space, scale: see `Instance`.
@@ -148,6 +150,7 @@ class Instance:
       coefficients: where the leaves of `primitive` begin among the coefficients.
       table: where its rows are, among the tables of the stage.
       rows: where each kind of `Row` of this value begins in it ('mask': in the first table).
+      turns: where among the coefficients it begins how many turns each iteration takes, of a dual with `Terms`.
       stored: it is kept in a buffer, or computed anew by its only reader.
       masked: ghosts are to be stored as such.
       buffer: where it is stored.
@@ -167,6 +170,7 @@ class Instance:
     coefficients: int = 0
     table: int = 0
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    turns: int = 0
     stored: bool = False
     masked: bool = False
     buffer: int = -1
@@ -472,8 +476,10 @@ class _StageBuilder:
                     row = Row(
                         kind, None if owner is None else owner.number, instance.number, instance.space, instance.scale
                     )
-                    n = instance.channels if kind == "channel" else 1
-                    instance.rows[kind] = stage.tables[number].add(row, n * instance.phases)
+                    instance.rows[kind] = stage.tables[number].add(row, _n_planes_of(kind, instance) * instance.phases)
+                    if kind == "terms":
+                        instance.turns = stage.n_coefficients
+                        stage.n_coefficients += stage.tables[number].count
         for instances in self._chains():
             for i, instance in enumerate(instances):
                 if (instance.masked or instance is stage.root) and with_roots(instances, i) is None:
@@ -499,8 +505,10 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
     kinds = []
     if any(is_relu(other.primitive) for other in readers):
         kinds.append("root")
-    elif instance.deficit and not is_relu(instance.primitive):
+    elif is_sum(instance.primitive) or (instance.deficit and not is_relu(instance.primitive)):
         kinds.append("half")
+    if terms_of(instance.primitive) is not None:
+        kinds.append("terms")
     if isinstance(instance.primitive, Rescale):
         kinds.append("scale")
     if reads_average(instance, before):
@@ -511,6 +519,24 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
 def is_relu(primitive: Primitive | None) -> bool:
     """Whether it is the dual of the ReLU family, which gives half the variance of its output from its input's."""
     return isinstance(primitive, Dual) and isinstance(primitive.activation, activations.ABRelu)
+
+
+def is_sum(primitive: Primitive | None) -> bool:
+    """Whether it is a dual that a loop adds up, and from which kernels do not compute variances."""
+    return isinstance(primitive, Dual) and isinstance(primitive.activation, _SUMS)
+
+
+def terms_of(primitive: Primitive | None) -> Terms | None:
+    """What a dual adds up that is a sum over Hermite coefficients."""
+    if isinstance(primitive, Dual) and isinstance(primitive.activation, activations.ElementwiseNumerical):
+        return Terms(primitive.activation)
+    return None
+
+
+def _n_planes_of(kind: str, instance: Instance) -> int:
+    """How many planes a kind of statistic has in each phase."""
+    terms = terms_of(instance.primitive)
+    return instance.channels if kind == "channel" else terms.n_numbers if kind == "terms" and terms else 1
 
 
 def with_roots(instances: list[Instance], i: int) -> Instance | None:
@@ -595,6 +621,7 @@ def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
     return instance.phases == read.phases and (instance.phases == 1 or not moved)
 
 
+_SUMS = (activations.Clip, activations.ElementwiseNumerical)
 # Their duals are polynomials, divisions, roots, exponentials and sines.
 _DUALS = (
     *(activations.ABRelu, activations.Step, activations.RectifiedMonomial, activations.Erf, activations.Gelu),
@@ -613,8 +640,12 @@ def _check_primitive(primitive: Primitive) -> None:
             if not primitive.keeps_order:
                 raise Refused("a convolution that permutes axes")
         case Dual():
-            if not isinstance(primitive.activation, _DUALS):
+            if not isinstance(primitive.activation, _DUALS + _SUMS):
                 raise Refused(f"it does not have the dual of {type(primitive.activation).__name__}")
+            try:
+                terms_of(primitive)
+            except TracedFunction as error:
+                raise Refused("the function of ElementwiseNumerical depends on values that are traced") from error
         case Normalize():
             if primitive.space_axes or primitive.sample_numbers(1) is not None:
                 raise Refused("a normalisation over positions")
