@@ -75,6 +75,7 @@ SLOW = (
     "large image",
     "pool of odd images",
     "gelu",
+    "hermite coefficients",
 )
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
@@ -337,6 +338,7 @@ SMALL = {
     "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
     "pool": ((2, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
     "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
+    "sums": ((2, 2), [conv(), TANH, conv(), CLIP, steps.GlobalPool(MEAN)]),
     # Planes of several pieces
     "pieces": ((12, 10), [conv(), RELU, conv((3, 2)), ABS, steps.Flatten(), dense()]),
     "pieces, repeated": ((12, 10), [conv(), RELU] * 4 + [steps.Flatten()]),
@@ -413,7 +415,7 @@ def test_tables_are_fetched_before_they_are_read(little_memory, simulated):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool"])
+@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool", "sums"])
 def test_tpu_kernels_simulated(name, simulated):
     space, layers = SMALL[name]
     assert simulated("tpu", check, layers, space, "mosaic_tpu", 1, 1) == ""

@@ -522,7 +522,7 @@ def is_relu(primitive: Primitive | None) -> bool:
 
 
 def is_sum(primitive: Primitive | None) -> bool:
-    """Whether it is a dual that a loop adds up, and from which kernels do not compute variances."""
+    """Whether it is a dual that kernels add up in a loop. Variances after it they read."""
     return isinstance(primitive, Dual) and isinstance(primitive.activation, _SUMS)
 
 
@@ -535,8 +535,10 @@ def terms_of(primitive: Primitive | None) -> Terms | None:
 
 def _n_planes_of(kind: str, instance: Instance) -> int:
     """How many planes a kind of statistic has in each phase."""
+    if kind == "channel":
+        return instance.channels
     terms = terms_of(instance.primitive)
-    return instance.channels if kind == "channel" else terms.n_numbers if kind == "terms" and terms else 1
+    return terms.n_numbers if kind == "terms" and terms is not None else 1
 
 
 def with_roots(instances: list[Instance], i: int) -> Instance | None:

@@ -32,9 +32,9 @@ class Terms:
     """
 
     def __init__(self, activation: ElementwiseNumerical) -> None:
-        self._activation = activation
         self._table = coefficient_table(activation, "float32")
-        self._turns = -(-(self._table.terms - 2) // _TOGETHER)
+        self._n_terms = number_of_terms(activation.deg)  # with those that are left out
+        self._turns = _turns(self._table.terms)
         self._rest = 2 + self._turns * _TOGETHER
 
     @property
@@ -52,8 +52,7 @@ class Terms:
     def turns(self, variances: Array) -> Array:
         """Returns how many turns count for some of the variances, `(count, ...)`, as `(count,)`."""
         counts = self._table.terms_that_count(variances)
-        most = jnp.max(counts, range(1, counts.ndim))
-        return ((most + (_TOGETHER - 3)) // _TOGETHER).astype(variances.dtype)
+        return _turns(jnp.max(counts, range(1, counts.ndim))).astype(variances.dtype)
 
     def dual(
         self, turns: Array, load: Callable[[Int], tuple[Array, Array]], var1: Array, var2: Array, deficit: Array
@@ -69,16 +68,16 @@ class Terms:
 
         def with_rest(value: Array, slope: Array) -> tuple[Array, Array]:
             for parity in range(2):
-                rest1, rest2 = self._rest_of(parity, load)
-                n_terms = number_of_terms(self._activation.deg)
-                more, of_slope = inlined(partial(sum_of_rest, parity, n_terms), rest1, rest2, w)
+                roots, orders = load(self._rest + parity), load(self._rest + 2 + parity)
+                first, second = map(self._rest_of, roots, orders)
+                more, of_slope = inlined(partial(sum_of_rest, parity, self._n_terms), first, second, w)
                 value, slope = value + more, slope + of_slope
             return value, slope
 
-        # Beyond fewer terms than there are is nothing.
+        # If not all terms are needed, nothing is beyond them.
         value, slope = lax.cond(turns < self._turns, lambda *sums: sums, with_rest, value, slope)
-        deviations = (jnp.sqrt(jnp.maximum(var, _LEAST_VARIANCE)) for var in (var1, var2))
-        return value, slope / (next(deviations) * next(deviations))
+        std1, std2 = (jnp.sqrt(jnp.maximum(var, _LEAST_VARIANCE)) for var in (var1, var2))
+        return value, slope / (std1 * std2)
 
     def _sum_of_terms(self, turns: Array, load: Callable[[Int], tuple[Array, Array]], w: Array) -> tuple[Array, Array]:
         """Returns the sums of `(a - b)^2 / 2 + a b (1 - c^k)` and of `k a b c^(k - 1)`, for `w = 1 - c`."""
@@ -100,11 +99,10 @@ class Terms:
         sums = lax.fori_loop(jnp.int32(0), turns.astype(jnp.int32), add, sums)
         return sums.value, sums.factor
 
-    def _rest_of(self, parity: int, load: Callable[[Int], tuple[Array, Array]]) -> tuple[Rest, Rest]:
-        """What is beyond the terms of both samples. Ghosts have no order."""
-        roots, orders = load(self._rest + parity), load(self._rest + 2 + parity)
-        least = number_of_terms(self._activation.deg)
-        first, second = (
-            Rest(jnp.maximum(root, 0), jnp.maximum(order, least)) for root, order in zip(roots, orders, strict=True)
-        )
-        return first, second
+    def _rest_of(self, root: Array, order: Array) -> Rest:
+        return Rest(jnp.maximum(root, 0), jnp.maximum(order, self._n_terms))  # ghosts have no order
+
+
+def _turns(terms: Any) -> Any:
+    """How many turns some terms take."""
+    return -(-(terms - 2) // _TOGETHER)
