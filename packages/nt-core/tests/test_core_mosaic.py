@@ -386,32 +386,30 @@ def test_the_upper_triangle_on_gpu(simulated):
     assert simulated("gpu", check, layers, space, "mosaic_gpu", 3, 1, symmetric=True) == ""
 
 
-STREAMED = [conv(), RELU] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.GlobalPool(MEAN)]
-
-
-@pytest.fixture
-def little_memory(monkeypatch):
-    """The tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
+@pytest.fixture(params=[RELU, pytest.param(TANH, marks=pytest.mark.slow)], ids=["relu", "hermite coefficients"])
+def streamed(request, monkeypatch):
+    """Layers: the tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
+    layers = [conv(), request.param] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.GlobalPool(MEAN)]
     spec = Spec((2, 3, 3, 3), (2, 3, 3, 3), 0, 3)
     sources = (Inputs(None, None, spec),)
-    lowered = lower_for_planes(chain(spec, STREAMED), sources, ntk=True)
+    lowered = lower_for_planes(chain(spec, layers), sources, ntk=True)
     (stage,) = make_plan(lowered, sources, MosaicTpuBackend.hardware)
     assert len(stage.tables) == 2
     monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", tpu_bytes(stage, kept_rows(stage)))
     assert is_streamed(stage)
     jax.clear_caches()
-    yield
+    yield layers
     jax.clear_caches()
 
 
 @needs_mosaic
-def test_tables_of_repeated_layers_are_fetched_in_turn(little_memory):
-    check(STREAMED, (3, 3), "mosaic_tpu", 2, 3)
+def test_tables_of_repeated_layers_are_fetched_in_turn(streamed):
+    check(streamed, (3, 3), "mosaic_tpu", 2, 3)
 
 
 @needs_mosaic
-def test_tables_are_fetched_before_they_are_read(little_memory, simulated):
-    assert simulated("tpu", check, STREAMED, (3, 3), "mosaic_tpu", 1, 1) == ""
+def test_tables_are_fetched_before_they_are_read(streamed, simulated):
+    assert simulated("tpu", check, streamed, (3, 3), "mosaic_tpu", 1, 1) == ""
 
 
 @needs_mosaic

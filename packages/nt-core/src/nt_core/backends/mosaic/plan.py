@@ -26,6 +26,9 @@ _MAX_SIZE = 64
 _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
 
+# Their duals are sums, which kernels add up in a loop.
+SUMS = (activations.Clip, activations.ElementwiseNumerical)
+
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30
 
@@ -230,6 +233,17 @@ class Stage:
         return self.root.has_ntk
 
     @property
+    def chains(self) -> list[list[Instance]]:
+        """The instances, then those of each body."""
+        return [self.instances, *(i.body for i in self.instances if i.body is not None)]
+
+    @property
+    def nonlinearities(self) -> list[activations.Activation]:
+        """Those of its duals."""
+        duals = (i.primitive for chain in self.chains for i in chain if isinstance(i.primitive, Dual))
+        return [dual.activation for dual in duals]
+
+    @property
     def n_rows(self) -> int:
         return self.first_row(len(self.tables))
 
@@ -431,19 +445,15 @@ class _StageBuilder:
     def _all_with_inputs(self) -> list[tuple[Instance, Instance]]:
         """All instances, those of bodies too, each with its first input (or itself)."""
         found = []
-        for instances in self._chains():
+        for instances in self._stage.chains:
             found += [(i, instances[i.inputs[0]] if i.inputs else i) for i in instances]
         return found
-
-    def _chains(self) -> list[list[Instance]]:
-        stage = self._stage
-        return [stage.instances, *(i.body for i in stage.instances if i.body is not None)]
 
     # What is stored, and where
 
     def _store(self) -> None:
         stage = self._stage
-        for instances in self._chains():
+        for instances in self._stage.chains:
             for i, instance in enumerate(instances):
                 readers = [other for other in instances if i in other.inputs]
                 is_read_moved = any(other.windows is not None for other in readers)
@@ -465,7 +475,7 @@ class _StageBuilder:
         stage.tables = [Table(), *(Table(repeated.count) for repeated in repeats)]
         if stage.torus.wraps:
             stage.tables[0].add(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
-        for number, (owner, instances) in enumerate(zip([None, *bodies], self._chains(), strict=True)):
+        for number, (owner, instances) in enumerate(zip([None, *bodies], self._stage.chains, strict=True)):
             for i, instance in enumerate(instances):
                 instance.table = number
                 before = instances[instance.inputs[0]] if instance.inputs else None
@@ -480,7 +490,7 @@ class _StageBuilder:
                     if kind == "terms":
                         instance.turns = stage.n_coefficients
                         stage.n_coefficients += stage.tables[number].count
-        for instances in self._chains():
+        for instances in self._stage.chains:
             for i, instance in enumerate(instances):
                 if (instance.masked or instance is stage.root) and with_roots(instances, i) is None:
                     row = Row("mask", None, 0, instance.space, instance.scale)
@@ -522,8 +532,8 @@ def is_relu(primitive: Primitive | None) -> bool:
 
 
 def is_sum(primitive: Primitive | None) -> bool:
-    """Whether it is a dual that kernels add up in a loop. Variances after it they read."""
-    return isinstance(primitive, Dual) and isinstance(primitive.activation, _SUMS)
+    """Whether it is a dual that is a sum. Variances after it come with the statistics."""
+    return isinstance(primitive, Dual) and isinstance(primitive.activation, SUMS)
 
 
 def terms_of(primitive: Primitive | None) -> Terms | None:
@@ -623,7 +633,6 @@ def _can_overwrite(instance: Instance, read: Instance, moved: bool) -> bool:
     return instance.phases == read.phases and (instance.phases == 1 or not moved)
 
 
-_SUMS = (activations.Clip, activations.ElementwiseNumerical)
 # Their duals are polynomials, divisions, roots, exponentials and sines.
 _DUALS = (
     *(activations.ABRelu, activations.Step, activations.RectifiedMonomial, activations.Erf, activations.Gelu),
@@ -642,7 +651,7 @@ def _check_primitive(primitive: Primitive) -> None:
             if not primitive.keeps_order:
                 raise Refused("a convolution that permutes axes")
         case Dual():
-            if not isinstance(primitive.activation, _DUALS + _SUMS):
+            if not isinstance(primitive.activation, (*_DUALS, *SUMS)):
                 raise Refused(f"it does not have the dual of {type(primitive.activation).__name__}")
             try:
                 terms_of(primitive)

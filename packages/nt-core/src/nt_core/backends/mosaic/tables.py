@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nt_core import activations
 from nt_core.activations import clip
 from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two, terms_of
 from nt_core.backends.mosaic.terms import Terms
@@ -31,15 +30,14 @@ def tables(stage: Stage, lowered: Lowered, batch: Batch, statistics: Statistics,
 def coefficients(stage: Stage, lowered: Lowered, both: tuple[Statistics, Statistics]) -> Array:
     """Returns the numbers that all pairs of two batches read: those in the primitives of a stage, those of an iteration
     of a `Repeated` together; then how many turns the sums over terms take; then the nodes of `Clip`."""
-    parts, used = [], []
+    parts = []
     for primitives, count in stage.leaves:
-        used += primitives if isinstance(primitives, tuple) else [primitives]
         leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(primitives)]
         if leaves:  # those of a body have one number for each iteration
             parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
     rows = [row for table in stage.tables for row in table.rows if row.kind == "terms"]
     parts += [jnp.maximum(*(_turns(row, lowered, statistics) for statistics in both)) for row in rows]
-    if any(isinstance(primitive, Dual) and isinstance(primitive.activation, activations.Clip) for primitive in used):
+    if any(isinstance(activation, clip.Clip) for activation in stage.nonlinearities):
         parts += clip.nodes(jnp.float32)
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
