@@ -13,7 +13,7 @@ from conformance import CHAINS, MEAN, RELU, chain, conv, dense, inputs, pool, ru
 from nt_core import Request, activations, steps
 from nt_core.backends.mosaic.terms import Terms
 from test_core_activations import ACTIVATIONS
-from test_core_mosaic import MORE, REFUSED
+from test_core_mosaic import MORE, REFUSED, SELU, TANH
 
 PAIRS = Request(ntk=True, covariances=False)
 TOLERANCE = 1e-6
@@ -27,6 +27,7 @@ REPEATED = {
     "before overlapping windows": ((6, 6), [*BLOCK * 4, pool((2, 2), (1, 1), "SAME"), *BLOCK, steps.Flatten()]),
     "linear, before a pool": ((8, 8), [conv(), *[conv()] * 3, pool(), *BLOCK, steps.GlobalPool(MEAN)]),
     "in pieces": ((12, 12), [*BLOCK * 3, steps.GlobalPool(MEAN)]),
+    "sums, in pieces, before a pool": ((12, 10), [*[conv(), TANH] * 3, pool(), conv(), SELU, steps.Flatten()]),
     "in pieces, before a pool": ((24, 22), [*BLOCK * 4, pool(), *BLOCK, steps.Flatten()]),
 }
 MYRTLE10 = [*BLOCK * 2, pool(), *BLOCK * 3, pool(), *BLOCK * 3, pool(), pool(), pool(), steps.Flatten(), dense()]
@@ -87,6 +88,7 @@ def test_nonlinearities(name, monkeypatch):
 SUMS = {name: dual for name, dual in NONLINEARITIES.items() if isinstance(dual, activations.ElementwiseNumerical)}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_over_terms(name):
     """At any variance, of black pixels too, and in float32 as the definition in float64."""
