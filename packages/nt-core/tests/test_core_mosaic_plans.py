@@ -11,6 +11,8 @@ import plain_machine
 import pytest
 from conformance import CHAINS, MEAN, RELU, chain, conv, dense, inputs, pool, run, spec_of
 from nt_core import Request, activations, steps
+from nt_core.activations.clip import nodes
+from nt_core.backends.mosaic.duals import clip_dual
 from nt_core.backends.mosaic.terms import Terms
 from test_core_activations import ACTIVATIONS
 from test_core_mosaic import MORE, REFUSED, SELU, TANH
@@ -116,6 +118,19 @@ def test_sums_over_terms(name):
     np.testing.assert_allclose(deficit, 0, atol=1e-30)
     slope1, slope2 = (jax.grad(SUMS[name].fn)(x) for x in (-1e-6, 1e-6))
     np.testing.assert_allclose(factor, ((slope1 + slope2) / 2) ** 2, rtol=2**-12)  # where the table begins
+
+
+@pytest.mark.parametrize("name", ["clip", "clip, from 0"])
+def test_clip_without_error_functions(name):
+    """In the operations that lower, as in those of XLA."""
+    clip, (at, weights) = NONLINEARITIES[name], nodes("float32")
+    correlations = np.array([-1.0, -0.9, -0.2, 0.0, 0.3, 0.8, 0.999, 1.0])
+    var1, var2 = np.array([[0.01], [1.0], [4.0]]) * np.ones(8), np.array([[0.013], [1.0], [0.5]]) * np.ones(8)
+    given = [x.astype("float32") for x in (var1, var2, (var1 + var2) / 2 - correlations * np.sqrt(var1 * var2))]
+    actual = jax.jit(lambda *given: clip_dual(clip, lambda k: (at[k], weights[k]), *given))(*given)
+    expected = jax.jit(clip.dual)(*given)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=2e-6)
 
 
 def test_ghosts_have_no_covariance():
