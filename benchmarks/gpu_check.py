@@ -38,6 +38,8 @@ NONLINEARITIES = (
     *(activations.RectifiedMonomial(2), activations.Monomial(3), activations.Polynomial((0.1, 0.2, 0.3))),
     *(activations.Hermite(3), activations.Exp(0.5, 0.4), activations.ExpNormalized(0.7, 0.2), activations.Gabor()),
     *(activations.Gaussian(0.8, -0.6), activations.Rbf(0.4), activations.Sin(1.0, 0.7, 0.2)),
+    activations.Clip(1.0, -1.0, 1.0, 0.0),
+    *(activations.ElementwiseNumerical(fn, None, 50) for fn in (jnp.tanh, jax.nn.silu)),
 )
 # Network, layers of the baseline if it has them all (its W_std is 1 for the CNNs), variance of its weights, and samples
 # of a block: the baseline takes the fewest, as its covariances must fit into memory, and `xla` all but the most.
@@ -142,7 +144,10 @@ def programs(rehearse):
     for activation in NONLINEARITIES:
         dual, normalize = conformance.steps.Dual(activation), conformance.steps.Normalize(1e-3, ())
         layers = [conformance.conv(), dual, normalize, conformance.conv(), dual, conformance.steps.Flatten()]
-        found[type(activation).__name__] = conformance.chain(conformance.spec_of(x1, x2), layers), x1, x2
+        name = type(activation).__name__
+        if isinstance(activation, activations.ElementwiseNumerical):
+            name = f"{name} of {activation.fn.__name__}"
+        found[name] = conformance.chain(conformance.spec_of(x1, x2), layers), x1, x2
     found["residual"] = conformance.residual(conformance.spec_of(x1, x2)), x1, x2
     deep = [layer for _ in range(21) for layer in (conformance.conv(), conformance.RELU)]
     deep += [conformance.steps.GlobalPool(conformance.MEAN), conformance.dense()]

@@ -1,9 +1,10 @@
 """The benchmarked networks, each a function of a `stax` module: any library with that API builds the same one."""
 
 
-def cnn(stax, readout, depth=21):
+def cnn(stax, readout, depth=21, nonlinearity="Relu"):
     """Convolutions with ReLU, then a readout: with 21, the two CNNs of the README of neural-tangents 0.6."""
-    body = [layer for _ in range(depth) for layer in (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu())]
+    layer = stax.Conv(1, (3, 3), padding="SAME"), getattr(stax, nonlinearity)()
+    body = [part for _ in range(depth) for part in layer]
     return stax.serial(*body, getattr(stax, readout)())
 
 

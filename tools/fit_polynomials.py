@@ -14,8 +14,12 @@ with P and Q analytic for |w| < 2. Error functions on CPU need, of an angle t in
 
     t / sin t = 1 + (1 - cos t) turn(1 - cos t),           t / sin t = arcsine(sin(t)^2).
 
-All are interpolated at Chebyshev nodes (on [0, 1], the last on [0, 1/2]) in 60 digits, and the printed error is the
-largest relative one on a fine grid, of the polynomial itself ("fit") and of its evaluation in that precision.
+The complementary error function is, on GPUs and TPUs, which have none,
+
+    erfc(x) = exp(-x^2) t erfc(t),    t = 1 / (1 + x/2).
+
+All are interpolated at Chebyshev nodes (on [0, 1], those of `arcsine` on [0, 1/2]) in 60 digits, and the printed error
+is the largest relative one on a fine grid, of the polynomial itself ("fit") and of its evaluation in that precision.
 Needs mpmath and numpy.
 """
 
@@ -28,7 +32,7 @@ import numpy as np
 # `arcsine` in float32 are up to 1.3e-7: `turn` stands beside 1, and the term of `arcsine` is small where the variances
 # differ little.
 DEGREES = {
-    "float32": {"P": 7, "Q": 6, "turn": 8, "arcsine": 6},
+    "float32": {"P": 7, "Q": 6, "turn": 8, "arcsine": 6, "erfc": 10},
     "float64": {"P": 18, "Q": 17, "turn": 20, "arcsine": 18},
 }
 
@@ -51,7 +55,14 @@ def _arcsine(square):
     return mp.mpf(1) if square == 0 else mp.asin(mp.sqrt(square)) / mp.sqrt(square)
 
 
-FUNCTIONS = {"P": (_p, 1), "Q": (_q, 1), "turn": (_turn, 1), "arcsine": (_arcsine, 0.5)}  # and where they end
+def _erfc(t):
+    if t == 0:
+        return 0.5 / mp.sqrt(mp.pi)
+    x = 2 / mp.mpf(t) - 2
+    return mp.exp(x * x) * mp.erfc(x) / t
+
+
+FUNCTIONS = {"P": (_p, 1), "Q": (_q, 1), "turn": (_turn, 1), "arcsine": (_arcsine, 0.5), "erfc": (_erfc, 1)}  # and ends
 STRUCTS = {"ReluPolynomials": ("P", "Q"), "ArcPolynomials": ("turn", "arcsine")}
 
 
@@ -86,7 +97,7 @@ def _errors(f, end, coefficients, dtype):
 
 def _print_python(dtype, name, coefficients, note):
     print(f"# {dtype} {name}: {note}")
-    print(f"{name}_{dtype.upper()} = (")
+    print(f"{name.upper()}_{dtype.upper()} = (")
     for c in coefficients:
         print(f"    {float(c)!r},")
     print(")")
@@ -107,11 +118,11 @@ def _main():
     if language not in ("python", "c++"):
         sys.exit(f"The language should be 'python' or 'c++', got {language!r}.")
     mp.mp.dps = 60
-    for struct, names in STRUCTS.items() if language == "c++" else [(None, STRUCTS["ReluPolynomials"])]:
+    for struct, names in STRUCTS.items() if language == "c++" else [(None, ("P", "Q", "erfc"))]:
         for dtype, scalar in (("float32", "float"), ("float64", "double")):
             if struct:
                 print(f"template <>\nstruct {struct}<{scalar}> {{")
-            for name in names:
+            for name in filter(DEGREES[dtype].get, names):
                 f, end = FUNCTIONS[name]
                 coefficients = _interpolate(f, end, DEGREES[dtype][name])
                 note = _errors(f, end, coefficients, np.dtype(dtype).type)

@@ -75,10 +75,14 @@ SLOW = (
     "large image",
     "pool of odd images",
     "gelu",
+    "hermite coefficients",
 )
 
 ERF = steps.Dual(activations.Erf(1.0, 0.8, 0.1))
 GELU = steps.Dual(activations.Gelu())
+TANH = steps.Dual(activations.ElementwiseNumerical(jnp.tanh, None, 20))
+SELU = steps.Dual(activations.ElementwiseNumerical(jax.nn.selu, None, 10))  # with a kink, so that there is a rest
+CLIP = steps.Dual(activations.Clip(1.0, -1.0, 0.5, 0.1))
 
 
 POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
@@ -116,6 +120,9 @@ MORE = {
             *(conv(), steps.Dual(activations.Sin(1.0, 0.7, 0.2)), steps.GlobalPool(MEAN)),
         ],
     ),
+    "hermite coefficients": ((3, 3), [conv(), TANH, conv(), SELU, steps.GlobalPool(MEAN), dense(), TANH]),
+    "hermite coefficients, repeated": ((2, 2), [conv(), TANH] * 4 + [steps.GlobalPool(MEAN)]),
+    "clip": ((3, 3), [conv(), CLIP, conv(), CLIP, steps.Flatten(), dense()]),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
@@ -331,6 +338,7 @@ SMALL = {
     "circular": ((2, 3), [conv((3, 2), padding="CIRCULAR"), RELU, steps.GlobalPool(MEAN)]),
     "pool": ((2, 4), [conv(), RELU, pool(), dense(), RELU, steps.GlobalPool(MEAN)]),
     "erf and layer norm": ((2, 2), [conv(), steps.Normalize(1e-3, ()), ERF, conv(), GELU, steps.GlobalPool(MEAN)]),
+    "sums": ((2, 2), [conv(), TANH, conv(), CLIP, steps.GlobalPool(MEAN)]),
     # Planes of several pieces
     "pieces": ((12, 10), [conv(), RELU, conv((3, 2)), ABS, steps.Flatten(), dense()]),
     "pieces, repeated": ((12, 10), [conv(), RELU] * 4 + [steps.Flatten()]),
@@ -378,36 +386,34 @@ def test_the_upper_triangle_on_gpu(simulated):
     assert simulated("gpu", check, layers, space, "mosaic_gpu", 3, 1, symmetric=True) == ""
 
 
-STREAMED = [conv(), RELU] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.GlobalPool(MEAN)]
-
-
-@pytest.fixture
-def little_memory(monkeypatch):
-    """The tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
+@pytest.fixture(params=[RELU, pytest.param(TANH, marks=pytest.mark.slow)], ids=["relu", "hermite coefficients"])
+def streamed(request, monkeypatch):
+    """Layers: the tables of one iteration fit into the vector memory of a TPU, those of all of them do not."""
+    layers = [conv(), request.param] * 4 + [conv(), steps.Normalize(1e-3, ()), steps.GlobalPool(MEAN)]
     spec = Spec((2, 3, 3, 3), (2, 3, 3, 3), 0, 3)
     sources = (Inputs(None, None, spec),)
-    lowered = lower_for_planes(chain(spec, STREAMED), sources, ntk=True)
+    lowered = lower_for_planes(chain(spec, layers), sources, ntk=True)
     (stage,) = make_plan(lowered, sources, MosaicTpuBackend.hardware)
     assert len(stage.tables) == 2
     monkeypatch.setattr("nt_core.backends.mosaic.backend.VECTOR_MEMORY", tpu_bytes(stage, kept_rows(stage)))
     assert is_streamed(stage)
     jax.clear_caches()
-    yield
+    yield layers
     jax.clear_caches()
 
 
 @needs_mosaic
-def test_tables_of_repeated_layers_are_fetched_in_turn(little_memory):
-    check(STREAMED, (3, 3), "mosaic_tpu", 2, 3)
+def test_tables_of_repeated_layers_are_fetched_in_turn(streamed):
+    check(streamed, (3, 3), "mosaic_tpu", 2, 3)
 
 
 @needs_mosaic
-def test_tables_are_fetched_before_they_are_read(little_memory, simulated):
-    assert simulated("tpu", check, STREAMED, (3, 3), "mosaic_tpu", 1, 1) == ""
+def test_tables_are_fetched_before_they_are_read(streamed, simulated):
+    assert simulated("tpu", check, streamed, (3, 3), "mosaic_tpu", 1, 1) == ""
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool"])
+@pytest.mark.parametrize("name", ["global pool", "repeated", "flatten", "pool", "sums"])
 def test_tpu_kernels_simulated(name, simulated):
     space, layers = SMALL[name]
     assert simulated("tpu", check, layers, space, "mosaic_tpu", 1, 1) == ""
@@ -592,8 +598,8 @@ def test_what_is_refused(monkeypatch):
     with jax.enable_x64(True):
         assert "float32, not in float64" in refusal(backend, dtype="float64")
     assert "one or two spatial axes" in refusal(backend, [dense(), RELU], ())
-    clip = steps.Dual(activations.Clip(1.0, -1.0, 1.0, 0.0))
-    assert "dual of Clip" in refusal(backend, [conv(), clip, steps.GlobalPool(MEAN)])
+    elementwise = steps.Dual(activations.Elementwise(lambda cov12, var1, var2: cov12))
+    assert "dual of Elementwise" in refusal(backend, [conv(), elementwise, steps.GlobalPool(MEAN)])
     assert "up to 5 x 5" in refusal(backend, [conv((6, 6)), steps.GlobalPool(MEAN)], (8, 8))
     assert "up to 64 x 64" in refusal(backend, space=(65, 4))
     assert "up to 16 channels" in refusal(backend, n_channels=17)

@@ -109,7 +109,7 @@ def mean_between(inner: Array, parallel: Parallel, apart: Callable[[Array, Array
         z = inner + length * at
         return length * weight * normal(z) * apart(z, gap - parallel.smaller * length * at) ** 2
 
-    return _integral(at_node, _NODES_BETWEEN, 1, jnp.zeros_like(gap))
+    return _integral(at_node, _NODES_BETWEEN, jnp.zeros_like(gap))
 
 
 def over_angles(at_node: Callable[[Array, Array], Any], zero: Any) -> Any:
@@ -119,7 +119,7 @@ def over_angles(at_node: Callable[[Array, Array], Any], zero: Any) -> Any:
       at_node: returns arrays in a pytree.
       zero: zeros of the same structure.
     """
-    return _integral(at_node, _ANGLES, _POWER, zero)
+    return _integral(at_node, _ANGLES, zero)
 
 
 def angle_at(tangent: Array, weight: Array) -> tuple[Array, Array]:
@@ -147,14 +147,22 @@ def exponents(x: Array, near: Array, far: Array, tangent: Array) -> tuple[Array,
     return exponent, other, (near + far) * (half_inverse * (2 * x + far - near) - x * half_sum)
 
 
-def _integral(at_node: Callable[[Array, Array], Any], count: int, power: int, zero: Any) -> Any:
-    at, weights = (jnp.asarray(x, jax.tree.leaves(zero)[0].dtype) for x in _quadrature(count, power))
+# The quadratures: how many nodes, and of which power.
+QUADRATURES = {_ANGLES: _POWER, _NODES_BETWEEN: 1}
 
+
+def quadrature(count: int, dtype: Any) -> tuple[Array, Array]:
+    """Returns the nodes of one of the `QUADRATURES`, in [0, 1], and their weights."""
+    at, weights = _quadrature(count, QUADRATURES[count])
+    return jnp.asarray(at, dtype), jnp.asarray(weights, dtype)
+
+
+def _integral(at_node: Callable[[Array, Array], Any], count: int, zero: Any) -> Any:
     @jax.checkpoint
     def add(total: Any, node: tuple[Array, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, at_node(*node)), None
 
-    return lax.scan(add, zero, (at, weights))[0]
+    return lax.scan(add, zero, quadrature(count, jax.tree.leaves(zero)[0].dtype))[0]
 
 
 @lru_cache

@@ -26,7 +26,7 @@ _JUMPS = 1.01
 _NEAR_ZERO, _SAME_SLOPE = np.array([-(2.0**-90), -(2.0**-100), 2.0**-100, 2.0**-90]), 2.0**-10
 # The relative error of quadrature, whose nodes and weights are computed in double precision.
 _QUADRATURE = 1e-12
-# For what is beyond the terms, see `_sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
+# For what is beyond the terms, see `sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
 _REST = [
     (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
     for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
@@ -86,8 +86,10 @@ class ElementwiseNumerical(Activation):
         first, second = (self._coefficients(var) for var in (var1, var2))
         _, scale, w = one_minus_correlation(var1, var2, deficit)
         value, factor = _sum_of_terms(first, second, w)
-        for parity in range(2):
-            more, slope = _sum_of_rest(parity, len(first.values), _rest_of_pair(parity, first, second), w)
+        cusps = (first.cusp, second.cusp) if first.cusp and second.cusp else None
+        for parity, of_parity in enumerate((cusps, None)):
+            rests = rest_of_pair(first.rest[parity], second.rest[parity], of_parity)
+            more, slope = sum_of_rest(parity, len(first.values), rests, w)
             value, factor = value + more, factor + slope / jnp.where(scale > 0, scale, 1)
         # At variances of 0 there is no correlation, but the derivative is the factor as elsewhere.
         value = _with_slope(value, deficit, jnp.where(scale > 0, 0, factor))
@@ -266,6 +268,31 @@ def _root(xp: ModuleType, x: Any) -> Any:
     return xp.where(is_positive, xp.sqrt(xp.where(is_positive, x, 1)), 0)
 
 
+class Sums(NamedTuple):
+    """Sums over terms, from the first one on.
+
+    Attributes:
+      power: of the correlation, by which the next slopes are multiplied.
+      one_minus_power: 1 less the power that belongs to the next coefficients.
+      value: the sum of `(a - b)^2 / 2 + a b (1 - c^k)`.
+      factor: the sum of slopes times powers.
+    """
+
+    power: Array
+    one_minus_power: Array
+    value: Array
+    factor: Array
+
+    def plus(self, square: Array, both: Array, slopes: Array) -> "Sums":
+        """Adds the square of a difference of coefficients, their product, and that of slopes."""
+        value = self.value + (0.5 * square + both * self.one_minus_power)
+        return self._replace(value=value, factor=self.factor + slopes * self.power)
+
+    def then(self, c: Array, w: Array) -> "Sums":
+        """Goes on to orders that have `c = 1 - w` more among their powers."""
+        return self._replace(power=c * self.power, one_minus_power=c * self.one_minus_power + w)
+
+
 def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Array) -> tuple[Array, Array]:
     """Returns the sums of `(a - b)^2 / 2 + a b (1 - c^k)` and of `a' b' c^k` over the terms, for `w = 1 - c`.
 
@@ -277,24 +304,21 @@ def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Ar
         slope_squares = jnp.append(jnp.arange(1, len(squares), dtype=w.dtype) * squares[1:], 0)
         scale, apart = first.cusp.std * second.cusp.std, (first.cusp.std - second.cusp.std) ** 2
 
-    def add(carry: Any, terms: Any) -> tuple[Any, None]:
-        power, one_minus_power, value, factor = carry
+    def add(sums: Sums, terms: Any) -> tuple[Sums, None]:
         a, b, slope_a, slope_b, cusp, slope_cusp = terms
-        both, square, slopes = a * b, (a - b) ** 2, slope_a * slope_b
+        square, both, slopes = (a - b) ** 2, a * b, slope_a * slope_b
         if cusp is not None:
-            both, square, slopes = both - cusp * scale, square - cusp * apart, slopes - slope_cusp
-        value = value + (0.5 * square + both * one_minus_power)
-        factor = factor + slopes * power
-        return (c * power, c * one_minus_power + w, value, factor), None
+            square, both, slopes = square - cusp * apart, both - cusp * scale, slopes - slope_cusp
+        return sums.plus(square, both, slopes).then(c, w), None
 
     # Carries pass through memory once in a turn: with few terms in it, that takes longer than the terms.
     zero = jnp.zeros_like(w)
     terms = (first.values, second.values, first.slopes, second.slopes, squares, slope_squares)
-    (_, _, value, factor), _ = lax.scan(add, (jnp.ones_like(w), zero, zero, zero), terms, unroll=20)
-    return value, factor
+    sums, _ = lax.scan(add, Sums(jnp.ones_like(w), zero, zero, zero), terms, unroll=20)
+    return sums.value, sums.factor
 
 
-class _PairOfRests(NamedTuple):
+class PairOfRests(NamedTuple):
     """What is beyond the terms of a pair, with `a` and `b` the coefficients of both, less what is of the cusp.
 
     Attributes:
@@ -308,21 +332,21 @@ class _PairOfRests(NamedTuple):
     slope: Array
 
 
-def _rest_of_pair(parity: int, first: HermiteCoefficients, second: HermiteCoefficients) -> _PairOfRests:
-    rest1, rest2 = first.rest[parity], second.rest[parity]
+def rest_of_pair(rest1: Rest, rest2: Rest, cusps: tuple[Cusp, Cusp] | None) -> PairOfRests:
+    """Returns what is beyond the terms of one parity; cusps are of the even one."""
     both = rest1.root * rest2.root
-    rests = _PairOfRests(0.5 * (rest1.root - rest2.root) ** 2, both, 0.5 * (rest1.order + rest2.order) * both)
-    if parity == 1 or not (first.cusp and second.cusp):
+    rests = PairOfRests(0.5 * (rest1.root - rest2.root) ** 2, both, 0.5 * (rest1.order + rest2.order) * both)
+    if cusps is None:
         return rests
-    one, two = first.cusp, second.cusp
-    return _PairOfRests(
-        rests.apart + (one.std - two.std) * (one.beyond - two.beyond),
-        rests.both + (one.std * two.beyond + one.beyond * two.std),
-        rests.slope + (one.std * two.beyond_slope + one.beyond_slope * two.std),
+    first, second = cusps
+    return PairOfRests(
+        rests.apart + (first.std - second.std) * (first.beyond - second.beyond),
+        rests.both + (first.std * second.beyond + first.beyond * second.std),
+        rests.slope + (first.std * second.beyond_slope + first.beyond_slope * second.std),
     )
 
 
-def _sum_of_rest(parity: int, n_terms: int, rests: _PairOfRests, w: Array) -> tuple[Array, Array]:
+def sum_of_rest(parity: int, n_terms: int, rests: PairOfRests, w: Array) -> tuple[Array, Array]:
     """Returns the share of the rest in the deficit, and that in the factor times the standard deviations.
 
     Terms in proportion to a power of their order k, for k from k0 on: with v = (k / k0)^(-1 / (3 spread)) they are the

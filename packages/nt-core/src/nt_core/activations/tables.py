@@ -4,7 +4,9 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from nt_core.activations.numerical import (
     ElementwiseNumerical,
@@ -54,6 +56,45 @@ class CoefficientTable(NamedTuple):
     degree: int
     lowest: int
     octaves: int
+
+    @property
+    def cusp(self) -> float:
+        return float(self.numbers[-self.terms - 1])
+
+    def coefficients(self, variances: Array) -> Array:
+        """Returns what `prepare` in csrc/duals_tabulated.h computes for some variances, `(terms + 6, *shape)`.
+
+        The coefficients, then of the rest the roots and the orders, then `beyond` and `beyond_slope` of the cusp.
+        """
+        n_powers, n_columns = self.degree + 1, self.terms + 7
+        powers = self.numbers[: self._end_of_polynomials].reshape(self.octaves, n_powers, n_columns)
+        powers = jnp.asarray(np.delete(powers, self.terms, axis=2).T, variances.dtype)  # without mean squares
+        lowest, octave = 2.0**self.lowest, self._octave(variances)
+        place = jnp.where(variances < lowest, -1, 4 * jnp.frexp(variances)[0] - 3)
+        found = jnp.take(powers[:, -1], octave, 1)
+        for power in range(self.degree - 1, -1, -1):
+            found = found * place[None] + jnp.take(powers[:, power], octave, 1)
+        # Below the first octave, powers of the deviation, but for the function at 0 and the orders.
+        at_zero, *exponents = self.numbers[self._end_of_polynomials + self.octaves :][: self.terms + 1]
+        offsets, exponents = (
+            jnp.asarray(np.reshape(x, (-1, *[1] * variances.ndim)), variances.dtype)
+            for x in ([at_zero, *[0] * (self.terms + 5)], [*exponents, 1, 1, 0, 0, 2, 2])
+        )
+        ratio = jnp.minimum(jnp.sqrt(variances / lowest), 1)
+        found = offsets + (found - offsets) * ratio[None] ** exponents
+        return jnp.where(variances[None] < 2.0 ** (self.lowest + self.octaves), found, jnp.nan)
+
+    def terms_that_count(self, variances: Array) -> Array:
+        """Returns how many terms count at some variances."""
+        counts = self.numbers[self._end_of_polynomials :][: self.octaves]
+        return jnp.take(jnp.asarray(counts, jnp.int32), self._octave(variances))
+
+    @property
+    def _end_of_polynomials(self) -> int:
+        return self.octaves * (self.degree + 1) * (self.terms + 7)
+
+    def _octave(self, variances: Array) -> Array:
+        return jnp.clip(jnp.frexp(variances)[1] - 1 - self.lowest, 0, self.octaves - 1)
 
 
 @lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nt_core.backends.base import Device, Refused, Request
-from nt_core.backends.mosaic.plan import Hardware, Stage, lower_for_planes, make_plan
+from nt_core.backends.mosaic.plan import SUMS, Hardware, Stage, lower_for_planes, make_plan
 from nt_core.backends.mosaic.run import Propagation, RunStage
 from nt_core.backends.xla import XlaBackend
 from nt_core.evaluation.platform import traced_for
@@ -121,7 +121,8 @@ class MosaicTpuBackend(MosaicBackend):
 # the vector memory of a TPU (128 MiB from v5e on).
 SHARED_MEMORY = 224 * 2**10
 VECTOR_MEMORY = 127 * 2**20
-_TEMPORARIES = 20  # planes that the compiler of TPU v5e keeps on its stack: between 13 and 25 at 64 x 64
+# Planes that the compiler of TPU v5e keeps on its stack: between 13 and 25 at 64 x 64, and with sums 40 at 24 x 24.
+_TEMPORARIES, _TEMPORARIES_OF_SUMS = 20, 45
 TPU_LANES = 128  # pairs of samples side by side
 
 
@@ -146,7 +147,9 @@ def tpu_bytes(stage: Stage, n_rows: int) -> int:
     tables = n_rows * (torus.slots + torus.reach)
     buffers = kernels * sum(stage.buffers) * torus.reach
     sources = 2 * sum(source.n_source_rows for source in stage.sources) * torus.slots
-    return 4 * TPU_LANES * (tables + buffers + sources + (kernels + _TEMPORARIES) * torus.slots)
+    has_sums = any(isinstance(activation, SUMS) for activation in stage.nonlinearities)
+    temporaries = _TEMPORARIES_OF_SUMS if has_sums else _TEMPORARIES
+    return 4 * TPU_LANES * (tables + buffers + sources + (kernels + temporaries) * torus.slots)
 
 
 _Arrays = tuple[Array, Array | None, Array | None, Array | None]

@@ -3,20 +3,19 @@
 Only additions, products, divisions, roots, selections and polynomials: they lower everywhere.
 """
 
-import functools
+import itertools
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import Jaxpr, Literal
 
-from nt_core.activations.arcs import horner
-from nt_core.activations.polynomials import P_FLOAT32, Q_FLOAT32
+from nt_core.activations import ElementwiseNumerical
+from nt_core.activations.bounds import QUADRATURES
+from nt_core.backends.mosaic.duals import inlined, relu_dual
 from nt_core.backends.mosaic.plan import (
     Instance,
     Row,
@@ -24,16 +23,17 @@ from nt_core.backends.mosaic.plan import (
     Torus,
     Two,
     is_relu,
+    is_sum,
     pool_turns,
     with_roots,
 )
+from nt_core.backends.mosaic.terms import Terms
 from nt_core.lowering import Pairs, Primitive, Repeated, Window
 from nt_core.lowering.primitives import Dual, Rescale, Sum, Tied
 
 Int = Any  # a Python number or a traced scalar
 _FAR = 8  # more turns around a torus than a window reaches
 _MAX_UNROLLED = 16  # pieces of all phases of a value
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Place(NamedTuple):
@@ -389,12 +389,46 @@ class _Piece:
             deficit, covariance, dot = relu_dual(activation.a, activation.b, *roots, x.value)
             return Pairs(deficit if instance.deficit else covariance, None if x.ntk is None else x.ntk * dot)
         before = _Sides(self, instances, source, phase, iteration)
+        if is_sum(primitive):
+            variances = before.first, before.second
+            value, factor = self._summed(instance, primitive, phase, iteration, *variances, x.value)
+            value = value if instance.deficit else self._halves(instances, i, phase, iteration) - value
+            return Pairs(value, None if x.ntk is None else x.ntk * factor)
 
         def pairs(dual: Dual, x: Pairs, var1: Array, var2: Array) -> Pairs:
             own = _Given(dual.variance(var1), dual.variance(var2)) if not instance.deficit else _Given(var1, var2)
             return dual.pairs(x, instance.deficit, _Given(var1, var2), own)
 
-        return _inlined(pairs, primitive, x, before.first, before.second)
+        return inlined(pairs, primitive, x, before.first, before.second)
+
+    def _summed(
+        self,
+        instance: Instance,
+        primitive: Dual,
+        phase: tuple[Int, Int],
+        iteration: Int | None,
+        var1: Array,
+        var2: Array,
+        deficit: Array,
+    ) -> tuple[Array, Array]:
+        """What a dual that is a sum does to a deficit, and the factor of the tangent kernel."""
+        activation: Any = primitive.activation
+        coefficient = self._machine.coefficient
+        if not isinstance(activation, ElementwiseNumerical):
+            return inlined(lambda dual, *pair: dual.dual(*pair), activation, var1, var2, deficit, node=self._node)
+
+        def number(k: Int) -> tuple[Array, Array]:
+            at = instance, "terms", phase, iteration, k
+            return self._first(*at), self._second(*at)
+
+        turns = coefficient(instance.turns + (0 if iteration is None else iteration))
+        return Terms(activation).dual(turns, number, var1, var2, deficit)
+
+    def _node(self, count: int, k: Int) -> tuple[Array, Array]:
+        """One of so many nodes of a quadrature, and its weight: what stands behind the coefficients (see `tables`)."""
+        before = 2 * sum(itertools.takewhile(lambda other: other != count, QUADRATURES))
+        start = self._stage.n_coefficients + before + k
+        return self._machine.coefficient(start), self._machine.coefficient(start + count)
 
     # Statistics of samples
 
@@ -444,13 +478,13 @@ class _Piece:
         return self._first(instances[i], "mask", phase, None) * self._second(instances[i], "mask", phase, None) > 0
 
     def _first(
-        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int = 0
+        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: Int = 0
     ) -> Array:
         """A statistic of the first sample."""
         return self._machine.first(_place(instance, kind, phase, iteration, channel), self._piece)
 
     def _second(
-        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int = 0
+        self, instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: Int = 0
     ) -> Array:
         """A statistic of the second sample, at the partner of each position."""
         phases, turns = [], []
@@ -540,76 +574,7 @@ def turned(torus: Torus, offset: Int, turn_y: Int, turn_x: Int) -> Int:
     return row * columns + _rem(_rem(offset, columns) + turn_x + _FAR * columns, columns)
 
 
-def relu_dual(a: Array, b: Array, root1: Array, root2: Array, deficit: Array) -> tuple[Array, Array, Array]:
-    """Returns deficit and covariance after `a min(x, 0) + b max(x, 0)`, and the factor of the tangent kernel.
-
-    As `ABRelu.dual`, from the standard deviations.
-    """
-    slope, kink = 0.5 * (a * a + b * b), 0.5 * (a - b) * (a - b)
-    difference = root1 - root2
-    scale = jnp.maximum(root1 * root2, _TINY)
-    excess = deficit - 0.5 * difference * difference  # scale (1 - c)
-    covariance = scale - excess
-    apart = jnp.maximum(jnp.minimum(excess, scale + covariance), _TINY)  # scale (1 - |c|); c = 0 if there is no scale
-    # A root of scale and another of w: on GPUs, division and root of a quotient take more instructions.
-    inverse = lax.rsqrt(scale)
-    w = apart * inverse * inverse
-    root = jnp.sqrt(w)
-    opposed = scale * (w * root * horner(Q_FLOAT32, w)) + jnp.maximum(-covariance, 0.0)
-    angle = root * horner(P_FLOAT32, w)
-    angle = jnp.where(covariance < 0, 1 - angle, angle)
-    return slope * deficit - kink * opposed, kink * opposed + slope * covariance, slope - kink * angle
-
-
-def _inlined(fn: Callable[..., Any], *args: Any) -> Any:
-    """Calls `fn` without what Mosaic GPU of JAX 0.11 does not lower: custom derivatives, and functions like `expm1`."""
-    leaves, structure = jax.tree.flatten(args)
-    jaxpr, shape = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(structure, leaves)), return_shape=True)(
-        *leaves
-    )
-    return jax.tree.unflatten(jax.tree.structure(shape), _evaluated(jaxpr.jaxpr, jaxpr.consts, leaves))
-
-
-def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(x: Any) -> Any:
-        return x.val if isinstance(x, Literal) else values[x]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(x) for x in equation.invars]
-        inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
-        if equation.primitive.name in _INSTEAD:
-            outputs = [_INSTEAD[equation.primitive.name](*inputs, **equation.params)]
-        elif inner is None:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        else:
-            outputs = _evaluated(inner.jaxpr, inner.consts, inputs)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(x) for x in jaxpr.outvars]
-
-
-def _integer_pow(x: Array, y: int) -> Array:
-    power = functools.reduce(operator.mul, [x] * abs(y), jnp.ones_like(x))
-    return power if y >= 0 else 1 / power
-
-
-def _expm1(x: Array, **_: Any) -> Array:
-    near_zero = x * horner(tuple(1 / math.factorial(k) for k in range(1, 9)), x)
-    return jnp.where(jnp.abs(x) < 0.5, near_zero, jnp.exp(x) - 1)
-
-
-def _sinh(x: Array, **_: Any) -> Array:
-    rise = _expm1(jnp.abs(x))
-    half = 0.5 * (rise + rise / (1 + rise))
-    return jnp.where(x < 0, -half, half)
-
-
-_INSTEAD = {"integer_pow": _integer_pow, "expm1": _expm1, "sinh": _sinh}
-
-
-def _place(instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: int) -> Place:
+def _place(instance: Instance, kind: str, phase: tuple[Int, Int], iteration: Int | None, channel: Int) -> Place:
     row = instance.rows[kind] + channel * instance.phases + _flat(phase, instance.scale)
     return Place(0, 0, row) if kind == "mask" or iteration is None else Place(instance.table, iteration, row)
 

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from nt_core import activations
+from nt_core.activations.numerical import TracedFunction
 from nt_core.backends.base import Refused
+from nt_core.backends.mosaic.terms import Terms
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower
 from nt_core.lowering.primitives import Dual, Flatten, Normalize, Pool, Rescale, Sum, Tied
 from nt_core.program import Program
@@ -23,6 +25,9 @@ _MAX_TAPS = 5
 _MAX_SIZE = 64
 _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
+
+# Their duals are sums, which kernels add up in a loop.
+SUMS = (activations.Clip, activations.ClipGate, activations.ElementwiseNumerical)
 
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30
@@ -92,11 +97,11 @@ class Hardware(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel).
+    """A statistic of single samples that kernels read: one plane for each phase (and iteration, and channel or term).
 
     Attributes:
       kind: 'channel', 'mask', 'column', 'half' (variance / 2), 'root' (the root of the variance; negative at ghosts),
-        'scale' (of a rescaling) or 'average' (half the mean of the variances over each window).
+        'scale' (of a rescaling), 'average' (half the mean of the variances over each window) or 'terms' (see `Terms`).
       repeated: the number of the `Repeated` value whose body it is of, or None.
       number: the value, of the program or of the body.
       space, scale: see `Instance`.
@@ -148,6 +153,7 @@ class Instance:
       coefficients: where the leaves of `primitive` begin among the coefficients.
       table: where its rows are, among the tables of the stage.
       rows: where each kind of `Row` of this value begins in it ('mask': in the first table).
+      turns: where among the coefficients it begins how many turns each iteration takes, of a dual with `Terms`.
       stored: it is kept in a buffer, or computed anew by its only reader.
       masked: ghosts are to be stored as such.
       buffer: where it is stored.
@@ -167,6 +173,7 @@ class Instance:
     coefficients: int = 0
     table: int = 0
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    turns: int = 0
     stored: bool = False
     masked: bool = False
     buffer: int = -1
@@ -224,6 +231,17 @@ class Stage:
     @property
     def has_ntk(self) -> bool:
         return self.root.has_ntk
+
+    @property
+    def chains(self) -> list[list[Instance]]:
+        """The instances, then those of each body."""
+        return [self.instances, *(i.body for i in self.instances if i.body is not None)]
+
+    @property
+    def nonlinearities(self) -> list[activations.Activation]:
+        """Those of its duals."""
+        duals = (i.primitive for chain in self.chains for i in chain if isinstance(i.primitive, Dual))
+        return [dual.activation for dual in duals]
 
     @property
     def n_rows(self) -> int:
@@ -427,19 +445,15 @@ class _StageBuilder:
     def _all_with_inputs(self) -> list[tuple[Instance, Instance]]:
         """All instances, those of bodies too, each with its first input (or itself)."""
         found = []
-        for instances in self._chains():
+        for instances in self._stage.chains:
             found += [(i, instances[i.inputs[0]] if i.inputs else i) for i in instances]
         return found
-
-    def _chains(self) -> list[list[Instance]]:
-        stage = self._stage
-        return [stage.instances, *(i.body for i in stage.instances if i.body is not None)]
 
     # What is stored, and where
 
     def _store(self) -> None:
         stage = self._stage
-        for instances in self._chains():
+        for instances in self._stage.chains:
             for i, instance in enumerate(instances):
                 readers = [other for other in instances if i in other.inputs]
                 is_read_moved = any(other.windows is not None for other in readers)
@@ -461,7 +475,7 @@ class _StageBuilder:
         stage.tables = [Table(), *(Table(repeated.count) for repeated in repeats)]
         if stage.torus.wraps:
             stage.tables[0].add(Row("column", None, 0, stage.torus.shape, (1, 1)), 1)
-        for number, (owner, instances) in enumerate(zip([None, *bodies], self._chains(), strict=True)):
+        for number, (owner, instances) in enumerate(zip([None, *bodies], self._stage.chains, strict=True)):
             for i, instance in enumerate(instances):
                 instance.table = number
                 before = instances[instance.inputs[0]] if instance.inputs else None
@@ -472,9 +486,11 @@ class _StageBuilder:
                     row = Row(
                         kind, None if owner is None else owner.number, instance.number, instance.space, instance.scale
                     )
-                    n = instance.channels if kind == "channel" else 1
-                    instance.rows[kind] = stage.tables[number].add(row, n * instance.phases)
-        for instances in self._chains():
+                    instance.rows[kind] = stage.tables[number].add(row, _n_planes_of(kind, instance) * instance.phases)
+                    if kind == "terms":
+                        instance.turns = stage.n_coefficients
+                        stage.n_coefficients += stage.tables[number].count
+        for instances in self._stage.chains:
             for i, instance in enumerate(instances):
                 if (instance.masked or instance is stage.root) and with_roots(instances, i) is None:
                     row = Row("mask", None, 0, instance.space, instance.scale)
@@ -499,8 +515,10 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
     kinds = []
     if any(is_relu(other.primitive) for other in readers):
         kinds.append("root")
-    elif instance.deficit and not is_relu(instance.primitive):
+    elif is_sum(instance.primitive) or (instance.deficit and not is_relu(instance.primitive)):
         kinds.append("half")
+    if terms_of(instance.primitive) is not None:
+        kinds.append("terms")
     if isinstance(instance.primitive, Rescale):
         kinds.append("scale")
     if reads_average(instance, before):
@@ -511,6 +529,26 @@ def _kinds(instance: Instance, before: Instance | None, readers: list[Instance])
 def is_relu(primitive: Primitive | None) -> bool:
     """Whether it is the dual of the ReLU family, which gives half the variance of its output from its input's."""
     return isinstance(primitive, Dual) and isinstance(primitive.activation, activations.ABRelu)
+
+
+def is_sum(primitive: Primitive | None) -> bool:
+    """Whether it is a dual that is a sum. Variances after it come with the statistics."""
+    return isinstance(primitive, Dual) and isinstance(primitive.activation, SUMS)
+
+
+def terms_of(primitive: Primitive | None) -> Terms | None:
+    """What a dual adds up that is a sum over Hermite coefficients."""
+    if isinstance(primitive, Dual) and isinstance(primitive.activation, activations.ElementwiseNumerical):
+        return Terms(primitive.activation)
+    return None
+
+
+def _n_planes_of(kind: str, instance: Instance) -> int:
+    """How many planes a kind of statistic has in each phase."""
+    if kind == "channel":
+        return instance.channels
+    terms = terms_of(instance.primitive)
+    return terms.n_numbers if kind == "terms" and terms is not None else 1
 
 
 def with_roots(instances: list[Instance], i: int) -> Instance | None:
@@ -613,8 +651,12 @@ def _check_primitive(primitive: Primitive) -> None:
             if not primitive.keeps_order:
                 raise Refused("a convolution that permutes axes")
         case Dual():
-            if not isinstance(primitive.activation, _DUALS):
+            if not isinstance(primitive.activation, (*_DUALS, *SUMS)):
                 raise Refused(f"it does not have the dual of {type(primitive.activation).__name__}")
+            try:
+                terms_of(primitive)
+            except TracedFunction as error:
+                raise Refused("the function of ElementwiseNumerical depends on values that are traced") from error
         case Normalize():
             if primitive.space_axes or primitive.sample_numbers(1) is not None:
                 raise Refused("a normalisation over positions")

@@ -24,6 +24,8 @@ from nt_core.program import Program
 from nt_core.sources import Source, identical_batches, is_symmetric
 
 _MAX_SAMPLES = 128
+# Numbers in the tables of a block of samples.
+_MAX_NUMBERS = 2**29
 
 RunStage = Callable[..., Array]  # see `run_stage` of both kinds of hardware
 
@@ -63,8 +65,9 @@ class Propagation:
 
     def _block_size(self, n1: int, n2: int) -> tuple[int, int]:
         pairs = self._hardware.numbers // max(_numbers_between(stage) for stage in self._stages)
-        columns = max(1, min(n2, _MAX_SAMPLES, pairs))
-        return max(1, min(n1, _MAX_SAMPLES, pairs // columns)), columns
+        samples = min(_MAX_SAMPLES, _MAX_NUMBERS // max(map(_numbers_of_sample, self._stages)))
+        columns = max(1, min(n2, samples, pairs))
+        return max(1, min(n1, samples, pairs // columns)), columns
 
     def _samples(self, which: int) -> tuple[Batch, Statistics]:
         """Looks at each sample of a batch on its own."""
@@ -85,7 +88,7 @@ class Propagation:
             return own_block(lowered, samples, load, pool_sums)[1]
 
         n = data.index.shape[0]
-        per_sample = max(map(_numbers_between, own_stages.values()), default=1)
+        per_sample = max([*map(_numbers_of_sample, stages), *map(_numbers_between, own_stages.values())])
         return data, map_samples(compute, data, n, max(1, min(n, self._hardware.numbers // per_sample)))
 
     def _block(self, block1: tuple[Batch, Statistics], block2: tuple[Batch, Statistics], same: Any) -> Pairs:
@@ -109,7 +112,7 @@ class Propagation:
         """Runs a stage for all pairs of two blocks; with `own`, of each sample with itself: `(..., n, 1)`."""
         index1, index2 = block1[0].index, block2[0].index
         arguments = (
-            coefficients(stage),
+            coefficients(stage, lowered, (block1[1], block2[1])),
             tables(stage, lowered, *block1, stage.torus.addresses()),
             tables(stage, lowered, *block2, np.arange(stage.torus.reach) % stage.torus.size),
             _planes(stage, read, (index1.shape[0], 1 if own else index2.shape[0])),
@@ -161,6 +164,11 @@ def _numbers_between(stage: Stage) -> int:
     after = stage.offsets if stage.windows is not None else 1
     before = n_planes(stage) * sum(source.n_source_rows for source in stage.sources)
     return stage.torus.slots * max(before, 2 * after)
+
+
+def _numbers_of_sample(stage: Stage) -> int:
+    """How many numbers of one sample are in the tables of a stage."""
+    return stage.n_rows * (stage.torus.slots + stage.torus.reach)
 
 
 def ended(stage: Stage, out: Array, first: Statistics, second: Statistics, equal: Array) -> Pairs:

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two
+from nt_core.activations import Clip, ClipGate
+from nt_core.activations.bounds import QUADRATURES, quadrature
+from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two, terms_of
+from nt_core.backends.mosaic.terms import Terms
 from nt_core.evaluation.samples import Batch
 from nt_core.evaluation.statistics import Statistics
-from nt_core.lowering import Lowered, Repeated, windows
-from nt_core.lowering.primitives import Tied
+from nt_core.lowering import Lowered, LoweredNode, Repeated, windows
+from nt_core.lowering.primitives import Dual, Tied
 
 
 def tables(stage: Stage, lowered: Lowered, batch: Batch, statistics: Statistics, addresses: np.ndarray) -> Array:
@@ -25,13 +28,18 @@ def tables(stage: Stage, lowered: Lowered, batch: Batch, statistics: Statistics,
     return jnp.concatenate(found)
 
 
-def coefficients(stage: Stage) -> Array:
-    """Returns the numbers in the primitives of a stage; those of an iteration of a `Repeated` lie together."""
+def coefficients(stage: Stage, lowered: Lowered, both: tuple[Statistics, Statistics]) -> Array:
+    """Returns the numbers that all pairs of two batches read: those in the primitives of a stage, those of an iteration
+    of a `Repeated` together; then how many turns the sums over terms take; then the nodes of quadratures."""
     parts = []
     for primitives, count in stage.leaves:
         leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(primitives)]
         if leaves:  # those of a body have one number for each iteration
             parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
+    rows = [row for table in stage.tables for row in table.rows if row.kind == "terms"]
+    parts += [jnp.maximum(*(_turns(row, lowered, statistics) for statistics in both)) for row in rows]
+    if any(isinstance(activation, (Clip, ClipGate)) for activation in stage.nonlinearities):
+        parts += [array for count in QUADRATURES for array in quadrature(count, jnp.float32)]
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
 
@@ -65,21 +73,49 @@ def _values(row: Row, lowered: Lowered, batch: Batch, statistics: Statistics) ->
         return jnp.ones((1, *row.space, batch.index.shape[0]), jnp.float32)
     if row.kind == "channel":
         return jnp.moveaxis(batch.inputs[row.number], -2, 0)
-    if row.repeated is None:  # with a leading axis, as of iterations
-        of_values = jax.tree.map(lambda x: x[None], statistics)
-        node = lowered.node(row.number)
-    else:
-        of_values = statistics.repeated[row.repeated]
-        repeated = lowered.node(row.repeated)
-        assert repeated is not None and isinstance(repeated.primitive, Repeated)
-        node = repeated.primitive.body.node(row.number)
+    of_values, node = _iterations(row, lowered, statistics)
     if row.kind == "half":
-        return of_values.variance[row.number] / 2
+        return _variance(row, of_values, node) / 2
     if row.kind == "root":
         return jnp.sqrt(of_values.variance[row.number])
     if row.kind == "scale":
         return of_values.scale[row.number]
-    assert row.kind == "average" and node is not None and isinstance(node.primitive, Tied)
-    before, tied = of_values.variance[node.inputs[0]], node.primitive
+    assert node is not None
+    before = of_values.variance[node.inputs[0]]
+    if row.kind == "terms":
+        numbers = _terms(node).numbers(before)
+        return jnp.moveaxis(numbers, 0, 1).reshape(-1, *before.shape[1:])
+    assert row.kind == "average" and isinstance(node.primitive, Tied)
+    tied = node.primitive
     sums = jax.vmap(lambda variance: windows.sums(tied.windows, variance))(before)
     return sums / (2 * tied.n_taps)
+
+
+def _iterations(row: Row, lowered: Lowered, statistics: Statistics) -> tuple[Statistics, LoweredNode | None]:
+    """Returns statistics with a leading axis, of iterations, and what computes the value of a row."""
+    if row.repeated is None:
+        return jax.tree.map(lambda x: x[None], statistics), lowered.node(row.number)
+    repeated = lowered.node(row.repeated)
+    assert repeated is not None and isinstance(repeated.primitive, Repeated)
+    return statistics.repeated[row.repeated], repeated.primitive.body.node(row.number)
+
+
+def _variance(row: Row, of_values: Statistics, node: LoweredNode | None) -> Array:
+    """The variances of a value, also of a covariance for which nothing else needs them: it is that of a dual."""
+    if row.number in of_values.variance:
+        return of_values.variance[row.number]
+    assert node is not None and isinstance(node.primitive, Dual)
+    return node.primitive.variance(of_values.variance[node.inputs[0]])
+
+
+def _turns(row: Row, lowered: Lowered, statistics: Statistics) -> Array:
+    """How many turns a sum over terms takes, in each iteration."""
+    of_values, node = _iterations(row, lowered, statistics)
+    assert node is not None
+    return _terms(node).turns(of_values.variance[node.inputs[0]])
+
+
+def _terms(node: LoweredNode) -> Terms:
+    terms = terms_of(node.primitive)
+    assert terms is not None
+    return terms
