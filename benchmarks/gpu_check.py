@@ -38,7 +38,7 @@ NONLINEARITIES = (
     *(activations.RectifiedMonomial(2), activations.Monomial(3), activations.Polynomial((0.1, 0.2, 0.3))),
     *(activations.Hermite(3), activations.Exp(0.5, 0.4), activations.ExpNormalized(0.7, 0.2), activations.Gabor()),
     *(activations.Gaussian(0.8, -0.6), activations.Rbf(0.4), activations.Sin(1.0, 0.7, 0.2)),
-    activations.Clip(1.0, -1.0, 1.0, 0.0),
+    *(activations.Clip(1.0, -1.0, 1.0, 0.0), activations.ClipGate(1 / 6, 3.0, 0.5)),
     *(activations.ElementwiseNumerical(fn, None, 50) for fn in (jnp.tanh, jax.nn.silu)),
 )
 # Network, layers of the baseline if it has them all (its W_std is 1 for the CNNs), variance of its weights, and samples

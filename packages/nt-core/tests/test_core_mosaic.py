@@ -83,6 +83,7 @@ GELU = steps.Dual(activations.Gelu())
 TANH = steps.Dual(activations.ElementwiseNumerical(jnp.tanh, None, 20))
 SELU = steps.Dual(activations.ElementwiseNumerical(jax.nn.selu, None, 10))  # with a kink, so that there is a rest
 CLIP = steps.Dual(activations.Clip(1.0, -1.0, 0.5, 0.1))
+GATE = steps.Dual(activations.ClipGate(1 / 6, 3.0, 0.5))
 
 
 POOLED = [conv(), RELU, steps.GlobalPool(MEAN)]
@@ -122,7 +123,7 @@ MORE = {
     ),
     "hermite coefficients": ((3, 3), [conv(), TANH, conv(), SELU, steps.GlobalPool(MEAN), dense(), TANH]),
     "hermite coefficients, repeated": ((2, 2), [conv(), TANH] * 4 + [steps.GlobalPool(MEAN)]),
-    "clip": ((3, 3), [conv(), CLIP, conv(), CLIP, steps.Flatten(), dense()]),
+    "clip": ((3, 3), [conv(), CLIP, conv(), GATE, steps.Flatten(), dense()]),
     "5 x 5": ((4, 4), [conv((5, 5)), RELU, conv((5, 4), (2, 1)), RELU, steps.GlobalPool(MEAN)]),
     "one axis": (
         (6,),
