@@ -1,15 +1,15 @@
 """What nonlinearities do to numbers in a kernel, in operations that Mosaic lowers."""
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nt_core.activations.arcs import horner
 from nt_core.activations.polynomials import ERFC_FLOAT32, P_FLOAT32, Q_FLOAT32
@@ -62,37 +62,38 @@ def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], node: A
 
     for equation in jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
-        inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+        inner: Any = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+        inner, constants = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
         if equation.primitive.name in _INSTEAD:
             outputs = [_INSTEAD[equation.primitive.name](*inputs, **equation.params)]
         elif equation.primitive.name == "scan":
-            outputs = _over_nodes(inputs, node, **equation.params)
+            outputs = _over_nodes(partial(_evaluated, inner, constants, node=node), inputs, len(equation.outvars), node)
         elif inner is None:
             outputs = equation.primitive.bind(*inputs, **equation.params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
-        elif isinstance(inner, Jaxpr):
-            outputs = _evaluated(inner, [], inputs, node)
         else:
-            outputs = _evaluated(inner.jaxpr, inner.consts, inputs, node)
+            outputs = _evaluated(inner, constants, inputs, node)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
 def _over_nodes(
-    inputs: list[Array], node: Any, num_consts: int, num_carry: int, length: int, jaxpr: Any, **_: Any
+    body: Callable[[Sequence[Any]], Sequence[Array]], inputs: list[Array], n_carry: int, node: Any
 ) -> Sequence[Array]:
-    consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
+    """A loop that returns what it carries. Its inputs: constants of the loop, what is carried, nodes and weights."""
+    *constants, at, _ = inputs
+    constants, carry = constants[:-n_carry], constants[-n_carry:]
+    like = next(x for x in constants if jnp.shape(x) == jnp.shape(carry[0]))
+    start = [x + 0 * like for x in carry]  # laid out as what is added to it
 
     def add(k: Array, carry: Sequence[Array]) -> Sequence[Array]:
-        return _evaluated(jaxpr.jaxpr, jaxpr.consts, [*consts, *carry, *node(length, k)], node)
+        return body([*constants, *carry, *node(len(at), k)])
 
-    like = next(x for x in consts if jnp.shape(x) == jnp.shape(carry[0]))
-    start = [x + 0 * like for x in carry]  # laid out as what is added to it
-    return lax.fori_loop(jnp.int32(0), jnp.int32(length), add, start)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(len(at)), add, start)
 
 
 def _integer_pow(x: Array, y: int) -> Array:
-    power = functools.reduce(operator.mul, [x] * abs(y), jnp.ones_like(x))
+    power = reduce(operator.mul, [x] * abs(y), jnp.ones_like(x))
     return power if y >= 0 else 1 / power
 
 
