@@ -91,8 +91,10 @@ using TabulatedBack = ByPartials<T, TabulatedPartials<T>>;
 template <class T, class Call>
 void with_dual_back(Activation activation, const T* coefficients, const Table& table, const Call& call) {
   switch (activation) {
-#define NT_DIFFERENTIABLE(name) \
-  case Activation::k##name:     \
+#define NT_DIFFERENTIABLE(name)                                                            \
+  case Activation::k##name:                                                                \
+    static_assert(name##Back<T>::kCoefficients == info(Activation::k##name).coefficients); \
+    static_assert(name##Back<T>::kCoefficients <= kMostCoefficients);                      \
     return call(name##Back<T>(coefficients, table));
 #include "table.def"
     default:  // never: see `check_way_back`

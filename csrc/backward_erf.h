@@ -32,27 +32,28 @@ class ErfPartials {
   template <class First, class Second>
   NT_INLINE Partials<T> operator()(V deficit, const First& first, const Second& second, V bar, V factor_bar,
                                    V* coefficients) const {
-    const V one = broadcast(T(1)), two = broadcast(T(2));
+    const V one = broadcast(T(1));
     const A arcs(scale_, deficit, first, second);
     const V turn = if_positive(-arcs.covariance, (arcs.own_arc + arcs.own_arc) - arcs.turn, arcs.turn);
     const V per_leg = arcs.inverse_leg, per_square = per_leg * per_leg, unit = amplitude_ * scale_;
-    const V scaled = scale_ * arcs.covariance;
-    const V h1 = fma(scale_, two * first[A::kHalf], one), h2 = fma(scale_, two * second[A::kHalf], one);
+    const V scaled = scale_ * arcs.covariance, difference = first[A::kHalf] - second[A::kHalf];
+    // h less s K: they nearly agree.
+    const V apart1 = fma(scale_, deficit + difference, one), apart2 = fma(scale_, deficit - difference, one);
     Partials<T> p;
     p.value = amplitude_ * turn;
     p.factor = unit * per_leg;
     const V slope = scale_ * per_square * p.factor;
     p.factor_deficit = -slope * scaled;
-    p.factor_half1 = slope * (scaled - h2);
-    p.factor_half2 = slope * (scaled - h1);
-    const V of_arc1 = gain_of_arc(first) - (h1 - scaled) * per_leg * square(first[A::kInverse]);
-    const V of_arc2 = gain_of_arc(second) - (h2 - scaled) * per_leg * square(second[A::kInverse]);
+    p.factor_half1 = -slope * apart2;
+    p.factor_half2 = -slope * apart1;
+    const V of_arc1 = gain_of_arc(first) - apart1 * per_leg * square(first[A::kInverse]);
+    const V of_arc2 = gain_of_arc(second) - apart2 * per_leg * square(second[A::kInverse]);
     p.value_half1 = unit * of_arc1;
     p.value_half2 = unit * of_arc2;
     // All depends on products of the scale and the covariances.
     coefficients[0] += bar * turn + factor_bar * scale_ * per_leg;
     const V of_value = fma(first[A::kHalf], of_arc1, fma(second[A::kHalf], of_arc2, deficit * per_leg));
-    const V of_factor = first[A::kHalf] * (scaled - h2) + second[A::kHalf] * (scaled - h1) - deficit * scaled;
+    const V of_factor = -(first[A::kHalf] * apart2 + second[A::kHalf] * apart1 + deficit * scaled);
     coefficients[1] += amplitude_ * (bar * of_value + factor_bar * per_leg * fma(scale_ * per_square, of_factor, one));
     return p;
   }

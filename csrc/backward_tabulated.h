@@ -14,8 +14,7 @@ namespace NT_LEVEL {
 //   d/dhalf1 of the deficit after   gain1 - S / (s1 s2) - X1 / var1,
 //   d/dhalf1 of the factor          (dX1/dc / var1 + dS/dc / (s1 s2)) / (s1 s2),
 //   d/ddeficit of the factor        -dS/dc / (s1 s2)^2,
-// with gain1 of half the variance after. What is beyond the terms changes with the deficit alone: in the others a_(k+2)
-// takes away what a_k adds, and the last a_k, for which it is not there, are left out.
+// with gain1 of half the variance after. Of what is beyond the terms the sums are known and their derivatives.
 template <class T>
 class TabulatedPartials {
   using V = Vec<T>;
@@ -37,25 +36,31 @@ class TabulatedPartials {
     dual_.template apply<false, true>(deficit, first, second, p.value, p.factor);
     const Pair pair = dual_.pair(deficit, first, second);
     Sums sums = of_terms(pair, first, second);
-    V bend = sums.bend + sums.last_bend;
-    dual_.add_bend_of_rest(pair, first, second, bend);
-    if (dual_.cusp() != 0) add_cusp(pair, sums, bend);
-    const V inverse1 = first[D::kInverse], inverse2 = second[D::kInverse];
-    const V per_bend = sums.bend * pair.inverse * pair.inverse;
-    p.factor_deficit = -bend * pair.inverse * pair.inverse;
-    p.factor_half1 = fma(sums.slope_up1 * inverse1 * inverse1, pair.inverse, per_bend);
-    p.factor_half2 = fma(sums.slope_up2 * inverse2 * inverse2, pair.inverse, per_bend);
-    p.value_half1 = first[D::kGain] - sums.slope * pair.inverse - sums.up1 * inverse1 * inverse1;
-    p.value_half2 = second[D::kGain] - sums.slope * pair.inverse - sums.up2 * inverse2 * inverse2;
+    if (dual_.cusp() != 0) add_cusp(pair, sums);
+    const V inverse = pair.inverse, inverse1 = first[D::kInverse], inverse2 = second[D::kInverse];
+    const V per_bend = sums.bend * inverse * inverse;
+    p.factor_deficit = -per_bend;
+    p.factor_half1 = fma(sums.slope_up1 * inverse1 * inverse1, inverse, per_bend);
+    p.factor_half2 = fma(sums.slope_up2 * inverse2 * inverse2, inverse, per_bend);
+    p.value_half1 = first[D::kGain] - sums.slope * inverse - sums.up1 * inverse1 * inverse1;
+    p.value_half2 = second[D::kGain] - sums.slope * inverse - sums.up2 * inverse2 * inverse2;
+    for (int parity = 0; parity < 2 && pair.most == dual_.table().terms; ++parity) {
+      const Rest rest = dual_.template rest<true>(parity, first, second, pair.w);
+      if (rest.is_there) add_rest(parity, rest, pair, first, second, p);
+    }
+    // There are none in variances of 0, where some are infinite.
+    for (V* of_first : {&p.value_half1, &p.factor_half1}) *of_first = if_positive(first[D::kHalf], *of_first, V{});
+    for (V* of_second : {&p.value_half2, &p.factor_half2}) *of_second = if_positive(second[D::kHalf], *of_second, V{});
     return p;
   }
 
  private:
   using Pair = typename D::Pair;
+  using Rest = typename D::Rest;
 
-  // S, X1, X2 and their derivatives in c. Of those of S, what the last terms add if there are others beyond.
+  // S, X1, X2 and their derivatives in c, of the terms.
   struct Sums {
-    V slope{}, bend{}, last_bend{}, up1{}, up2{}, slope_up1{}, slope_up2{};
+    V slope{}, bend{}, up1{}, up2{}, slope_up1{}, slope_up2{};
   };
 
   // Of a pair and one term: a_k b_k and the products with sqrt((k + 1) (k + 2)) a_(k+2) and b_(k+2), less those of the
@@ -65,63 +70,53 @@ class TabulatedPartials {
   };
 
   template <class First, class Second>
-  NT_INLINE Products products(const Pair& pair, const First& first, const Second& second, int term,
-                              const typename D::TwoUp& up) const {
+  NT_INLINE Products products(const First& first, const Second& second, int term) const {
+    const auto up = dual_.two_up(term);
     const V a = first[D::kValues + term], b = second[D::kValues + term], lift = broadcast(up.lift);
-    Products p{a * b, lift * first[D::kValues + up.term] * b, lift * second[D::kValues + up.term] * a};
+    const V up1 = lift * first[D::kValues + up.place], up2 = lift * second[D::kValues + up.place];
+    Products p{a * b, up1 * b, up2 * a};
     if (dual_.cusp() == 0) return p;
-    const V cusp = broadcast(dual_.square_of_cusp(term)) * pair.scale, of_cusp = broadcast(up.of_cusp);
-    const V less = broadcast(static_cast<T>(dual_.table().order(term) - 1));
-    p.both -= cusp;
-    p.up1 += fma(of_cusp * first[D::kStd], b, less * cusp);
-    p.up2 += fma(of_cusp * second[D::kStd], a, less * cusp);
+    const V cusp = broadcast(dual_.cusp(term)), less = broadcast(static_cast<T>(dual_.table().order(term) - 1));
+    // What grows with a deviation has no derivative at 0.
+    const V cusp1 = cusp * if_positive(first[D::kHalf], first[D::kStd], V{});
+    const V cusp2 = cusp * if_positive(second[D::kHalf], second[D::kStd], V{});
+    p.both += fma(a, cusp2, cusp1 * b);
+    p.up1 += fma(up1, cusp2, -less * cusp1 * b);
+    p.up2 += fma(up2, cusp1, -less * cusp2 * a);
     return p;
   }
 
   template <class First, class Second>
   NT_INLINE Sums of_terms(const Pair& pair, const First& first, const Second& second) const {
     const Table& table = dual_.table();
-    const V zero{}, c = pair.c, square_c = c * c, step = table.step == 1 ? c : square_c;
-    const V rest = dual_.has_rest(first, second);
+    const V c = pair.c, square_c = c * c, step = table.step == 1 ? c : square_c;
     V power = table.start == 2 ? broadcast(T(1)) : c;  // c^(k - 2)
     Sums sums;                                         // of orders from 2 on, with this power in the place of others
     for (int term = 2; term < pair.most; ++term) {
-      const auto up = dual_.two_up(term);
       const int k = table.order(term);
       const V order = broadcast(static_cast<T>(k)) * power, less = broadcast(static_cast<T>(k - 1));
-      const Products p = products(pair, first, second, term, up);
-      const V inner = up.is_beyond ? if_positive(rest, zero, p.both) : p.both;
-      if (up.is_beyond) {
-        sums.last_bend = fma(p.both - inner, order * less, sums.last_bend);
-      } else {
-        sums.up1 = fma(p.up1, power, sums.up1);
-        sums.up2 = fma(p.up2, power, sums.up2);
-        sums.slope_up1 = fma(p.up1, order, sums.slope_up1);
-        sums.slope_up2 = fma(p.up2, order, sums.slope_up2);
-      }
-      const V slope = inner * order;
+      const Products p = products(first, second, term);
+      const V slope = p.both * order;
       sums.slope += slope;
       sums.bend = fma(slope, less, sums.bend);
+      sums.up1 = fma(p.up1, power, sums.up1);
+      sums.up2 = fma(p.up2, power, sums.up2);
+      sums.slope_up1 = fma(p.up1, order, sums.slope_up1);
+      sums.slope_up2 = fma(p.up2, order, sums.slope_up2);
       power *= step;
     }
-    sums.slope *= c;
-    sums.slope_up1 *= c;
-    sums.slope_up2 *= c;
-    sums.up1 *= square_c;
-    sums.up2 *= square_c;
-    const Products constant = products(pair, first, second, 0, dual_.two_up(0));
-    const Products linear = products(pair, first, second, 1, dual_.two_up(1));
-    sums.slope += dual_.two_up(1).is_beyond ? if_positive(rest, zero, linear.both) : linear.both;
-    sums.slope_up1 += linear.up1;
-    sums.slope_up2 += linear.up2;
-    sums.up1 += fma(c, linear.up1, constant.up1);
-    sums.up2 += fma(c, linear.up2, constant.up2);
+    const Products constant = products(first, second, 0), linear = products(first, second, 1);
+    sums.slope = fma(sums.slope, c, linear.both);
+    sums.slope_up1 = fma(sums.slope_up1, c, linear.up1);
+    sums.slope_up2 = fma(sums.slope_up2, c, linear.up2);
+    sums.up1 = fma(sums.up1, square_c, fma(c, linear.up1, constant.up1));
+    sums.up2 = fma(sums.up2, square_c, fma(c, linear.up2, constant.up2));
     return sums;
   }
 
   // With h |x| the cusp: E f'(u) f'(v) = h^2 2 asin(c) / pi, and var1 E f''(u) f(v) = h^2 2 s1 s2 sin / pi. At zero
   // variance these have no derivatives, nor has the first where the variables are parallel.
-  NT_INLINE void add_cusp(const Pair& pair, Sums& sums, V& bend) const {
+  NT_INLINE void add_cusp(const Pair& pair, Sums& sums) const {
     const V zero{}, one = broadcast(T(1)), w = pair.from_parallel, sine = sqrt(w * (broadcast(T(2)) - w));
     const T size = dual_.cusp() * dual_.cusp() * T(2) / kPi<T>;
     const V scale = broadcast(size) * if_positive(pair.both_vary, pair.scale, zero);
@@ -129,12 +124,38 @@ class TabulatedPartials {
     const V per_sine = if_positive(regular, one / if_positive(regular, sine, one), zero);
     sums.slope += dual_.slope_of_cusp(pair);
     sums.bend = fma(scale, per_sine, sums.bend);
-    bend = fma(scale, per_sine, bend);
     sums.up1 = fma(scale, sine, sums.up1);
     sums.up2 = fma(scale, sine, sums.up2);
     const V slope_up = -scale * pair.c * per_sine;
     sums.slope_up1 += slope_up;
     sums.slope_up2 += slope_up;
+  }
+
+  // What is beyond the terms, with its derivative in the correlation, which half1 changes by 1/(s1 s2) - c/var1 where
+  // the deficit stays; and those of its sums in the variances. Of how it is spread over orders there are none.
+  template <class First, class Second>
+  NT_INLINE void add_rest(int parity, const Rest& rest, const Pair& pair, const First& first, const Second& second,
+                          Partials<T>& p) const {
+    const V zero{}, one = broadcast(T(1)), half = broadcast(T(0.5)), inverse = pair.inverse;
+    const bool with_cusp = parity == 0 && dual_.cusp() != 0;
+    const int root = dual_.root(parity), order = dual_.order(parity), beyond = dual_.beyond_cusp();
+    const V sum_of_slopes = if_positive(pair.both_vary, rest.slopes, zero);
+    const V slope = sum_of_slopes * rest.power, bend = sum_of_slopes * rest.bend;
+    const auto add = [&](const auto& own, const auto& other, V& value_half, V& factor_half) {
+      const V own_inverse = if_positive(pair.both_vary, own[D::kInverse], zero);
+      const V orders = own[order] + other[order], grows = own[root + D::kSlope] * other[root];
+      V both = grows, slopes = half * fma(own[root] * other[root], own[order + D::kSlope], grows * orders);
+      if (with_cusp) {
+        both += fma(own_inverse, other[beyond], own[beyond + D::kSlope] * other[D::kStd]);
+        slopes += fma(own_inverse, other[beyond + 1], own[beyond + 1 + D::kSlope] * other[D::kStd]);
+      }
+      const V per_variance = own_inverse * own_inverse, turn = inverse - pair.c * per_variance;
+      value_half -= fma(slope, turn, both * (one - rest.missing));
+      factor_half += inverse * (fma(bend, turn, slopes * rest.power) - slope * per_variance);
+    };
+    add(first, second, p.value_half1, p.factor_half1);
+    add(second, first, p.value_half2, p.factor_half2);
+    p.factor_deficit = fma(-bend * inverse, inverse, p.factor_deficit);
   }
 
   D dual_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "duals_bounds.h"
+#include "relu_polynomials.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -33,15 +34,24 @@ class ClipGate {
     add_crossings(min(first[kRelative], second[kRelative]), max(first[kRelative], second[kRelative]), w,
                   slope_of_crossing, crossing);
     const V angular = fma(w, slope - half * w * bend, crossing);
-    const V of_product = fma(pair.scale * pair.scale, angular, deficit_of_parallel(pair, first, second));
+    const V is_settled = pair.smaller - broadcast(kSettled * bound_), bound_square = broadcast(bound_ * bound_);
+    const V root = sqrt(w), straight = broadcast(T(-2)) * root;  // of bound |x|, see `_limit`
+    const V of_bend = fma(straight, horner<T>(ReluPolynomials<T>::q, w), broadcast(T(1)));
+    const V limit = fma(pair.scale * w, of_bend, half * pair.difference * pair.difference);
+    const V product = fma(pair.scale * pair.scale, angular, deficit_of_parallel(pair, first, second));
+    const V of_product = if_positive(is_settled, bound_square * limit, product);
     value = deficit_or_covariance<kCovariance>(fma(square, of_product, linear * deficit), first, second);
     if constexpr (kNtk) {
-      const V of_slopes = pair.scale * (slope - w * bend + slope_of_crossing);
+      const V limit_of_slopes = fma(straight, horner<T>(ReluPolynomials<T>::p, w), broadcast(T(1)));
+      const V product_of_slopes = pair.scale * (slope - w * bend + slope_of_crossing);
+      const V of_slopes = if_positive(is_settled, bound_square * limit_of_slopes, product_of_slopes);
       factor = fma(square, if_positive(is_obtuse, -of_slopes, of_slopes), linear);
     }
   }
 
  private:
+  static constexpr T kSettled = std::is_same_v<T, float> ? T(3e3) : T(1e8);
+
   void prepare(T half, T* numbers) const {
     const T std = std::sqrt(half + half);
     const AtBound<T> at(bound_, std);

@@ -25,9 +25,10 @@ class Tabulated {
   static constexpr int kL = kLanes<T>;
 
  public:
-  // Then a_k, of the rest roots and orders, and what is beyond the terms of the products with the cusp.
+  // Then a_k without the cusp; of the rest the roots, the orders, and what is beyond the terms of the products with the
+  // cusp; the derivatives of these in half the variance; and for the last terms what `two_up` is of others.
   enum Number { kHalfAfter, kHalf, kStd, kInverse, kTerms, kGain, kValues };
-  static constexpr int kNumbers = kValues + 6;
+  static constexpr int kNumbers = kValues + 14;
 
   Tabulated(const T* numbers, const Table& table)
       : numbers_(numbers),
@@ -69,7 +70,7 @@ class Tabulated {
 
   V prepare(V half, V* numbers) const {
     std::fill(numbers, numbers + kNumbers + table_.terms, V{});
-    std::vector<T> scratch(table_.columns());
+    std::vector<T> scratch(2 * table_.columns());
     for (int l = 0; l < kL; ++l) {
       const auto put = [&](int k, T number) { numbers[k][l] = number; };
       put(kHalf, half[l]);
@@ -91,19 +92,17 @@ class Tabulated {
     // R of P_(j + 1) x^j, for which (1 - x) R is the sum of p_m (1 - x^m), and its derivative, from the last term to
     // the first. Each pair has as many terms as its samples need; those that another one needs do not change it.
     V suffix = zero, sum = zero, derivative = zero, square = zero;
-    const V std_apart = first[kStd] - second[kStd], square_of_std_apart = std_apart * std_apart;
+    const V std_apart = first[kStd] - second[kStd];
     const auto add_term = [&](int k, auto is_for_all) {
       fetch_ahead(second, kValues + k);
       V both = first[kValues + k] * second[kValues + k], apart = first[kValues + k] - second[kValues + k];
-      if (has_cusp_) both = fma(broadcast(-cusps_[k]), p.scale, both);
+      if (has_cusp_) both = fma(broadcast(cusps_[k]), mixed(first, second, k), both);
       if constexpr (!is_for_all.value) {
         const V is_needed = p.terms - broadcast(T(k));
         both = if_positive(is_needed, both, zero);
         apart = if_positive(is_needed, apart, zero);
-        if (has_cusp_) square = fma(if_positive(is_needed, broadcast(-cusps_[k]), zero), square_of_std_apart, square);
-      } else if (has_cusp_) {
-        square = fma(broadcast(-cusps_[k]), square_of_std_apart, square);
       }
+      if (has_cusp_) square = fma(broadcast(2 * cusps_[k]) * std_apart, apart, square);
       square = fma(apart, apart, square);
       suffix += both;
     };
@@ -130,13 +129,15 @@ class Tabulated {
     slope += linear;
     for (int low = 0; low < 2; ++low) {
       const V apart = first[kValues + low] - second[kValues + low];
-      square = fma(apart, apart, fma(broadcast(-cusps_[low]), square_of_std_apart, square));
+      square = fma(apart, apart, fma(broadcast(2 * cusps_[low]) * std_apart, apart, square));
     }
     after = fma(half, square, after);
-    if (has_cusp_) add_cusp<kNtk>(p, square_of_std_apart, after, slope);
-    if (p.most == table_.terms) {  // these were not enough
-      V bend{};
-      for (int parity = 0; parity < 2; ++parity) add_rest<kNtk, false>(parity, first, second, w, after, slope, bend);
+    if (has_cusp_) add_cusp<kNtk>(p, std_apart, after, slope);
+    for (int parity = 0; parity < 2 && p.most == table_.terms; ++parity) {  // these were not enough
+      const Rest r = rest<false>(parity, first, second, w);
+      if (!r.is_there) continue;
+      after += fma(r.both, r.missing, r.apart);
+      slope = fma(r.slopes, r.power, slope);
     }
     value = deficit_or_covariance<kCovariance>(after, first, second);
     if constexpr (kNtk) factor = slope * p.inverse;
@@ -144,20 +145,18 @@ class Tabulated {
 
   // For derivatives:
 
-  // For a term of order k, sqrt((k + 1) (k + 2)) a_(k+2): `lift` times the value of a term and `of_cusp` times the
-  // deviation, for where that order is left out, the cusp alone has it.
+  // For a term of order k, sqrt((k + 1) (k + 2)) a_(k+2) without the cusp is `lift` times the number of that place
+  // among the values. What the cusp has there is -(k - 1) times what it has at k.
   struct TwoUp {
-    int term;
-    T lift, of_cusp;
-    bool is_beyond;  // the terms
+    int place;
+    T lift;
   };
   TwoUp two_up(int term) const {
     const bool is_low = term < 2 && table_.step == 2;
-    if (is_low && table_.start != term + 2)
-      return {term, T(0), term == 0 ? cusp_ * T(0.7978845608028654) : T(0), false};
+    if (is_low && table_.start != term + 2) return {term, T(0)};  // zero at every variance
     const int up = is_low ? 2 : term + 2 / table_.step;
-    if (up >= table_.terms) return {term, T(0), T(0), true};
-    return {up, lifts_[table_.order(term)], T(0), false};
+    if (up >= table_.terms) return {kLast - kValues + up, T(1)};
+    return {up, lifts_[table_.order(term)]};
   }
 
   // The slope of the cusp times the deviations.
@@ -170,132 +169,40 @@ class Tabulated {
   const Table& table() const { return table_; }
   T cusp() const { return cusp_; }
 
-  // The square of a coefficient of the cusp at a variance of 1.
-  T square_of_cusp(int term) const { return cusps_[term]; }
+  // A coefficient of the cusp at a variance of 1.
+  T cusp(int term) const { return cusps_[term]; }
 
-  // Whether something is beyond the terms of a pair.
+  // The products of a coefficient of either sample with the deviation of the other.
   template <class First, class Second>
-  NT_INLINE V has_rest(const First& first, const Second& second) const {
-    const auto size = [&](const auto& numbers) {
-      const V cusp = numbers[beyond_cusp()];
-      return max(max(numbers[root(0)], numbers[root(1)]), max(cusp, -cusp));
-    };
-    return max(size(first), size(second));
+  static NT_INLINE V mixed(const First& first, const Second& second, int k) {
+    return fma(first[kValues + k], second[kStd], first[kStd] * second[kValues + k]);
   }
 
-  // Adds to the derivative of the slope in the correlation, what is beyond the terms.
-  template <class First, class Second>
-  NT_INLINE void add_bend_of_rest(const Pair& pair, const First& first, const Second& second, V& bend) const {
-    if (pair.most < table_.terms) return;
-    V after{}, slope{};
-    for (int parity = 0; parity < 2; ++parity) add_rest<true, true>(parity, first, second, pair.w, after, slope, bend);
-  }
+  // What is beyond the terms of a pair, of a parity: the sums of (a_k - b_k)^2 / 2, a_k b_k and k a_k b_k; and the
+  // means of 1 - c^k, and of the derivatives of c^k over the mean order.
+  struct Rest {
+    V apart, both, slopes, missing, power, bend;
+    bool is_there;
+  };
 
- private:
-  // Where the root of what is beyond the terms is, of a parity; two after it, its order.
-  int root(int parity) const { return kValues + table_.terms + parity; }
-  // Where `beyond` of a cusp is; after it, `beyond_slope`.
-  int beyond_cusp() const { return kValues + table_.terms + 4; }
-
-  // The numbers of one sample and position, with the variance `var`.
-  template <class Put>
-  void prepare(T var, std::vector<T>& at, const Put& put) const {
-    const T lowest = std::ldexp(T(1), table_.lowest);
-    const int columns = table_.columns(), rows = table_.degree + 1;
-    int exponent = 0;
-    std::frexp(var, &exponent);
-    const int octave = var < lowest ? 0 : exponent - 1 - table_.lowest;
-    if (!(octave < table_.octaves)) {  // or NaN
-      for (int k = 0; k < kNumbers + table_.terms; ++k) put(k, std::numeric_limits<T>::quiet_NaN());
-      put(kTerms, T(1));
-      return;
-    }
-    const T deviation = std::max(std::sqrt(var), kSmallest);
-    const T place = var < lowest ? T(-1) : std::ldexp(var, 2 - exponent) - T(3);  // in the octave, from -1 to 1
-    std::fill(at.begin(), at.end(), T(0));
-    for (int row = rows - 1; row >= 0; --row) {
-      const T* of_row = numbers_ + (int64_t{octave} * rows + row) * columns;
-      for (int k = 0; k < columns; ++k) at[k] = at[k] * place + of_row[k];
-    }
-    const T* after_table = numbers_ + int64_t{table_.octaves} * rows * columns;
-    T* others = at.data() + table_.terms;
-    for (int k = 1; k < 3; ++k) others[k] = std::max(T(0), others[k]);
-    if (var < lowest) extend(after_table + table_.octaves, deviation, std::sqrt(lowest), at.data(), others);
-    put(kHalfAfter, others[0]);
-    put(kStd, deviation);
-    put(kInverse, T(1) / deviation);
-    const T count = after_table[octave], all = static_cast<T>(table_.terms);
-    put(kTerms, count >= T(1) && count <= all ? count : all);
-    for (int parity = 0; parity < 2; ++parity) {
-      put(root(parity), others[1 + parity]);
-      put(root(parity) + 2, std::max(static_cast<T>(table_.order(table_.terms)), others[3 + parity]));
-    }
-    for (int k = 0; k < 2; ++k) put(beyond_cusp() + k, others[5 + k]);
-    for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
-    put(kGain, gain(at.data(), deviation * deviation, others[1] + others[2] + std::abs(others[5]) > T(0)));
-  }
-
-  // The derivative of half the variance after in that before. Of what is beyond the terms nothing is left in it, if
-  // those without a term two orders up are left out too.
-  T gain(const T* at, T var, bool has_rest) const {
-    T sum = cusp_ * cusp_ * var;
-    for (int k = 0; k < table_.terms; ++k) {
-      const TwoUp up = two_up(k);
-      if (has_rest && up.is_beyond) continue;
-      const T order = static_cast<T>(table_.order(k)), of_cusp = cusps_[k] * var;
-      sum += order * (at[k] * at[k] - of_cusp) + (order - T(1)) * of_cusp;
-      sum += at[k] * (up.lift * at[up.term] + up.of_cusp * std::sqrt(var));
-    }
-    return sum / var;
-  }
-
-  // From the deviation where the first octave begins to one below it.
-  void extend(const T* at_zero_and_exponents, T deviation, T lowest, T* at, T* others) const {
-    const T at_zero = at_zero_and_exponents[0], ratio = deviation / lowest, var = deviation * deviation;
-    const T* exponents = at_zero_and_exponents + 1;
-    T square = cusp_ * cusp_ * var;
-    for (int k = 0; k < table_.terms; ++k) {
-      const T constant = k == 0 ? at_zero : T(0);
-      at[k] = constant + (at[k] - constant) * std::pow(ratio, exponents[k]);
-      square += at[k] * at[k] - cusps_[k] * var;
-    }
-    for (int k = 1; k < 3; ++k) {
-      others[k] *= ratio;  // only kinks at 0 leave a rest there
-      square += others[k] * others[k];
-    }
-    for (int k = 5; k < 7; ++k) others[k] *= ratio * ratio;
-    others[0] = T(0.5) * (square + T(2) * deviation * others[5]);
-  }
-
-  // Adds the closed form of the cusp.
-  template <bool kNtk>
-  NT_INLINE void add_cusp(const Pair& pair, V square_of_std_apart, V& after, V& slope) const {
-    const V half = broadcast(T(0.5)), two = broadcast(T(2)), square = broadcast(cusp_ * cusp_), w = pair.from_parallel;
-    const V bent = w - two * w * sqrt(w) * horner<T>(ReluPolynomials<T>::q, w);
-    after = fma(square, fma(pair.scale, bent, half * square_of_std_apart), after);
-    if constexpr (kNtk) slope += slope_of_cusp(pair);
-  }
-
-  // Adds what is beyond the terms: of functions with kinks, or of large variances. `bend` is the derivative of the
-  // slope in the correlation.
-  template <bool kNtk, bool kBend, class First, class Second>
-  NT_INLINE void add_rest(int parity, const First& first, const Second& second, V w, V& after, V& slope,
-                          V& bend) const {
+  template <bool kBend, class First, class Second>
+  NT_INLINE Rest rest(int parity, const First& first, const Second& second, V w) const {
     const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
     const V root1 = first[root(parity)], root2 = second[root(parity)], apart = root1 - root2;
-    V both = root1 * root2, slopes = half * both * (first[root(parity) + 2] + second[root(parity) + 2]);
-    V square = half * apart * apart;
+    Rest r;
+    r.both = root1 * root2;
+    r.slopes = half * r.both * (first[order(parity)] + second[order(parity)]);
+    r.apart = half * apart * apart;
+    r.is_there = (parity == 0 && has_cusp_) || any_positive(max(root1, root2));
+    if (!r.is_there) return r;
     if (parity == 0 && has_cusp_) {
-      const int beyond = beyond_cusp();
       const auto with_cusp = [&](int k) { return first[kStd] * second[k] + first[k] * second[kStd]; };
-      both += with_cusp(beyond);
-      slopes += with_cusp(beyond + 1);
-      square = fma(first[kStd] - second[kStd], first[beyond] - second[beyond], square);
-    } else if (!any_positive(max(root1, root2))) {
-      return;
+      r.both += with_cusp(beyond_cusp());
+      r.slopes += with_cusp(beyond_cusp() + 1);
+      r.apart = fma(first[kStd] - second[kStd], first[beyond_cusp()] - second[beyond_cusp()], r.apart);
     }
     const V is_negative = w - one;
-    const V quotient = slopes / if_positive(max(both, -both), both, one);
+    const V quotient = r.slopes / if_positive(max(r.both, -r.both), r.both, one);
     const V mean_order = max(broadcast(static_cast<T>(table_.order(table_.terms))), quotient);
     // Uncorrelated pairs have no rest.
     const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
@@ -310,19 +217,130 @@ class Tabulated {
       orders[k] = exp_pair<T>(broadcast(static_cast<T>(-kRest[k][0])) * spread).exp;
       mean = fma(broadcast(static_cast<T>(kRest[k][1])), orders[k], mean);
     }
-    V complement{}, power{}, bent{};  // the mean of 1 - |c|^order, and of the derivatives of |c|^order
+    V complement{}, power{}, bend{};
     for (int k = 0; k < kNodes; ++k) {
-      const V order = mean_order / mean * orders[k], share = broadcast(static_cast<T>(kRest[k][1]));
+      const V relative = orders[k] / mean, order = mean_order * relative;
+      const V share = broadcast(static_cast<T>(kRest[k][1])), less = order - one;
       complement = fma(-share, exp_pair<T>(order * log).expm1, complement);
-      if constexpr (kNtk) power = fma(share * order, exp_pair<T>((order - one) * log).exp, power);
-      if constexpr (kBend) bent = fma(share * order * (order - one), exp_pair<T>((order - two) * log).exp, bent);
+      power = fma(share * relative, exp_pair<T>(less * log).exp, power);
+      if constexpr (kBend) bend = fma(share * relative * less, exp_pair<T>(max(less - one, V{}) * log).exp, bend);
     }
     const bool odd = parity == 1;
-    const V mirrored = odd ? two - complement : complement;
-    after = fma(both, if_positive(is_negative, mirrored, complement), after + square);
-    const V per_order = slopes / mean_order;
-    if constexpr (kNtk) slope = fma(per_order, odd ? power : if_positive(is_negative, -power, power), slope);
-    if constexpr (kBend) bend = fma(per_order, odd ? if_positive(is_negative, -bent, bent) : bent, bend);
+    r.missing = odd ? if_positive(is_negative, two - complement, complement) : complement;
+    r.power = odd ? power : if_positive(is_negative, -power, power);
+    r.bend = odd ? if_positive(is_negative, -bend, bend) : bend;
+    return r;
+  }
+
+  // Where the root of what is beyond the terms is, of a parity, and its mean order.
+  int root(int parity) const { return kValues + table_.terms + parity; }
+  int order(int parity) const { return root(parity) + 2; }
+  // Where `beyond` of a cusp is; after it, `beyond_slope`.
+  int beyond_cusp() const { return kValues + table_.terms + 4; }
+  // So much after each of these is its derivative.
+  static constexpr int kSlope = 6;
+
+ private:
+  static constexpr int kLast = kValues + 2 * kSlope;  // and the terms: where `two_up` of the last ones begins
+
+  // The numbers of one sample and position, with the variance `var`.
+  template <class Put>
+  void prepare(T var, std::vector<T>& scratch, const Put& put) const {
+    const T lowest = std::ldexp(T(1), table_.lowest);
+    const int columns = table_.columns(), rows = table_.degree + 1;
+    int exponent = 0;
+    std::frexp(var, &exponent);
+    const int octave = var < lowest ? 0 : exponent - 1 - table_.lowest;
+    if (!(octave < table_.octaves)) {  // or NaN
+      for (int k = 0; k < kNumbers + table_.terms; ++k) put(k, std::numeric_limits<T>::quiet_NaN());
+      put(kTerms, T(1));
+      return;
+    }
+    const T deviation = std::max(std::sqrt(var), kSmallest);
+    const T place = var < lowest ? T(-1) : std::ldexp(var, 2 - exponent) - T(3);  // in the octave, from -1 to 1
+    T *at = scratch.data(), *slopes = at + columns;  // the latter of the last terms and of what is after them
+    std::fill(at, slopes + columns, T(0));
+    for (int row = rows - 1; row >= 0; --row) {
+      const T* of_row = numbers_ + (int64_t{octave} * rows + row) * columns;
+      for (int k = table_.terms - 2; k < columns; ++k) slopes[k] = slopes[k] * place + at[k];
+      for (int k = 0; k < columns; ++k) at[k] = at[k] * place + of_row[k];
+    }
+    for (int k = table_.terms - 2; k < columns; ++k) slopes[k] *= std::ldexp(T(1), 3 - exponent);
+    const T* after_table = numbers_ + int64_t{table_.octaves} * rows * columns;
+    if (var < lowest) extend(after_table + table_.octaves, deviation, std::sqrt(lowest), at, slopes);
+    const T* half_after = at + table_.terms;
+    put(kHalfAfter, *half_after);
+    put(kStd, deviation);
+    put(kInverse, T(1) / deviation);
+    const T count = after_table[octave], all = static_cast<T>(table_.terms);
+    put(kTerms, count >= T(1) && count <= all ? count : all);
+    for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
+    T rest[kSlope], rest_slopes[kSlope];
+    for (int k = 0; k < kSlope; ++k) {
+      const T least = k < 2 ? T(0) : k < 4 ? static_cast<T>(table_.order(table_.terms)) : half_after[1 + k];
+      const bool is_less = half_after[1 + k] < least;
+      rest[k] = is_less ? least : half_after[1 + k];
+      rest_slopes[k] = is_less ? T(0) : slopes[table_.terms + 1 + k];
+      put(root(0) + k, rest[k]);
+      put(root(0) + k + kSlope, rest_slopes[k]);
+    }
+    // The derivatives of coefficients say what is two orders up.
+    const T variance = deviation * deviation;
+    T last[2];
+    for (int k = 0; k < 2 / table_.step; ++k) {
+      const int term = table_.terms - 2 / table_.step + k;
+      const T own = static_cast<T>(table_.order(term)) * at[term], up = variance * slopes[term] - own;
+      const T noise = kNoiseOfSlopes * (std::abs(at[term]) + std::abs(own));
+      last[k] = std::abs(up) > noise ? up : T(0);
+      put(kLast + table_.terms + k, last[k]);
+    }
+    T of_rest = rest[4] / deviation + deviation * rest_slopes[4];
+    for (int parity = 0; parity < 2; ++parity) of_rest += rest[parity] * rest_slopes[parity];
+    put(kGain, gain(at, last, deviation) + of_rest);
+  }
+
+  // The derivative of half the variance after in that before, without what is beyond the terms.
+  T gain(const T* at, const T* last, T std) const {
+    const T var = std * std;
+    T sum = cusp_ * cusp_ * var;
+    for (int k = 0; k < table_.terms; ++k) {
+      const TwoUp up = two_up(k);
+      const T order = static_cast<T>(table_.order(k)), of_cusp = cusps_[k] * std;
+      const T raised = up.place < table_.terms ? at[up.place] : last[up.place - (kLast - kValues + table_.terms)];
+      sum += order * at[k] * (at[k] + 2 * of_cusp) - (order - T(1)) * of_cusp * at[k];
+      sum += up.lift * raised * (at[k] + of_cusp);
+    }
+    return sum / var;
+  }
+
+  // From the deviation where the first octave begins to one below it: all are powers of it, but for the function at 0.
+  void extend(const T* at_zero_and_exponents, T deviation, T lowest, T* at, T* slopes) const {
+    const T at_zero = at_zero_and_exponents[0], ratio = deviation / lowest, var = deviation * deviation;
+    T square = cusp_ * cusp_ * var;
+    const auto extend_one = [&](int k, T constant, T exponent) {
+      const T grows = (at[k] - constant) * std::pow(ratio, exponent);
+      at[k] = constant + grows;
+      slopes[k] = grows * exponent / var;
+    };
+    for (int k = 0; k < table_.terms; ++k) {
+      extend_one(k, k == 0 ? at_zero : T(0), at_zero_and_exponents[1 + k]);
+      square += at[k] * (at[k] + 2 * cusps_[k] * deviation);
+    }
+    T* rest = at + table_.terms + 1;
+    for (int k = 0; k < kSlope; ++k) {  // only kinks at 0 leave a rest there; orders stay
+      extend_one(table_.terms + 1 + k, T(0), k < 2 ? T(1) : k < 4 ? T(0) : T(2));
+    }
+    for (int k = 0; k < 2; ++k) square += std::max(rest[k], T(0)) * rest[k];
+    at[table_.terms] = T(0.5) * (square + T(2) * deviation * rest[4]);
+  }
+
+  // Adds the closed form of the cusp.
+  template <bool kNtk>
+  NT_INLINE void add_cusp(const Pair& pair, V std_apart, V& after, V& slope) const {
+    const V half = broadcast(T(0.5)), two = broadcast(T(2)), square = broadcast(cusp_ * cusp_), w = pair.from_parallel;
+    const V bent = w - two * w * sqrt(w) * horner<T>(ReluPolynomials<T>::q, w);
+    after = fma(square, fma(pair.scale, bent, half * std_apart * std_apart), after);
+    if constexpr (kNtk) slope += slope_of_cusp(pair);
   }
 
   // As in numerical.py: log v^3 at nodes of Gauss-Legendre quadrature on [0, 1], and 3 v^2 times their weights.
@@ -344,11 +362,14 @@ class Tabulated {
     }
   };
 
+  // What rounding leaves of the derivatives of polynomials, relative to their values.
+  static constexpr T kNoiseOfSlopes = sizeof(T) == sizeof(float) ? T(4e-6) : T(1e-10);
+
   // In the place of deviations of zero: the factor divides by them.
   static constexpr T kSmallest = sizeof(T) == sizeof(float) ? T(0x1p-55) : T(0x1p-500);
 
   const T* numbers_;
-  const T* cusps_;  // the squares of the coefficients of the cusp, at a variance of 1
+  const T* cusps_;  // the coefficients of the cusp, at a variance of 1
   T cusp_;
   bool has_cusp_;
   Table table_;

@@ -76,7 +76,7 @@ inline constexpr bool is_differentiable(Activation activation) {
 // The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
 // octave and power, the columns; then for each octave, how many terms count; then the value of the function at 0, and
 // for each term the power of the deviation that it is in proportion to below the first octave; then the cusp
-// and, for each term, the square of its coefficient.
+// and, for each term, its coefficient at a variance of 1.
 struct Table {
   static constexpr int kMostTerms = 1 << 10;
 

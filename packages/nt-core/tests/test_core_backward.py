@@ -144,18 +144,73 @@ NONLINEARITIES = {
 }
 
 
+def nonlinear(dual, pools=True):
+    """Before a pool and a convolution, or Flatten; as deficits and as covariances. Black pixels have no variance."""
+    dual = steps.Dual(dual)
+    between = [pool((2, 2), (1, 1)), conv()] if pools else [conv(b_var=None)]
+    end = [steps.GlobalPool(MEAN) if pools else steps.Flatten(), dense(), dual]
+    return lambda spec: chain(spec, [conv(b_var=None), dual, *between, dual, *end])
+
+
 @pytest.mark.parametrize("name", NONLINEARITIES)
 @pytest.mark.parametrize("pools", [True, False])
 def test_nonlinearities_against_finite_differences(name, pools, x64):
-    """Before pools, convolutions and Flatten, as deficits and as covariances."""
-    dual = steps.Dual(NONLINEARITIES[name])
-    between = [pool((2, 2), (1, 1)), conv()] if pools else [conv(b_var=None)]
-    end = [steps.GlobalPool(MEAN) if pools else steps.Flatten(), dense(), dual]
     x1, x2 = inputs((4, 3), 3, 2, "float64")
-    program = chain(spec_of(x1, x2), [conv(), dual, *between, dual, *end])
+    program = nonlinear(NONLINEARITIES[name], pools)(spec_of(x1, x2))
     source = Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
     assert not CpuBackend().derivatives(program, (source,), NTK).startswith("by xla")
     check_direction(*kernels_of(program, x1, x2))
+
+
+# What is beyond the terms changes with the variances as the tables say, but for how it is spread over orders.
+RESTS = {
+    "selu": (activations.ElementwiseNumerical(jax.nn.selu, None, 150), 1e-5),
+    "few terms": (activations.ElementwiseNumerical(jax.nn.selu, None, 15), 1e-3),
+    "elu": (activations.ElementwiseNumerical(jax.nn.elu, None, 150), 1e-5),
+    "two terms": (activations.ElementwiseNumerical(lambda x: jnp.where(x > 0, x, 0.5 * jnp.expm1(x)), None, 1), 5e-2),
+    "large variance": (activations.ElementwiseNumerical(lambda x: jnp.tanh(8 * x), None, 50), 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", RESTS)
+@pytest.mark.parametrize("ratio", [None, 2.0, 1.0, -1.0, -0.5])
+def test_derivatives_of_what_is_beyond_the_terms(name, ratio, x64):
+    """Of parallel inputs too, when their lengths change: there it counts most."""
+    dual, tolerance = RESTS[name]
+    x1, x2 = inputs((3, 2), 2, 2, "float64")
+    x2 = x2 if ratio is None else ratio * x1
+    kernels, (program, *_) = kernels_of(nonlinear(dual)(spec_of(x1, x2)), x1, x2)
+
+    def total(scale):
+        return sum(jnp.sum(x) for k in kernels(program, scale * x1, jnp.asarray(x2)) for x in k[:2])
+
+    step = 1e-4
+    expected = (total(1 + step) - total(1 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(total)(1.0), expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["relu", *NONLINEARITIES, *RESTS])
+@pytest.mark.parametrize("kind", ["zeros", "equal", "opposite"])
+def test_nonlinearities_of_degenerate_inputs(name, kind):
+    """In single precision as in double, and finite."""
+    dual, tolerance = RESTS.get(name, (NONLINEARITIES.get(name, RELU.activation), 1e-6))
+    x1, x2 = inputs((3, 2), 2, 2, "float64")
+    x1[0] = 0 if kind == "zeros" else x1[0]
+    x2 = {"zeros": x2, "equal": x1, "opposite": -x1}[kind]
+
+    def gradients(dtype):
+        def total(*x):
+            kernel = run(nonlinear(dual)(spec_of(x1, x2)), *x, NTK, "cpu")
+            return jnp.sum(kernel.nngp) + jnp.sum(kernel.ntk)
+
+        return jax.grad(total, (0, 1))(*(jnp.asarray(x, dtype) for x in (x1, x2)))
+
+    found = gradients("float32")
+    with jax.enable_x64(True):
+        expected = gradients("float64")
+    for x, y in zip(found, expected, strict=True):
+        assert np.all(np.isfinite(x)) and np.all(np.isfinite(y))
+        np.testing.assert_allclose(x, y, rtol=0, atol=min(20 * tolerance, 0.05) * np.abs(y).max())
 
 
 @pytest.mark.sample(10)

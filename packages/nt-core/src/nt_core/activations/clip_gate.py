@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from nt_core.activations.arcs import one_minus_correlation, safe_sqrt
+from nt_core.activations.arcs import arccos_polynomials, horner, one_minus_correlation, safe_sqrt
 from nt_core.activations.base import Activation, Scalar, activation, cast
 from nt_core.activations.bounds import (
     Parallel,
@@ -28,6 +28,10 @@ from nt_core.activations.bounds import (
     second_moment,
     second_moment_beyond,
 )
+
+# Where both standard deviations are so many times the bound, the function is `bound |x|`: that is less wrong than what
+# rounding leaves of the integrals.
+_SETTLED = {"float32": 3e3, "float64": 1e8}
 
 
 @activation
@@ -56,8 +60,9 @@ class ClipGate(Activation):
     def variance(self, var):
         a, bound, c = (cast(x, var) for x in (self.a, self.bound, self.c))
         at = relative(bound, safe_sqrt(var))
-        square = 2 * var * var * (fourth_moment(at) + at * at * second_moment_beyond(at))
-        return c * c * var + a * a * square
+        bounded = safe_sqrt(var) * at  # squared after the product, which may be as large as the variance
+        square = 2 * (var * fourth_moment(at) + bounded * bounded * second_moment_beyond(at))
+        return var * (c * c + a * a * square)
 
     def dual(self, var1, var2, deficit):
         a, bound, c = (cast(x, deficit) for x in (self.a, self.bound, self.c))
@@ -71,11 +76,22 @@ class ClipGate(Activation):
         square = _deficit_of_parallel(inner, outer, parallel)
         square = square + scale * scale * (w * (slope - 0.5 * w * bend) + crossing.deficit)
         factor = scale * (slope - w * bend + crossing.slope)
+        is_settled = parallel.smaller > _SETTLED[deficit.dtype.name] * bound
+        limit, limit_of_factor = _limit(parallel, scale, w)
+        square = jnp.where(is_settled, bound * bound * limit, square)
+        factor = jnp.where(is_settled, bound * bound * limit_of_factor, factor)
         return c * c * deficit + a * a * square, c * c + a * a * jnp.where(is_obtuse, -factor, factor)
 
 
 # The functions below are of the product, `f(x) = x min(max(x, -bound), bound)`. The bound is at `inner` units of the
 # larger standard deviation `t`, and `outer` of the smaller one `s`.
+
+
+def _limit(parallel: Parallel, scale: Array, w: Array) -> tuple[Array, Array]:
+    """The deficit and the factor of `|x|`, for a correlation of `1 - w` that is not negative."""
+    p, q = arccos_polynomials(w.dtype)
+    root = safe_sqrt(w)
+    return 0.5 * parallel.difference**2 + scale * w * (1 - 2 * root * horner(q, w)), 1 - 2 * root * horner(p, w)
 
 
 class _Crossing(NamedTuple):

@@ -170,8 +170,8 @@ class HermiteCoefficients(NamedTuple):
     """Of a function at some variances.
 
     Attributes:
-      values: its Hermite coefficients, `(terms, *shape)`.
-      slopes: those of its derivative.
+      values: its Hermite coefficients, `(terms, *shape)`, without those of its cusp.
+      slopes: those of its derivative, without those of the cusp's.
       rest: of its even part, and of its odd part.
       mean_square: of the function.
       slope_square: the mean square of its derivative, times the variance.
@@ -206,14 +206,13 @@ def hermite_coefficients(
     others = _without_cusp(xp, quadrature, var, values - size_here, slopes - sign)
     orders = np.arange(len(others.values), dtype=values.dtype).reshape(-1, *[1] * var.ndim)
     coefficients = cusp * xp.asarray(absolute_value_coefficients(len(orders)), values.dtype).reshape(orders.shape)
-    slope_coefficients = xp.concatenate([np.sqrt(orders[1:]) * coefficients[1:], xp.zeros_like(coefficients[:1])])
     # The means of products of both, and of their derivatives.
     both = xp.tensordot(quadrature.weights, (values - size_here) * size, 1)
     both_slopes = std * xp.tensordot(quadrature.weights, (slopes - sign) * sign, 1)
     products = others.values * coefficients
     return HermiteCoefficients(
-        others.values + coefficients * std[None],
-        others.slopes + slope_coefficients,
+        others.values,
+        others.slopes,
         others.rest,
         others.mean_square + 2 * std * both + cusp**2 * var,
         others.slope_square + 2 * std * both_slopes + cusp**2 * var,
@@ -298,22 +297,23 @@ def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Ar
 
     Both are less the terms of the cusp.
     """
-    c, squares, slope_squares = 1 - w, None, None
-    if first.cusp and second.cusp:
-        squares = first.cusp.coefficients**2
-        slope_squares = jnp.append(jnp.arange(1, len(squares), dtype=w.dtype) * squares[1:], 0)
-        scale, apart = first.cusp.std * second.cusp.std, (first.cusp.std - second.cusp.std) ** 2
+    c, of_cusp, of_cusp_slope = 1 - w, None, None
+    std1, std2 = (0, 0) if first.cusp is None or second.cusp is None else (first.cusp.std, second.cusp.std)
+    if first.cusp is not None:
+        of_cusp = first.cusp.coefficients
+        of_cusp_slope = jnp.append(np.sqrt(np.arange(1, len(of_cusp), dtype=w.dtype)) * of_cusp[1:], 0)
 
     def add(sums: Sums, terms: Any) -> tuple[Sums, None]:
-        a, b, slope_a, slope_b, cusp, slope_cusp = terms
+        a, b, slope_a, slope_b, cusp, cusp_slope = terms
         square, both, slopes = (a - b) ** 2, a * b, slope_a * slope_b
-        if cusp is not None:
-            square, both, slopes = square - cusp * apart, both - cusp * scale, slopes - slope_cusp
+        if cusp is not None:  # the products with it
+            square, both = square + 2 * cusp * (std1 - std2) * (a - b), both + cusp * (a * std2 + std1 * b)
+            slopes = slopes + cusp_slope * (slope_a + slope_b)
         return sums.plus(square, both, slopes).then(c, w), None
 
     # Carries pass through memory once in a turn: with few terms in it, that takes longer than the terms.
     zero = jnp.zeros_like(w)
-    terms = (first.values, second.values, first.slopes, second.slopes, squares, slope_squares)
+    terms = (first.values, second.values, first.slopes, second.slopes, of_cusp, of_cusp_slope)
     sums, _ = lax.scan(add, Sums(jnp.ones_like(w), zero, zero, zero), terms, unroll=20)
     return sums.value, sums.factor
 
@@ -435,7 +435,7 @@ def cusp_at_zero(activation: ElementwiseNumerical) -> Any:
     try:
         return _known_cusp(activation)
     except TracedFunction:
-        return _half_of_jump(jnp, derivative_of(activation)(jnp.asarray(_NEAR_ZERO)))
+        return _half_of_jump(jnp, _evaluate(derivative_of(activation), jnp.asarray(_NEAR_ZERO, float)))
 
 
 @lru_cache

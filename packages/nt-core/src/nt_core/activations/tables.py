@@ -35,11 +35,11 @@ class CoefficientTable(NamedTuple):
     """What csrc/duals_tabulated.h reads.
 
     Attributes:
-      numbers: for each octave and power the columns, which are the coefficients, half the mean square of the function,
-        of the even and the odd part of what is beyond the terms the roots and the orders, and `beyond` and
-        `beyond_slope` of a `Cusp`; then for each octave how many terms count; then the function at 0, and for each
-        coefficient the power of the deviation that it (without that value) is in proportion to below the first octave;
-        then the cusp, 0 without one, and the squares of its coefficients at a variance of 1.
+      numbers: for each octave and power the columns, which are the coefficients without those of a cusp, half the mean
+        square of the function, of the even and the odd part of what is beyond the terms the roots and the orders, and
+        `beyond` and `beyond_slope` of a `Cusp`; then for each octave how many terms count; then the function at 0, and
+        for each coefficient the power of the deviation that it (without that value) is in proportion to below the first
+        octave; then the cusp, 0 without one, and its coefficients at a variance of 1.
       terms: how many coefficients there are, of the orders 0, 1, start, start + step and so on: of most functions, the
         even or the odd part is linear.
       start: 2 or 3.
@@ -61,10 +61,15 @@ class CoefficientTable(NamedTuple):
     def cusp(self) -> float:
         return float(self.numbers[-self.terms - 1])
 
+    @property
+    def coefficients_of_cusp(self) -> np.ndarray:
+        return self.numbers[-self.terms :]
+
     def coefficients(self, variances: Array) -> Array:
         """Returns what `prepare` in csrc/duals_tabulated.h computes for some variances, `(terms + 6, *shape)`.
 
-        The coefficients, then of the rest the roots and the orders, then `beyond` and `beyond_slope` of the cusp.
+        The coefficients without the cusp's, then of the rest the roots and the orders, then `beyond` and `beyond_slope`
+        of the cusp.
         """
         n_powers, n_columns = self.degree + 1, self.terms + 7
         powers = self.numbers[: self._end_of_polynomials].reshape(self.octaves, n_powers, n_columns)
@@ -134,7 +139,7 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     counts = counts.reshape(octaves, degree + 1).max(1)
     exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
     cusp = cusp_at_zero(activation) or 0.0
-    cusps = (cusp * absolute_value_coefficients(terms)[orders]) ** 2
+    cusps = cusp * absolute_value_coefficients(terms)[orders]
     numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents, [cusp], cusps])
     start, step = (orders[2], orders[3] - orders[2]) if len(orders) > 3 else (2, 1)
     return CoefficientTable(numbers, len(orders), int(start), int(step), degree, lowest, octaves)
@@ -155,16 +160,19 @@ def _columns(
     even, odd = of.rest
     cusp = of.cusp or no_cusp(variances, terms)
     of_cusp = cusp.coefficients[:, None] * cusp.std
-    kept = _orders_that_are_there(of.values - of_cusp, of.mean_square)
+    kept = _orders_that_are_there(of.values, of.mean_square)
     orders = kept[:, None]
     # With the closed form of the cusp, what is left of the terms is to be added.
-    squares = np.abs(of.values**2 - of_cusp**2)[kept]
+    squares = np.abs(of.values * (of.values + 2 * of_cusp))[kept]
     rest = even.root**2 + odd.root**2 + np.abs(2 * cusp.std * cusp.beyond)
     counts = _terms_that_count(squares, rest, of.mean_square, tolerance)
     rest = even.root**2 * even.order + odd.root**2 * odd.order + np.abs(2 * cusp.std * cusp.beyond_slope)
     counts_of_slope = _terms_that_count(orders * squares, rest, of.slope_square, tolerance)
-    columns = [*of.values[kept], 0.5 * of.mean_square, even.root, odd.root, even.order, odd.order]
-    columns = [*columns, cusp.beyond, cusp.beyond_slope]
+    values = of.values[kept]
+    values = np.where(_is_noise(values, of.mean_square)[:, None], 0, values)
+    columns = [*values, 0.5 * of.mean_square, even.root, odd.root, even.order, odd.order]
+    noise = _NOISE * np.sqrt(of.mean_square)
+    columns += [np.where(np.abs(x) > noise, x, 0) for x in (cusp.beyond, cusp.beyond_slope)]
     return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
 
 
@@ -189,11 +197,16 @@ def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float,
 
 def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
     """Returns the orders of terms: all, or beyond the linear one the even or the odd ones, if the others are noise."""
-    is_noise = np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=1)
+    is_noise = _is_noise(a, mean_square)
     for start in (2, 3):
         if len(a) > start + 2 and is_noise[5 - start :: 2].all():
             return np.array([0, 1, *range(start, len(a), 2)])
     return np.arange(len(a))
+
+
+def _is_noise(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+    """Which coefficients are zero at every variance."""
+    return np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=1)
 
 
 def _exponents(powers: np.ndarray, at_zero: np.ndarray, orders: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nt_core.activations.arcs import horner
 from nt_core.activations.polynomials import ERFC_FLOAT32, P_FLOAT32, Q_FLOAT32
@@ -54,7 +53,9 @@ def inlined(fn: Callable[..., Any], *args: Any, node: Callable[[int, Array], Seq
     return jax.tree.unflatten(jax.tree.structure(shape), _evaluated(jaxpr.jaxpr, jaxpr.consts, leaves, node))
 
 
-def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], node: Any) -> Sequence[Any]:
+def _evaluated(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], node: Any) -> Sequence[Any]:
+    from jax.extend.core import ClosedJaxpr, Literal  # it imports Pallas, which plans need not
+
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(x: Any) -> Any:

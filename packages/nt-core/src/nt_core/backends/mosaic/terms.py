@@ -54,8 +54,10 @@ class Terms:
 
     def numbers(self, variances: Array) -> Array:
         """Returns the numbers for some variances, `(numbers, *shape)`."""
-        found = self._table.coefficients(jnp.maximum(variances, _LEAST_VARIANCE))
-        values, rest = jnp.split(found, [self._table.terms])
+        variances = jnp.maximum(variances, _LEAST_VARIANCE)
+        values, rest = jnp.split(self._table.coefficients(variances), [self._table.terms])
+        of_cusp = jnp.asarray(self._table.coefficients_of_cusp, variances.dtype)
+        values = values + jnp.multiply.outer(of_cusp, jnp.sqrt(variances))
         absent = jnp.zeros((self._rest - self._table.terms, *variances.shape), variances.dtype)
         return jnp.concatenate([values, absent, rest])
 
