@@ -189,7 +189,7 @@ def test_derivatives_of_what_is_beyond_the_terms(name, ratio, x64):
     np.testing.assert_allclose(jax.grad(total)(1.0), expected, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["relu", *NONLINEARITIES, *RESTS])
+@pytest.mark.parametrize("name", ["relu", *NONLINEARITIES, "selu", "few terms", "elu", "large variance"])
 @pytest.mark.parametrize("kind", ["zeros", "equal", "opposite"])
 def test_nonlinearities_of_degenerate_inputs(name, kind):
     """In single precision as in double, and finite."""
