@@ -87,8 +87,8 @@ struct Table {
 
   // The terms, half the variance after, of the rest of the even and of the odd part the roots and the orders, and what
   // is beyond the terms of the products with the cusp.
-  int columns() const { return terms + 7; }
-  int64_t size() const {
+  constexpr int columns() const { return terms + 7; }
+  constexpr int64_t size() const {
     return terms == 0 ? 0 : int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + 2 * (int64_t{terms} + 1);
   }
 };

@@ -28,7 +28,8 @@ struct Network {
   std::vector<int> outputs = {};  // besides the last value
 };
 
-constexpr int kCoefficients = 5 + 233;
+constexpr nt::Table kTable{4, 2, 1, 1, -4, 12};
+constexpr int kCoefficients = 5 + static_cast<int>(kTable.size());
 
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
 
@@ -57,7 +58,8 @@ std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, i
 // With 4 terms in polynomials of degree 1, for 12 octaves.
 // Of the orders 0, 1, start, start + step.
 std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input, int64_t start, int64_t step) {
-  return join({dual(nt::Activation::kTabulated, needs, s, input), {4, start, step, 1, -4, 12}});
+  return join({dual(nt::Activation::kTabulated, needs, s, input),
+               {kTable.terms, start, step, kTable.degree, kTable.lowest, kTable.octaves}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);
