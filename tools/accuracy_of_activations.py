@@ -1,13 +1,13 @@
 """Prints the table of docs/numerics.md of activations that are known by their Hermite coefficients, and of hard SiLU.
 
-    .venv/bin/python tools/accuracy_of_activations.py [NAME ...]
+    .venv/bin/python tools/accuracy_of_activations.py [--variances Q ... --] [NAME ...]
 
 The largest errors of the kernels after one layer, NNGP and NTK, relative to those of parallel inputs: for inputs of
 variance q, and others of q or 1.5 q, at correlations from -1 to 1 - 1e-7, and parallel. Expectations are integrals by
 quadrature in double precision, cut where functions are not smooth.
 """
 
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +88,18 @@ def errors(name, var, ratio, dtype):
 
 def main():
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FUNCTIONS)}; all by default")
+    parser.add_argument("--variances", nargs="+", type=float, default=VARIANCES)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(FUNCTIONS):
+        parser.error(f"no activation {', '.join(sorted(unknown))}; there are {', '.join(FUNCTIONS)}")
     jax.config.update("jax_enable_x64", True)
-    print(
-        "| | precision |" + "".join(f" q = {var:g} |" for var in VARIANCES) + "\n" + "|---" * (2 + len(VARIANCES)) + "|"
-    )
-    for name in sys.argv[1:] or FUNCTIONS:
+    heads = "".join(f" q = {var:g} |" for var in arguments.variances)
+    print(f"| | precision |{heads}\n" + "|---" * (2 + len(arguments.variances)) + "|")
+    for name in arguments.names or FUNCTIONS:
         for dtype in ("float32", "float64"):
-            worst = [np.max([errors(name, var, ratio, dtype) for ratio in (1, 1.5)], 0) for var in VARIANCES]
+            worst = [np.max([errors(name, var, ratio, dtype) for ratio in (1, 1.5)], 0) for var in arguments.variances]
             cells = " | ".join(f"{nngp:.0e}, {ntk:.0e}" for nngp, ntk in worst)
             print(f"| {name} | {dtype} | {cells} |", flush=True)
 

@@ -62,7 +62,8 @@ def _erfc(t):
     return mp.exp(x * x) * mp.erfc(x) / t
 
 
-FUNCTIONS = {"P": (_p, 1), "Q": (_q, 1), "turn": (_turn, 1), "arcsine": (_arcsine, 0.5), "erfc": (_erfc, 1)}  # and ends
+# With the ends of the intervals.
+FUNCTIONS = {"P": (_p, 1), "Q": (_q, 1), "turn": (_turn, 1), "arcsine": (_arcsine, 0.5), "erfc": (_erfc, 1)}
 STRUCTS = {"ReluPolynomials": ("P", "Q"), "ArcPolynomials": ("turn", "arcsine")}
 
 

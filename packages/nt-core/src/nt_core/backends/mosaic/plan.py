@@ -27,7 +27,8 @@ _MAX_CHANNELS = 16
 _MAX_POOL_READS = 512
 
 # Their duals are sums, which kernels add up in a loop.
-SUMS = (activations.Clip, activations.ClipGate, activations.ElementwiseNumerical)
+BOUNDED = activations.Clip, activations.ClipGate  # with loops over nodes of quadratures
+SUMS = *BOUNDED, activations.ElementwiseNumerical
 
 # The standard deviation of a ghost: 0 to all sums and products, and yet told from that of a black pixel by its sign.
 GHOST_ROOT = -1e-30

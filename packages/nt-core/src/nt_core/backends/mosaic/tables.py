@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nt_core.activations import Clip, ClipGate
 from nt_core.activations.bounds import QUADRATURES, quadrature
-from nt_core.backends.mosaic.plan import GHOST_ROOT, Row, Stage, Torus, Two, terms_of
+from nt_core.backends.mosaic.plan import BOUNDED, GHOST_ROOT, Row, Stage, Torus, Two, terms_of
 from nt_core.backends.mosaic.terms import Terms
 from nt_core.evaluation.samples import Batch
 from nt_core.evaluation.statistics import Statistics
@@ -38,7 +37,7 @@ def coefficients(stage: Stage, lowered: Lowered, both: tuple[Statistics, Statist
             parts.append(jnp.stack(leaves, -1).reshape(len(leaves) * (count or 1)))
     rows = [row for table in stage.tables for row in table.rows if row.kind == "terms"]
     parts += [jnp.maximum(*(_turns(row, lowered, statistics) for statistics in both)) for row in rows]
-    if any(isinstance(activation, (Clip, ClipGate)) for activation in stage.nonlinearities):
+    if any(isinstance(activation, BOUNDED) for activation in stage.nonlinearities):
         parts += [array for count in QUADRATURES for array in quadrature(count, jnp.float32)]
     return jnp.concatenate([*parts, jnp.zeros(1, jnp.float32)])  # never empty
 
