@@ -47,6 +47,9 @@ CASES = [
     Case("myrtle10", (32, 32, 3), ours=(8, 16), peer=(1, 2)),
     Case("wide-resnet", (32, 32, 3), ours=(8, 16), peer=(1, 1)),
     Case("conv-pool", (8, 8, 3), ours=(8, 8), peer=(8, 8)),
+    Case("conv3-erf", (16, 16, 3), ours=(8, 16), peer=(2, 2)),
+    Case("conv3-gelu", (16, 16, 3), ours=(8, 16), peer=(2, 2)),
+    Case("conv3-silu", (16, 16, 3), ours=(8, 16), peer=(1, 1)),
     Case("fcn5", (784,), ours=(256, 256), peer=(256, 256)),
     Case("fcn3-gelu", (784,), ours=(256, 256), peer=(256, 256)),
 ]

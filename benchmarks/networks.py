@@ -1,5 +1,7 @@
 """The benchmarked networks, each a function of a `stax` module: any library with that API builds the same one."""
 
+import jax
+
 
 def cnn(stax, readout, depth=21, nonlinearity="Relu"):
     """Convolutions with ReLU, then a readout: with 21, the two CNNs of the README of neural-tangents 0.6."""
@@ -63,6 +65,20 @@ def conv_pool(stax):
     return stax.serial(conv, stax.Relu(), pool, conv, stax.Relu(), stax.Flatten(), stax.Dense(10))
 
 
+def conv3_pools(stax, nonlinearity):
+    """Three convolutions, a nonlinearity after each, and pools between them and behind."""
+    conv, pool = stax.Conv(1, (3, 3), padding="SAME"), stax.AvgPool((2, 2), strides=(2, 2))
+    body = [conv, nonlinearity, pool, conv, nonlinearity, pool, conv, nonlinearity]
+    return stax.serial(*body, stax.GlobalAvgPool(), stax.Dense(1))
+
+
+def silu(stax):
+    """SiLU, where a library has none by its values at nodes."""
+    if hasattr(stax, "Silu"):
+        return stax.Silu()
+    return stax.ElementwiseNumerical(jax.nn.silu, 25)
+
+
 def fcn5(stax):
     """Five hidden layers with ReLU."""
     return stax.serial(*[layer for _ in range(5) for layer in (stax.Dense(512), stax.Relu())], stax.Dense(1))
@@ -86,6 +102,9 @@ NETWORKS = {
     "myrtle10": myrtle10,
     "myrtle5": myrtle5,
     "conv-pool": conv_pool,
+    "conv3-erf": lambda stax: conv3_pools(stax, stax.Erf()),
+    "conv3-gelu": lambda stax: conv3_pools(stax, stax.Gelu()),
+    "conv3-silu": lambda stax: conv3_pools(stax, silu(stax)),
     "fcn5": fcn5,
     "fcn3-gelu": fcn3_gelu,
     "imdb": text_cnn,
