@@ -14,7 +14,8 @@ NETWORKS = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "benchmarks
 
 # Of the largest entry. What a pool leaves of nearly equal images has lost digits (its deficits are differences of
 # means), which shows where one convolution is all that follows: 2e-5 of the tangent kernel for images 1e-5 apart.
-TOLERANCE = dict.fromkeys(NETWORKS, 1e-6) | {"conv-pool": 4e-5}
+# The covariances of the odd error function, averaged over images, are small beside the variances that they come from.
+TOLERANCE = dict.fromkeys(NETWORKS, 1e-6) | {"conv-pool": 4e-5, "conv3-erf": 4e-6}
 
 
 def kernels(network, x1, x2, dtype):
