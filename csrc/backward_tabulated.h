@@ -44,9 +44,9 @@ class TabulatedPartials {
     p.factor_half2 = fma(sums.slope_up2 * inverse2 * inverse2, inverse, per_bend);
     p.value_half1 = first[D::kGain] - sums.slope * inverse - sums.up1 * inverse1 * inverse1;
     p.value_half2 = second[D::kGain] - sums.slope * inverse - sums.up2 * inverse2 * inverse2;
-    for (int parity = 0; parity < 2 && pair.most == dual_.table().terms; ++parity) {
-      const Rest rest = dual_.template rest<true>(parity, first, second, pair.w);
-      if (rest.is_there) add_rest(parity, rest, pair, first, second, p);
+    if (pair.most == dual_.table().terms) {
+      dual_.template for_each_share<true>(
+          first, second, pair.w, [&](const typename D::Share& share) { add_share(share, pair, first, second, p); });
     }
     // There are none in variances of 0, where some are infinite.
     for (V* of_first : {&p.value_half1, &p.factor_half1}) *of_first = if_positive(first[D::kHalf], *of_first, V{});
@@ -56,7 +56,6 @@ class TabulatedPartials {
 
  private:
   using Pair = typename D::Pair;
-  using Rest = typename D::Rest;
 
   // S, X1, X2 and their derivatives in c, of the terms.
   struct Sums {
@@ -132,29 +131,21 @@ class TabulatedPartials {
   }
 
   // What is beyond the terms, with its derivative in the correlation, which half1 changes by 1/(s1 s2) - c/var1 where
-  // the deficit stays; and those of its sums in the variances. Of how it is spread over orders there are none.
+  // the deficit stays; and those of its sums in the variances. Of how a rest is spread over orders there are none.
   template <class First, class Second>
-  NT_INLINE void add_rest(int parity, const Rest& rest, const Pair& pair, const First& first, const Second& second,
-                          Partials<T>& p) const {
-    const V zero{}, one = broadcast(T(1)), half = broadcast(T(0.5)), inverse = pair.inverse;
-    const bool with_cusp = parity == 0 && dual_.cusp() != 0;
-    const int root = dual_.root(parity), order = dual_.order(parity), beyond = dual_.beyond_cusp();
-    const V sum_of_slopes = if_positive(pair.both_vary, rest.slopes, zero);
-    const V slope = sum_of_slopes * rest.power, bend = sum_of_slopes * rest.bend;
-    const auto add = [&](const auto& own, const auto& other, V& value_half, V& factor_half) {
-      const V own_inverse = if_positive(pair.both_vary, own[D::kInverse], zero);
-      const V orders = own[order] + other[order], grows = own[root + D::kSlope] * other[root];
-      V both = grows, slopes = half * fma(own[root] * other[root], own[order + D::kSlope], grows * orders);
-      if (with_cusp) {
-        both += fma(own_inverse, other[beyond], own[beyond + D::kSlope] * other[D::kStd]);
-        slopes += fma(own_inverse, other[beyond + 1], own[beyond + 1 + D::kSlope] * other[D::kStd]);
-      }
+  NT_INLINE void add_share(const typename D::Share& share, const Pair& pair, const First& first, const Second& second,
+                           Partials<T>& p) const {
+    const V zero{}, one = broadcast(T(1)), inverse = pair.inverse;
+    const V sum_of_slopes = if_positive(pair.both_vary, share.slopes, zero);
+    const V slope = sum_of_slopes * share.power, bend = sum_of_slopes * share.bend;
+    const auto add = [&](V one_over_std, V both_half, V slopes_half, V& value_half, V& factor_half) {
+      const V own_inverse = if_positive(pair.both_vary, one_over_std, zero);
       const V per_variance = own_inverse * own_inverse, turn = inverse - pair.c * per_variance;
-      value_half -= fma(slope, turn, both * (one - rest.missing));
-      factor_half += inverse * (fma(bend, turn, slopes * rest.power) - slope * per_variance);
+      value_half -= fma(slope, turn, both_half * (one - share.missing));
+      factor_half += inverse * (fma(bend, turn, slopes_half * share.power) - slope * per_variance);
     };
-    add(first, second, p.value_half1, p.factor_half1);
-    add(second, first, p.value_half2, p.factor_half2);
+    add(first[D::kInverse], share.both_half1, share.slopes_half1, p.value_half1, p.factor_half1);
+    add(second[D::kInverse], share.both_half2, share.slopes_half2, p.value_half2, p.factor_half2);
     p.factor_deficit = fma(-bend * inverse, inverse, p.factor_deficit);
   }
 

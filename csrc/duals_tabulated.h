@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "duals_common.h"
+#include "duals_groups.h"
 #include "duals_relu.h"
 #include "program.h"
 
@@ -32,10 +33,11 @@ class Tabulated {
 
   Tabulated(const T* numbers, const Table& table)
       : numbers_(numbers),
-        cusps_(numbers + table.size() - table.terms),
+        cusps_(numbers + table.start_of_cusp() + 1),
         cusp_(cusps_[-1]),
         has_cusp_(cusp_ != 0),
         table_(table),
+        groups_(numbers, table),
         lifts_(Lifts::get().of_order) {}
 
   // What the sums over terms need to know of a pair.
@@ -133,11 +135,11 @@ class Tabulated {
     }
     after = fma(half, square, after);
     if (has_cusp_) add_cusp<kNtk>(p, std_apart, after, slope);
-    for (int parity = 0; parity < 2 && p.most == table_.terms; ++parity) {  // these were not enough
-      const Rest r = rest<false>(parity, first, second, w);
-      if (!r.is_there) continue;
-      after += fma(r.both, r.missing, r.apart);
-      slope = fma(r.slopes, r.power, slope);
+    if (p.most == table_.terms) {  // these were not enough
+      for_each_share<false>(first, second, w, [&](const Share& share) {
+        after += fma(share.both, share.missing, share.apart);
+        if constexpr (kNtk) slope = fma(share.slopes, share.power, slope);
+      });
     }
     value = deficit_or_covariance<kCovariance>(after, first, second);
     if constexpr (kNtk) factor = slope * p.inverse;
@@ -178,70 +180,155 @@ class Tabulated {
     return fma(first[kValues + k], second[kStd], first[kStd] * second[kValues + k]);
   }
 
-  // What is beyond the terms of a pair, of a parity: the sums of (a_k - b_k)^2 / 2, a_k b_k and k a_k b_k; and the
-  // means of 1 - c^k, and of the derivatives of c^k over the mean order.
-  struct Rest {
+  // A part of what is beyond the terms of a pair: the sums of (a_k - b_k)^2 / 2, a_k b_k and k a_k b_k; the means of
+  // 1 - c^k, and of the derivatives of c^k over the mean order. And the derivatives of the second and third sum in
+  // either half variance.
+  struct Share {
     V apart, both, slopes, missing, power, bend;
-    bool is_there;
+    V both_half1{}, both_half2{}, slopes_half1{}, slopes_half2{};
   };
 
-  template <bool kBend, class First, class Second>
-  NT_INLINE Rest rest(int parity, const First& first, const Second& second, V w) const {
-    const V one = broadcast(T(1)), two = broadcast(T(2)), half = broadcast(T(0.5));
-    const V root1 = first[root(parity)], root2 = second[root(parity)], apart = root1 - root2;
-    Rest r;
-    r.both = root1 * root2;
-    r.slopes = half * r.both * (first[order(parity)] + second[order(parity)]);
-    r.apart = half * apart * apart;
-    r.is_there = (parity == 0 && has_cusp_) || any_positive(max(root1, root2));
-    if (!r.is_there) return r;
-    if (parity == 0 && has_cusp_) {
-      const auto with_cusp = [&](int k) { return first[kStd] * second[k] + first[k] * second[kStd]; };
-      r.both += with_cusp(beyond_cusp());
-      r.slopes += with_cusp(beyond_cusp() + 1);
-      r.apart = fma(first[kStd] - second[kStd], first[beyond_cusp()] - second[beyond_cusp()], r.apart);
+  // Calls `add` with every `Share` of a pair: those of groups of orders, for variances that have them, and of the rest.
+  template <bool kDerivatives, class First, class Second, class Add>
+  void for_each_share(const First& first, const Second& second, V w, const Add& add) const {
+    Beyond<T> beyond1 = numbers_beyond<kDerivatives>(first), beyond2 = numbers_beyond<kDerivatives>(second);
+    const Correlation correlation(w);
+    V end = broadcast(static_cast<T>(table_.order(table_.terms) / 2 * 2));  // the number of all terms is even
+    const V in_groups = groups_.are_there(first[kHalf], second[kHalf]);
+    if (any_positive(in_groups)) {
+      end = if_positive(in_groups, broadcast(groups_.end()), end);
+      const auto add_group = [&](const auto& group) { add(share_of<kDerivatives>(group, correlation, first, second)); };
+      groups_.template add_up<kDerivatives>(in_groups, first[kHalf], second[kHalf], beyond1, beyond2, add_group);
     }
-    const V is_negative = w - one;
-    const V quotient = r.slopes / if_positive(max(r.both, -r.both), r.both, one);
-    const V mean_order = max(broadcast(static_cast<T>(table_.order(table_.terms))), quotient);
-    // Uncorrelated pairs have no rest.
-    const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
-    V log;
-    for (int l = 0; l < kL; ++l) log[l] = std::log1p(-away[l]);
-    // The number of all terms, with those that are zero, is even.
-    const V least = broadcast(static_cast<T>(table_.order(table_.terms) / 2 * 2 - 1 + parity));
-    const V spread = one - least / mean_order;
-    constexpr int kNodes = std::size(kRest);
-    V orders[kNodes], mean{};
-    for (int k = 0; k < kNodes; ++k) {
-      orders[k] = exp_pair<T>(broadcast(static_cast<T>(-kRest[k][0])) * spread).exp;
-      mean = fma(broadcast(static_cast<T>(kRest[k][1])), orders[k], mean);
+    for (int parity = 0; parity < 2; ++parity) {
+      const V largest_root = max(beyond1.at[parity], beyond2.at[parity]);
+      if (!any_positive(largest_root) && !(parity == 0 && has_cusp_)) continue;
+      add(share_of<kDerivatives>(beyond1, beyond2, parity, end, correlation, first, second));
     }
-    V complement{}, power{}, bend{};
-    for (int k = 0; k < kNodes; ++k) {
-      const V relative = orders[k] / mean, order = mean_order * relative;
-      const V share = broadcast(static_cast<T>(kRest[k][1])), less = order - one;
-      complement = fma(-share, exp_pair<T>(order * log).expm1, complement);
-      power = fma(share * relative, exp_pair<T>(less * log).exp, power);
-      if constexpr (kBend) bend = fma(share * relative * less, exp_pair<T>(max(less - one, V{}) * log).exp, bend);
-    }
-    const bool odd = parity == 1;
-    r.missing = odd ? if_positive(is_negative, two - complement, complement) : complement;
-    r.power = odd ? power : if_positive(is_negative, -power, power);
-    r.bend = odd ? if_positive(is_negative, -bend, bend) : bend;
-    return r;
   }
 
-  // Where the root of what is beyond the terms is, of a parity, and its mean order.
-  int root(int parity) const { return kValues + table_.terms + parity; }
-  int order(int parity) const { return root(parity) + 2; }
-  // Where `beyond` of a cusp is; after it, `beyond_slope`.
-  int beyond_cusp() const { return kValues + table_.terms + 4; }
-  // So much after each of these is its derivative.
-  static constexpr int kSlope = 6;
-
  private:
-  static constexpr int kLast = kValues + 2 * kSlope;  // and the terms: where `two_up` of the last ones begins
+  static constexpr int kBeyond = Beyond<T>::kNumbers;
+  static constexpr int kLast = kValues + 2 * kBeyond;  // and the terms: where `two_up` of the last ones begins
+
+  // A correlation, |c| at most 1 - epsilon from parallel inputs: what is uncorrelated has nothing beyond the terms.
+  struct Correlation {
+    V is_negative, log, inverse;  // log |c| and 1 / |c|
+
+    explicit Correlation(V w) : is_negative(w - broadcast(T(1))) {
+      const V one = broadcast(T(1)), two = broadcast(T(2));
+      const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
+      for (int l = 0; l < kL; ++l) log[l] = std::log1p(-away[l]);
+      inverse = one / (one - away);
+    }
+  };
+
+  template <bool kDerivatives, class Numbers>
+  Beyond<T> numbers_beyond(const Numbers& of_sample) const {
+    const int start = kValues + table_.terms;
+    Beyond<T> b;
+    for (int k = 0; k < kBeyond; ++k) b.at[k] = of_sample[start + k];
+    for (int k = 0; k < kBeyond && kDerivatives; ++k) b.slopes[k] = of_sample[start + kBeyond + k];
+    return b;
+  }
+
+  // From powers of |c| to those of c.
+  static NT_INLINE void turn(bool is_odd, const Correlation& correlation, Share& share) {
+    const V is_negative = correlation.is_negative;
+    if (is_odd) {
+      share.missing = if_positive(is_negative, broadcast(T(2)) - share.missing, share.missing);
+      share.bend = if_positive(is_negative, -share.bend, share.bend);
+    } else {
+      share.power = if_positive(is_negative, -share.power, share.power);
+    }
+  }
+
+  template <bool kDerivatives, class First, class Second>
+  NT_INLINE Share share_of(const typename Groups<T>::Group& group, const Correlation& correlation, const First& first,
+                           const Second& second) const {
+    const V std1 = first[kStd], std2 = second[kStd], order = broadcast(group.order), cusp = broadcast(group.cusp);
+    const V apart = group.a - group.b, mixed = fma(group.a, std2, std1 * group.b);
+    Share share;
+    share.both = fma(cusp, mixed, group.a * group.b);
+    share.slopes = order * share.both;
+    share.apart = apart * fma(broadcast(T(0.5)), apart, cusp * (std1 - std2));
+    const auto power = exp_pair<T>(order * correlation.log);
+    share.missing = -power.expm1;
+    share.power = power.exp * correlation.inverse;
+    if constexpr (kDerivatives) {
+      share.bend = (order - broadcast(T(1))) * share.power * correlation.inverse;
+      share.both_half1 = fma(group.slope_a, fma(cusp, std2, group.b), cusp * group.b * first[kInverse]);
+      share.both_half2 = fma(group.slope_b, fma(cusp, std1, group.a), cusp * group.a * second[kInverse]);
+      share.slopes_half1 = order * share.both_half1;
+      share.slopes_half2 = order * share.both_half2;
+    }
+    turn(group.is_odd, correlation, share);
+    return share;
+  }
+
+  // What is beyond all terms, or all groups, is taken for terms from the order `end` on.
+  template <bool kDerivatives, class First, class Second>
+  NT_INLINE Share share_of(const Beyond<T>& beyond1, const Beyond<T>& beyond2, int parity, V end,
+                           const Correlation& correlation, const First& first, const Second& second) const {
+    using B = Beyond<T>;
+    const V one = broadcast(T(1)), half = broadcast(T(0.5));
+    const V root1 = beyond1.at[parity], root2 = beyond2.at[parity], apart = root1 - root2;
+    const V orders = beyond1.at[B::kOrders + parity] + beyond2.at[B::kOrders + parity];
+    Share share;
+    share.both = root1 * root2;
+    share.slopes = half * share.both * orders;
+    share.apart = half * apart * apart;
+    if constexpr (kDerivatives) {
+      const auto slopes = [&](V both, V order_slope, V both_half) {
+        return half * fma(both, order_slope, both_half * orders);
+      };
+      share.both_half1 = beyond1.slopes[parity] * root2;
+      share.both_half2 = beyond2.slopes[parity] * root1;
+      share.slopes_half1 = slopes(share.both, beyond1.slopes[B::kOrders + parity], share.both_half1);
+      share.slopes_half2 = slopes(share.both, beyond2.slopes[B::kOrders + parity], share.both_half2);
+    }
+    if (parity == 0 && has_cusp_) add_mixed<kDerivatives>(beyond1, beyond2, first, second, share);
+    const V quotient = share.slopes / if_positive(max(share.both, -share.both), share.both, one);
+    const V mean_order = max(end, quotient);
+    const V spread = one - (end + broadcast(static_cast<T>(parity - 1))) / mean_order;
+    constexpr int kNodes = std::size(kRest);
+    V relative_orders[kNodes], mean{};
+    for (int k = 0; k < kNodes; ++k) {
+      relative_orders[k] = exp_pair<T>(broadcast(static_cast<T>(-kRest[k][0])) * spread).exp;
+      mean = fma(broadcast(static_cast<T>(kRest[k][1])), relative_orders[k], mean);
+    }
+    share.missing = share.power = share.bend = V{};
+    for (int k = 0; k < kNodes; ++k) {
+      const V relative = relative_orders[k] / mean, order = mean_order * relative, less = order - one;
+      const V weight = broadcast(static_cast<T>(kRest[k][1]));
+      share.missing = fma(-weight, exp_pair<T>(order * correlation.log).expm1, share.missing);
+      share.power = fma(weight * relative, exp_pair<T>(less * correlation.log).exp, share.power);
+      if constexpr (kDerivatives) {
+        const V bend = exp_pair<T>(max(less - one, V{}) * correlation.log).exp;
+        share.bend = fma(weight * relative * less, bend, share.bend);
+      }
+    }
+    turn(parity == 1, correlation, share);
+    return share;
+  }
+
+  // Adds the products with the cusp.
+  template <bool kDerivatives, class First, class Second>
+  NT_INLINE void add_mixed(const Beyond<T>& beyond1, const Beyond<T>& beyond2, const First& first, const Second& second,
+                           Share& share) const {
+    constexpr int kCusp = Beyond<T>::kCusp;
+    const V std1 = first[kStd], std2 = second[kStd];
+    const auto mixed = [&](int k) { return std1 * beyond2.at[k] + beyond1.at[k] * std2; };
+    share.both += mixed(kCusp);
+    share.slopes += mixed(kCusp + 1);
+    share.apart = fma(std1 - std2, beyond1.at[kCusp] - beyond2.at[kCusp], share.apart);
+    if constexpr (kDerivatives) {
+      share.both_half1 += fma(first[kInverse], beyond2.at[kCusp], beyond1.slopes[kCusp] * std2);
+      share.both_half2 += fma(second[kInverse], beyond1.at[kCusp], beyond2.slopes[kCusp] * std1);
+      share.slopes_half1 += fma(first[kInverse], beyond2.at[kCusp + 1], beyond1.slopes[kCusp + 1] * std2);
+      share.slopes_half2 += fma(second[kInverse], beyond1.at[kCusp + 1], beyond2.slopes[kCusp + 1] * std1);
+    }
+  }
 
   // The numbers of one sample and position, with the variance `var`.
   template <class Put>
@@ -275,14 +362,14 @@ class Tabulated {
     const T count = after_table[octave], all = static_cast<T>(table_.terms);
     put(kTerms, count >= T(1) && count <= all ? count : all);
     for (int k = 0; k < table_.terms; ++k) put(kValues + k, at[k]);
-    T rest[kSlope], rest_slopes[kSlope];
-    for (int k = 0; k < kSlope; ++k) {
+    T rest[kBeyond], rest_slopes[kBeyond];
+    for (int k = 0; k < kBeyond; ++k) {
       const T least = k < 2 ? T(0) : k < 4 ? static_cast<T>(table_.order(table_.terms)) : half_after[1 + k];
       const bool is_less = half_after[1 + k] < least;
       rest[k] = is_less ? least : half_after[1 + k];
       rest_slopes[k] = is_less ? T(0) : slopes[table_.terms + 1 + k];
-      put(root(0) + k, rest[k]);
-      put(root(0) + k + kSlope, rest_slopes[k]);
+      put(kValues + table_.terms + k, rest[k]);
+      put(kValues + table_.terms + kBeyond + k, rest_slopes[k]);
     }
     // The derivatives of coefficients say what is two orders up.
     const T variance = deviation * deviation;
@@ -327,7 +414,7 @@ class Tabulated {
       square += at[k] * (at[k] + 2 * cusps_[k] * deviation);
     }
     T* rest = at + table_.terms + 1;
-    for (int k = 0; k < kSlope; ++k) {  // only kinks at 0 leave a rest there; orders stay
+    for (int k = 0; k < kBeyond; ++k) {  // only kinks at 0 leave a rest there; orders stay
       extend_one(table_.terms + 1 + k, T(0), k < 2 ? T(1) : k < 4 ? T(0) : T(2));
     }
     for (int k = 0; k < 2; ++k) square += std::max(rest[k], T(0)) * rest[k];
@@ -373,6 +460,7 @@ class Tabulated {
   T cusp_;
   bool has_cusp_;
   Table table_;
+  Groups<T> groups_;
   const T* lifts_;
 };
 

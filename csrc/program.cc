@@ -87,6 +87,9 @@ Table read_table(Reader& reader) {
   table.degree = reader.next(0, kMaxDegreeOfTable, "the degree of a table");
   table.lowest = reader.next(-kMaxExponent, kMaxExponent, "the lowest octave");
   table.octaves = reader.next(1, 2 * kMaxExponent, "the number of octaves");
+  table.groups = reader.next(0, Table::kMostGroups, "the number of groups");
+  table.even_groups = reader.next(0, table.groups, "the number of groups of even orders");
+  table.first = reader.next(0, table.octaves - 1, "the first octave with groups");
   return table;
 }
 

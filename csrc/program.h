@@ -76,24 +76,34 @@ inline constexpr bool is_differentiable(Activation activation) {
 // The Hermite coefficients of a function as polynomials of the variance, one for each octave of it. In memory: for each
 // octave and power, the columns; then for each octave, how many terms count; then the value of the function at 0, and
 // for each term the power of the deviation that it is in proportion to below the first octave; then the cusp
-// and, for each term, its coefficient at a variance of 1.
+// and, for each term, its coefficient at a variance of 1. If there are groups of orders beyond the terms: their end;
+// the orders; the coefficients of the cusp; and, from the first octave that has groups on, polynomials of them and of
+// six numbers of what is beyond them.
 struct Table {
-  static constexpr int kMostTerms = 1 << 10;
+  static constexpr int kMostTerms = 1 << 10, kMostGroups = 1 << 8;
 
   int terms = 0, start = 2, step = 1;       // of the orders 0, 1, start, start + step, ...
   int degree = 0, lowest = 0, octaves = 0;  // octaves from 2^lowest on
+  int groups = 0, even_groups = 0;          // these come first
+  int first = 0;                            // the octave from which on there are groups
 
   int order(int term) const { return term < 2 ? term : start + step * (term - 2); }
 
   // The terms, half the variance after, of the rest of the even and of the odd part the roots and the orders, and what
   // is beyond the terms of the products with the cusp.
   constexpr int columns() const { return terms + 7; }
+  constexpr int64_t start_of_cusp() const {
+    return int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + terms + 1;
+  }
+  constexpr int64_t start_of_groups() const { return start_of_cusp() + 1 + terms; }
   constexpr int64_t size() const {
-    return terms == 0 ? 0 : int64_t{octaves} * (int64_t{degree + 1} * columns() + 1) + 2 * (int64_t{terms} + 1);
+    if (terms == 0) return 0;
+    if (groups == 0) return start_of_groups();
+    return start_of_groups() + 1 + 2 * int64_t{groups} + int64_t{octaves - first} * (degree + 1) * (groups + 6);
   }
 };
 
-inline constexpr int64_t kEncoding = 8;  // changes with the layout of the code
+inline constexpr int64_t kEncoding = 9;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {

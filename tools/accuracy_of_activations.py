@@ -36,6 +36,7 @@ KINKED = {
 }
 FUNCTIONS = {name: (f, ()) for name, f in SMOOTH.items()} | KINKED
 END = 9.0  # in standard deviations
+BESIDE = np.array([-20, -6, -2, 0, 2, 6, 20])  # of a kink, in units of the function
 
 
 def nodes(cuts, steps):
@@ -54,15 +55,16 @@ def nodes(cuts, steps):
 def expectation(f, kinks, var1, var2, c):
     """E f(u) f(v), for variances and a correlation."""
     s1, s2, across = var1**0.5, var2**0.5, (1 - c * c) ** 0.5
-    kinks = np.array(kinks)
-    cuts = [kinks / s1]
+    # Large variances compress what the function does near its kinks, or near 0.
+    points = np.add.outer(np.array(kinks or (0.0,)), BESIDE).ravel()
+    cuts = [points / s1]
     if c:
-        # The mean over v, for a given u, changes within some `across` where that of v is at a kink.
-        cuts += [(kinks / s2 + sign * across * far) / c for far in (0, 1, 3, 9) for sign in (-1, 1)]
+        # The mean over v, for a given u, changes within some `across` where that of v is there.
+        cuts += [(points / s2 + sign * across * far) / c for far in (0, 1, 3, 9) for sign in (-1, 1)]
     z1, w1 = (x[:, 0] for x in nodes(np.concatenate(cuts)[:, None], 24))
     if not across:
         return w1 @ (f(s1 * z1) * f(c * s2 * z1))
-    z2, w2 = nodes((kinks[:, None] / s2 - c * z1) / across, 16)
+    z2, w2 = nodes((points[:, None] / s2 - c * z1) / across, 16)
     return w1 @ (f(s1 * z1) * (w2 * f(s2 * (c * z1 + across * z2))).sum(0))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from nt_core import backends
-from nt_core.activations.numerical import ElementwiseNumerical, TracedFunction, number_of_terms
-from nt_core.activations.tables import share_beyond_terms
+from nt_core.activations import ElementwiseNumerical
+from nt_core.activations.coefficients import TracedFunction, number_of_terms
+from nt_core.activations.tables import coefficient_table, share_beyond_terms
 from nt_core.backends import Implementation, Request
 from nt_core.get import Get
 from nt_core.layer import kernel_fields, request_for, rules_of
@@ -42,7 +43,8 @@ def explain(
     """Returns the plan for a kernel: its programs, the backend of each and why, and estimates of work and memory.
 
     Of programs that JAX does not differentiate by itself it says whose derivatives they have. Of activations by Hermite
-    coefficients it says how many there are, and at two variances the share of the mean square that is beyond them.
+    coefficients it says how many there are, at two variances the share of the mean square that is beyond them, and from
+    which variance on orders beyond them are added up in groups.
 
     Args:
       kernel_fn: of a layer or network; made by `batch`, its cells and devices are described too.
@@ -99,7 +101,7 @@ def _describe(segment: Segment, title: str) -> list[str]:
         f"{title}, on {backend.name}",
         *(f"  ({name} refuses: {reason})" for name, reason in refusals.items()),
         *(f"  {line}" for line in _ADDRESS.sub("", str(program)).splitlines()),
-        *(f"  {line}" for line in _series(program)),
+        *(f"  {line}" for line in _series(program, getattr(backend, "has_groups", True))),
         *(f"  derivatives: {line}" for line in _derivatives(backend, program, segment.sources, request)),
         f"  {_estimate(program, request)}",
     ]
@@ -112,23 +114,28 @@ def _derivatives(
     return [] if derivatives is None else [derivatives(program, sources, request)]
 
 
-def _series(program: Program) -> list[str]:
+def _series(program: Program, has_groups: bool) -> list[str]:
     """What activations by Hermite coefficients add up, and what is beyond that."""
     numbers: dict[ElementwiseNumerical, list[str]] = {}
     for number, node in enumerate(program.nodes, len(program.sources)):
         if isinstance(node.step, Dual) and isinstance(node.step.activation, ElementwiseNumerical):
             numbers.setdefault(node.step.activation, []).append(f"%{number}")
-    return [f"{', '.join(values)}: {_series_of(activation)}" for activation, values in numbers.items()]
+    return [f"{', '.join(values)}: {_series_of(activation, has_groups)}" for activation, values in numbers.items()]
 
 
-def _series_of(activation: ElementwiseNumerical) -> str:
+def _series_of(activation: ElementwiseNumerical, has_groups: bool) -> str:
     terms = f"{number_of_terms(activation.deg)} Hermite coefficients"
     try:
         shares = share_beyond_terms(activation, _VARIANCES)
     except TracedFunction:
         return f"{terms} of a function of traced values"
     known = (f"{share:.0e} at variance {var:g}" for share, var in zip(shares, _VARIANCES, strict=True))
-    return f"{terms}, the rest of the mean square ({', '.join(known)}) as a power of the order"
+    rest = f"{terms}, the rest of the mean square ({', '.join(known)}) as a power of the order"
+    table = coefficient_table(activation, jax.dtypes.canonicalize_dtype(float).name)
+    if table.groups == 0 or not has_groups:
+        return rest
+    least, last = f"{table.least_variance_of_groups:g}", table.end_of_groups - 1
+    return f"{rest}; from a variance of {least} on, the orders up to {last} in {table.groups} groups"
 
 
 def operations(program: Program, request: Request) -> int:

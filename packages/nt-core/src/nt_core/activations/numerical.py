@@ -1,9 +1,7 @@
 """Any activation, by its Hermite coefficients."""
 
 import math
-from functools import lru_cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +10,27 @@ from jax import Array, lax
 
 from nt_core.activations.arcs import one_minus_correlation, safe_sqrt
 from nt_core.activations.base import Activation, activation, static
+from nt_core.activations.coefficients import (
+    Cusp,
+    HermiteCoefficients,
+    Quadrature,
+    Rest,
+    Sums,
+    TracedFunction,
+    cusp_at_zero,
+    derivative_of,
+    evaluate,
+    hermite_coefficients,
+    hermite_functions,
+    last_node,
+    number_of_terms,
+    rest_of_pair,
+    sum_of_rest,
+)
 from nt_core.activations.elementwise import ScalarFunction, check_function
 from nt_core.activations.relu import ABRelu
-from nt_core.tracing import evaluate_now, is_traced
-
-# Beyond, polynomials would leave the range of numbers.
-_MAX_TERMS = 300
-# What is below this is noise, in units of the precision.
-_NOISE = 2**6
-# A function has jumps if its terms alone have so many times the mean square of the derivative, which is the most.
-_JUMPS = 1.01
-# Points beside 0 that tell the slopes on either side. They must not differ by more than this share of the slopes.
-_NEAR_ZERO, _SAME_SLOPE = np.array([-(2.0**-90), -(2.0**-100), 2.0**-100, 2.0**-90]), 2.0**-10
-# The relative error of quadrature, whose nodes and weights are computed in double precision.
-_QUADRATURE = 1e-12
-# For what is beyond the terms, see `sum_of_rest`: log v^3 at Gauss-Legendre nodes, and 3 v^2 times their weights.
-_REST = [
-    (3 * math.log(0.5 * (x + 1)), float(0.375 * (x + 1) ** 2 * weight))
-    for x, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True)
-]
+from nt_core.activations.tables import CoefficientTable, coefficient_table
+from nt_core.evaluation.platform import is_gpu
 
 
 @activation
@@ -71,7 +71,7 @@ class ElementwiseNumerical(Activation):
 
     def variance(self, var):
         nodes, weights, _ = _quadrature(self.deg, var.dtype)
-        return _mean(weights, _evaluate(self.fn, _at(nodes, var)) ** 2)
+        return _mean(weights, evaluate(self.fn, _at(nodes, var)) ** 2)
 
     def dual(self, var1, var2, deficit):
         value, factor = self._beside_cusp(var1, var2, deficit)
@@ -86,22 +86,49 @@ class ElementwiseNumerical(Activation):
         first, second = (self._coefficients(var) for var in (var1, var2))
         _, scale, w = one_minus_correlation(var1, var2, deficit)
         value, factor = _sum_of_terms(first, second, w)
-        cusps = (first.cusp, second.cusp) if first.cusp and second.cusp else None
-        for parity, of_parity in enumerate((cusps, None)):
-            rests = rest_of_pair(first.rest[parity], second.rest[parity], of_parity)
-            more, slope = sum_of_rest(parity, len(first.values), rests, w)
-            value, factor = value + more, factor + slope / jnp.where(scale > 0, scale, 1)
+        more, slope = self._beyond_terms(var1, var2, first, second, w)
+        value, factor = value + more, factor + slope / jnp.where(scale > 0, scale, 1)
         # At variances of 0 there is no correlation, but the derivative is the factor as elsewhere.
         value = _with_slope(value, deficit, jnp.where(scale > 0, 0, factor))
         # Rounding may tell equal inputs apart; their derivatives are wanted nevertheless.
         is_equal = (deficit == 0) & (var1 == var2)
         return value - jnp.where(is_equal, lax.stop_gradient(value), 0), factor
 
-    def _coefficients(self, var: Array) -> "HermiteCoefficients":
+    def _beyond_terms(
+        self, var1: Array, var2: Array, first: HermiteCoefficients, second: HermiteCoefficients, w: Array
+    ) -> tuple[Array, Array]:
+        """Returns the share in the deficit, and that in the factor times the standard deviations."""
+        n_terms = len(first.values)
+
+        def without_groups() -> tuple[Array, Array]:
+            return _sum_of_rests(n_terms, first, second, w)
+
+        def with_groups() -> tuple[Array, Array]:
+            in_groups = table.has_groups(jnp.minimum(var1, var2))
+            columns1, columns2 = table.groups_of(var1), table.groups_of(var2)
+            value, slope = _sum_of_groups(table, in_groups, columns1, columns2, first.cusp, second.cusp, w)
+            rest1, rest2 = (
+                _with_rest_of_groups(of, columns[table.groups :], in_groups)
+                for of, columns in ((first, columns1), (second, columns2))
+            )
+            more, more_slope = _sum_of_rests(jnp.where(in_groups, table.end_of_groups, n_terms), rest1, rest2, w)
+            return value + more, slope + more_slope
+
+        try:
+            table = coefficient_table(self, w.dtype.name)
+        except TracedFunction:
+            return without_groups()
+        if table.groups == 0:
+            return without_groups()
+        if is_gpu():
+            return with_groups()  # a condition would make it wait
+        return lax.cond(jnp.any(table.has_groups(jnp.minimum(var1, var2))), with_groups, without_groups)
+
+    def _coefficients(self, var: Array) -> HermiteCoefficients:
         quadrature = _quadrature(self.deg, var.dtype)
         at = _at(quadrature.nodes, var)
         with jax.default_matmul_precision("highest"):
-            values, slopes = _evaluate(self.fn, at), _evaluate(derivative_of(self), at)
+            values, slopes = evaluate(self.fn, at), evaluate(derivative_of(self), at)
             return hermite_coefficients(jnp, quadrature, var, values, slopes, cusp_at_zero(self))
 
 
@@ -116,180 +143,6 @@ def _with_slope(value: Array, of: Array, slope: Array) -> Array:
 def _with_slope_jvp(primals, tangents):
     dvalue, dof, _ = tangents
     return _with_slope(*primals), dvalue + primals[2] * dof
-
-
-class Rest(NamedTuple):
-    """What is beyond the terms, of the even or the odd part of a function without its cusp.
-
-    Attributes:
-      root: of its mean square.
-      order: the mean order.
-    """
-
-    root: Any
-    order: Any
-
-
-class Cusp(NamedTuple):
-    """What is of `|x|` in a function with a kink at 0.
-
-    Attributes:
-      coefficients: its Hermite coefficients at a variance of 1, `(terms,)`.
-      std: the standard deviations, with which they grow.
-      beyond: the sum, over the orders beyond the terms, of its coefficients at a variance of 1 times those of the rest
-        of the function.
-      beyond_slope: the sum of these products times their orders.
-    """
-
-    coefficients: Any
-    std: Any
-    beyond: Any
-    beyond_slope: Any
-
-
-def no_cusp(std: Any, n_terms: int) -> Cusp:
-    """Returns the zeros that a smooth function has, in NumPy."""
-    zeros = np.zeros_like(std)
-    return Cusp(np.zeros(n_terms), zeros, zeros, zeros)
-
-
-class Quadrature(NamedTuple):
-    """For means over a standard normal variable.
-
-    Attributes:
-      nodes, weights: `(nodes,)`.
-      products: of weights and Hermite polynomials, `(terms, nodes)`.
-    """
-
-    nodes: Any
-    weights: Any
-    products: Any
-
-
-class HermiteCoefficients(NamedTuple):
-    """Of a function at some variances.
-
-    Attributes:
-      values: its Hermite coefficients, `(terms, *shape)`, without those of its cusp.
-      slopes: those of its derivative, without those of the cusp's.
-      rest: of its even part, and of its odd part.
-      mean_square: of the function.
-      slope_square: the mean square of its derivative, times the variance.
-      cusp: None if it has no kink at 0.
-    """
-
-    values: Any
-    slopes: Any
-    rest: list[Rest]
-    mean_square: Any
-    slope_square: Any
-    cusp: Cusp | None = None
-
-
-def hermite_coefficients(
-    xp: ModuleType, quadrature: Quadrature, var: Any, values: Any, slopes: Any, cusp: Any
-) -> HermiteCoefficients:
-    """Returns the coefficients of a function by quadrature.
-
-    Args:
-      xp: `numpy` or `jax.numpy`.
-      quadrature: of `hermite_functions`.
-      var: the variances, `(*shape)`.
-      values, slopes: the function and its derivative at the nodes for these variances, `(nodes, *shape)`.
-      cusp: of `cusp_at_zero`.
-    """
-    if cusp is None:
-        return _without_cusp(xp, quadrature, var, values, slopes)
-    std, nodes = _root(xp, var), quadrature.nodes.reshape(-1, *[1] * var.ndim)
-    size, sign = cusp * xp.abs(nodes), cusp * xp.sign(nodes)
-    size_here = size * std[None]
-    others = _without_cusp(xp, quadrature, var, values - size_here, slopes - sign)
-    orders = np.arange(len(others.values), dtype=values.dtype).reshape(-1, *[1] * var.ndim)
-    coefficients = cusp * xp.asarray(absolute_value_coefficients(len(orders)), values.dtype).reshape(orders.shape)
-    # The means of products of both, and of their derivatives.
-    both = xp.tensordot(quadrature.weights, (values - size_here) * size, 1)
-    both_slopes = std * xp.tensordot(quadrature.weights, (slopes - sign) * sign, 1)
-    products = others.values * coefficients
-    return HermiteCoefficients(
-        others.values,
-        others.slopes,
-        others.rest,
-        others.mean_square + 2 * std * both + cusp**2 * var,
-        others.slope_square + 2 * std * both_slopes + cusp**2 * var,
-        Cusp(coefficients.ravel(), std, both - xp.sum(products, 0), both_slopes - xp.sum(orders * products, 0)),
-    )
-
-
-def _without_cusp(xp: ModuleType, quadrature: Quadrature, var: Any, values: Any, slopes: Any) -> HermiteCoefficients:
-    _, weights, products = quadrature
-    noise = _NOISE * float(jnp.finfo(values.dtype).eps)
-    orders = np.arange(len(products), dtype=values.dtype).reshape(-1, *[1] * var.ndim)
-    std, roots = _root(xp, var), np.sqrt(orders[1:])
-    mean_square = xp.tensordot(weights, values**2, 1)
-    slope_square = var * xp.tensordot(weights, slopes**2, 1)
-    constant = lax.stop_gradient if xp is jnp else np.asarray
-    mean = xp.tensordot(products[:1], values, 1)
-    values = values - constant(mean)  # beyond the first term, errors are in proportion to how much the function varies
-    # The derivative has the coefficients sqrt(k + 1) a_(k + 1) / std. By quadrature those of the derivative have more
-    # digits where the function varies less than its size: the values are rounded. They lack what jumps add, and are
-    # poor where it has kinks away from 0, so they are taken where those of the values agree. A function that jumps has
-    # terms of more slope than the derivative, which then stays as it is. JAX differentiates both as they are by
-    # quadrature.
-    a, of_slopes = xp.tensordot(products[1:], values, 1), xp.tensordot(products[:-1], slopes, 1)
-    by_slopes = std[None] / roots * of_slopes
-    tolerance = noise * _root(xp, mean_square) + _QUADRATURE * _root(xp, slope_square)
-    agree = xp.max(xp.abs(by_slopes - a), 0) <= tolerance
-    takes_slopes = ((agree & (slope_square <= mean_square)) | (std == 0))[None]
-    keeps_slopes = takes_slopes | (xp.sum(orders[1:] * a**2, 0) > _JUMPS * slope_square)[None]
-    by_values = roots * a / xp.where(keeps_slopes, 1, std[None])
-    of_slopes = of_slopes + constant(xp.where(keeps_slopes, 0, by_values - of_slopes))
-    terms = xp.concatenate([mean, a + constant(xp.where(takes_slopes, by_slopes - a, 0))])
-    # The rest is beyond the terms of the values, also where others are taken: by one quadrature nothing else is left.
-    squares = xp.concatenate([xp.zeros_like(mean), a**2])
-
-    def rest(parity: int) -> Rest:
-        sign = 1 - 2 * parity
-        part, slope = 0.5 * (values + sign * values[::-1]), 0.5 * (slopes - sign * slopes[::-1])
-        missing = xp.tensordot(weights, part**2, 1) - xp.sum(squares[parity::2], 0)
-        missing_slope = var * xp.tensordot(weights, slope**2, 1) - xp.sum((orders * squares)[parity::2], 0)
-        is_missing = missing > noise * mean_square
-        order = missing_slope / xp.where(is_missing, missing, 1)
-        order = xp.where(is_missing, xp.maximum(order, len(products)), len(products))
-        return Rest(_root(xp, xp.where(is_missing, missing, 0)), order)
-
-    of_slopes = xp.concatenate([of_slopes, xp.zeros_like(a[:1])])
-    return HermiteCoefficients(terms, of_slopes, [rest(0), rest(1)], mean_square, slope_square)
-
-
-def _root(xp: ModuleType, x: Any) -> Any:
-    """As `safe_sqrt`."""
-    is_positive = x > 0
-    return xp.where(is_positive, xp.sqrt(xp.where(is_positive, x, 1)), 0)
-
-
-class Sums(NamedTuple):
-    """Sums over terms, from the first one on.
-
-    Attributes:
-      power: of the correlation, by which the next slopes are multiplied.
-      one_minus_power: 1 less the power that belongs to the next coefficients.
-      value: the sum of `(a - b)^2 / 2 + a b (1 - c^k)`.
-      factor: the sum of slopes times powers.
-    """
-
-    power: Array
-    one_minus_power: Array
-    value: Array
-    factor: Array
-
-    def plus(self, square: Array, both: Array, slopes: Array) -> "Sums":
-        """Adds the square of a difference of coefficients, their product, and that of slopes."""
-        value = self.value + (0.5 * square + both * self.one_minus_power)
-        return self._replace(value=value, factor=self.factor + slopes * self.power)
-
-    def then(self, c: Array, w: Array) -> "Sums":
-        """Goes on to orders that have `c = 1 - w` more among their powers."""
-        return self._replace(power=c * self.power, one_minus_power=c * self.one_minus_power + w)
 
 
 def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Array) -> tuple[Array, Array]:
@@ -318,70 +171,78 @@ def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Ar
     return sums.value, sums.factor
 
 
-class PairOfRests(NamedTuple):
-    """What is beyond the terms of a pair, with `a` and `b` the coefficients of both, less what is of the cusp.
-
-    Attributes:
-      apart: the sum of `(a - b)^2 / 2`.
-      both: that of `a b`.
-      slope: that of `k a b`.
-    """
-
-    apart: Array
-    both: Array
-    slope: Array
-
-
-def rest_of_pair(rest1: Rest, rest2: Rest, cusps: tuple[Cusp, Cusp] | None) -> PairOfRests:
-    """Returns what is beyond the terms of one parity; cusps are of the even one."""
-    both = rest1.root * rest2.root
-    rests = PairOfRests(0.5 * (rest1.root - rest2.root) ** 2, both, 0.5 * (rest1.order + rest2.order) * both)
-    if cusps is None:
-        return rests
-    first, second = cusps
-    return PairOfRests(
-        rests.apart + (first.std - second.std) * (first.beyond - second.beyond),
-        rests.both + (first.std * second.beyond + first.beyond * second.std),
-        rests.slope + (first.std * second.beyond_slope + first.beyond_slope * second.std),
-    )
+def _sum_of_rests(
+    n_terms: Any, first: HermiteCoefficients, second: HermiteCoefficients, w: Array
+) -> tuple[Array, Array]:
+    """Returns the sums of `sum_of_rest` for both parities."""
+    cusps = (first.cusp, second.cusp) if first.cusp and second.cusp else None
+    value, slope = jnp.zeros_like(w), jnp.zeros_like(w)
+    for parity, of_parity in enumerate((cusps, None)):
+        rests = rest_of_pair(first.rest[parity], second.rest[parity], of_parity)
+        more, more_slope = sum_of_rest(jnp, parity, n_terms, rests, w)
+        value, slope = value + more, slope + more_slope
+    return value, slope
 
 
-def sum_of_rest(parity: int, n_terms: int, rests: PairOfRests, w: Array) -> tuple[Array, Array]:
-    """Returns the share of the rest in the deficit, and that in the factor times the standard deviations.
-
-    Terms in proportion to a power of their order k, for k from k0 on: with v = (k / k0)^(-1 / (3 spread)) they are the
-    integral of 3 v^2 c^k over v from 0 to 1, and their mean order is k0 / (1 - spread).
-    """
+def _sum_of_groups(
+    table: CoefficientTable,
+    in_groups: Array,
+    columns1: Array,
+    columns2: Array,
+    cusp1: Cusp | None,
+    cusp2: Cusp | None,
+    w: Array,
+) -> tuple[Array, Array]:
+    """Returns the sums of `(a - b)^2 / 2 + a b (1 - c^k)` and of `k a b c^(k - 1)` over groups of orders."""
     is_negative = w > 1
-    # An uncorrelated pair has no rest; the derivatives of powers stay finite.
     away = jnp.minimum(jnp.where(is_negative, 2 - w, w), 1 - float(jnp.finfo(w.dtype).eps))
     log = jnp.log1p(-away)
-    least = n_terms - 1 + parity  # every second order, each in the middle of its interval
-    mean_order = jnp.maximum(rests.slope / jnp.where(rests.both == 0, 1, rests.both), n_terms)
-    spread = 1 - least / mean_order
-    relative = [jnp.exp(-spread * at) for at, _ in _REST]
-    scale = mean_order / sum(share * order for (_, share), order in zip(_REST, relative, strict=True))
-    one_minus_power, slope = jnp.zeros_like(w), jnp.zeros_like(w)
-    for (_, share), order in zip(_REST, relative, strict=True):
-        order = scale * order  # their mean is the mean order, whatever few nodes make of the integral
-        one_minus_power = one_minus_power - share * jnp.expm1(order * log)
-        slope = slope + share * order * jnp.exp((order - 1) * log)
-    slope = rests.slope / mean_order * slope
-    if parity == 1:
-        one_minus_power = jnp.where(is_negative, 2 - one_minus_power, one_minus_power)
-    else:
-        slope = jnp.where(is_negative, -slope, slope)
-    return rests.apart + rests.both * one_minus_power, slope
+    std1, std2 = (0, 0) if cusp1 is None or cusp2 is None else (cusp1.std, cusp2.std)
+
+    def add(sums: tuple[Array, Array], group: Any) -> tuple[tuple[Array, Array], None]:
+        order, is_odd, cusp, a, b = group
+        apart = 0.5 * (a - b) ** 2 + cusp * (std1 - std2) * (a - b)
+        both = a * b + cusp * (a * std2 + std1 * b)
+        one_minus_power, slope = -jnp.expm1(order * log), order * jnp.exp((order - 1) * log)
+        one_minus_power = jnp.where(is_negative & is_odd, 2 - one_minus_power, one_minus_power)
+        slope = jnp.where(is_negative & ~is_odd, -slope, slope)
+        value = jnp.where(in_groups, apart + both * one_minus_power, 0)
+        return (sums[0] + value, sums[1] + jnp.where(in_groups, both * slope, 0)), None
+
+    groups = (
+        jnp.asarray(table.orders_of_groups, w.dtype),
+        np.arange(table.groups) >= table.even_groups,
+        jnp.asarray(table.cusps_of_groups, w.dtype),
+        columns1[: table.groups],
+        columns2[: table.groups],
+    )
+    zeros = jnp.zeros_like(w)
+    return lax.scan(add, (zeros, zeros), groups)[0]
+
+
+def _with_rest_of_groups(of: HermiteCoefficients, columns: Array, in_groups: Array) -> HermiteCoefficients:
+    """Returns the coefficients, with what is beyond groups in place of what is beyond the terms."""
+    even_root, odd_root, even_order, odd_order, beyond, beyond_slope = columns
+
+    def choose(in_place: Array, full: Array) -> Array:
+        return jnp.where(in_groups, in_place, full)
+
+    even, odd = of.rest
+    rest = [
+        Rest(choose(even_root, even.root), choose(even_order, even.order)),
+        Rest(choose(odd_root, odd.root), choose(odd_order, odd.order)),
+    ]
+    if of.cusp is None:
+        return of._replace(rest=rest)
+    cusp = of.cusp._replace(
+        beyond=choose(beyond, of.cusp.beyond), beyond_slope=choose(beyond_slope, of.cusp.beyond_slope)
+    )
+    return of._replace(rest=rest, cusp=cusp)
 
 
 def _at(nodes: Array, var: Array) -> Array:
     """The nodes for normal variables with some variances, `(nodes, *shape)`."""
     return nodes.reshape(-1, *[1] * var.ndim) * safe_sqrt(var)[None]
-
-
-def _evaluate(fn: ScalarFunction, x: Array) -> Array:
-    """Returns the function of an array, in the precision of that, whatever type it returns."""
-    return jnp.broadcast_to(jnp.asarray(fn(x), x.dtype), x.shape)
 
 
 def _mean(weights: Array, values: Array) -> Array:
@@ -392,104 +253,6 @@ def _quadrature(degree: int, dtype: Any) -> Quadrature:
     """Returns that for a degree, in the precision of a type."""
     n_terms = number_of_terms(degree)
     # More than two nodes for each wave of the last polynomial.
-    nodes, weights, products = hermite_functions(n_terms, 1, int(0.7 * _end(n_terms) * math.sqrt(n_terms)) + 40)
+    nodes, weights, products = hermite_functions(n_terms, 1, int(0.7 * last_node(n_terms) * math.sqrt(n_terms)) + 40)
     is_number = weights > float(jnp.finfo(dtype).tiny)
     return Quadrature(*(jnp.asarray(x[..., is_number], dtype) for x in (nodes, weights, products)))
-
-
-def number_of_terms(degree: int) -> int:
-    """Returns how many coefficients a degree stands for."""
-    return min(2 * int(degree), _MAX_TERMS)
-
-
-def _end(n_terms: int) -> float:
-    """Beyond, the last polynomial no longer oscillates."""
-    return 2 * math.sqrt(n_terms) + 8
-
-
-@lru_cache
-def hermite_functions(n_terms: int, n_panels: int, n_nodes: int) -> Quadrature:
-    """Returns nodes, weights and Hermite polynomials, in double precision.
-
-    Args:
-      n_terms: how many polynomials.
-      n_panels, n_nodes: of Gauss-Legendre quadrature on either side of 0, so that kinks there do no harm.
-    """
-    at, widths = np.polynomial.legendre.leggauss(n_nodes)
-    width = _end(n_terms) / n_panels
-    half = (width * (np.arange(n_panels)[:, None] + 0.5 * (at + 1))).ravel()
-    half_weights = np.tile(0.5 * width * widths, n_panels)
-    nodes, widths = np.concatenate([-half[::-1], half]), np.concatenate([half_weights[::-1], half_weights])
-    root = np.exp(-(nodes**2) / 4) / (2 * math.pi) ** 0.25  # of the density: polynomials times it are bounded
-    functions = [root, nodes * root]
-    for k in range(1, n_terms - 1):
-        functions.append((nodes * functions[k] - math.sqrt(k) * functions[k - 1]) / math.sqrt(k + 1))
-    return Quadrature(nodes, widths * root**2, widths * root * np.stack(functions))
-
-
-def cusp_at_zero(activation: ElementwiseNumerical) -> Any:
-    """Returns half of what the derivative of the function jumps by at 0: that much of `|x|` is in it.
-
-    None if it does not jump, and what is traced if that is.
-    """
-    try:
-        return _known_cusp(activation)
-    except TracedFunction:
-        return _half_of_jump(jnp, _evaluate(derivative_of(activation), jnp.asarray(_NEAR_ZERO, float)))
-
-
-@lru_cache
-def _known_cusp(activation: ElementwiseNumerical) -> float | None:
-    return float(_half_of_jump(np, known_values(activation, _NEAR_ZERO)[1])) or None
-
-
-def _half_of_jump(xp: ModuleType, slopes: Any) -> Any:
-    far_left, left, right, far_right = slopes
-    size = xp.abs(left) + xp.abs(right)
-    has_limits = xp.abs(far_left - left) + xp.abs(far_right - right) <= _SAME_SLOPE * size
-    is_jump = has_limits & (xp.abs(right - left) > _NOISE * float(jnp.finfo(slopes.dtype).eps) * size)
-    return xp.where(is_jump, 0.5 * (right - left), 0)
-
-
-@lru_cache
-def absolute_value_coefficients(n_terms: int) -> np.ndarray:
-    """Returns the Hermite coefficients of `|x|` at a variance of 1."""
-    coefficients = np.zeros(n_terms)
-    coefficients[0] = math.sqrt(2 / math.pi)
-    for k in range(2, n_terms, 2):
-        coefficients[k] = -(k - 3) / math.sqrt(k * (k - 1)) * coefficients[k - 2]
-    return coefficients
-
-
-class TracedFunction(Exception):
-    """The values of a function are not known yet."""
-
-
-def known_values(activation: ElementwiseNumerical, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the function and its derivative in double precision.
-
-    Raises:
-      TracedFunction: they depend on what is being traced.
-    """
-    with jax.enable_x64(True), evaluate_now():
-        at = jnp.asarray(x)
-        results = activation.fn(at), derivative_of(activation)(at)
-    if any(map(is_traced, results)):
-        raise TracedFunction
-    values, slopes = (np.broadcast_to(np.asarray(y, float), x.shape) for y in results)
-    return values, slopes
-
-
-def derivative_of(activation: ElementwiseNumerical) -> ScalarFunction:
-    """Returns the derivative of the function, that was given or is found by differentiation."""
-    return _derivative(activation.fn) if activation.df is None else activation.df
-
-
-@lru_cache
-def _derivative(fn: ScalarFunction) -> ScalarFunction:
-    """The same function object every time: others would compile again."""
-
-    def derivative(x):
-        return jax.jvp(lambda x: _evaluate(fn, x), (x,), (jnp.ones_like(x),))[1]
-
-    return derivative

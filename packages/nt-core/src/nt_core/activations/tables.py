@@ -2,23 +2,26 @@
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from nt_core.activations.numerical import (
-    ElementwiseNumerical,
+from nt_core.activations.coefficients import (
     HermiteCoefficients,
     absolute_value_coefficients,
     cusp_at_zero,
+    graded_hermite_functions,
     hermite_coefficients,
-    hermite_functions,
     known_values,
     no_cusp,
     number_of_terms,
 )
+from nt_core.activations.groups import group_columns
+
+if TYPE_CHECKING:
+    from nt_core.activations.numerical import ElementwiseNumerical
 
 # For each precision the degree of the polynomials, and the octaves: the power of 2 at which they begin, below which a
 # smooth function is linear up to rounding, and their number. Where they end, coefficients no longer tell a function.
@@ -39,7 +42,9 @@ class CoefficientTable(NamedTuple):
         square of the function, of the even and the odd part of what is beyond the terms the roots and the orders, and
         `beyond` and `beyond_slope` of a `Cusp`; then for each octave how many terms count; then the function at 0, and
         for each coefficient the power of the deviation that it (without that value) is in proportion to below the first
-        octave; then the cusp, 0 without one, and its coefficients at a variance of 1.
+        octave; then the cusp, 0 without one, and its coefficients at a variance of 1. If there are groups, their
+        end and orders, the coefficients of the cusp and, from the first octave that has them on, for each octave and
+        power the columns of `GroupColumns`.
       terms: how many coefficients there are, of the orders 0, 1, start, start + step and so on: of most functions, the
         even or the odd part is linear.
       start: 2 or 3.
@@ -47,6 +52,9 @@ class CoefficientTable(NamedTuple):
       degree: of the polynomials, whose argument goes from -1 to 1 in each octave.
       lowest: the first octave begins at 2 to this power.
       octaves: how many there are.
+      groups: how many groups of orders there are beyond the terms.
+      even_groups: how many of them, the first ones, are of even orders.
+      first: the first octave that has groups, counted from the lowest one.
     """
 
     numbers: np.ndarray
@@ -56,14 +64,33 @@ class CoefficientTable(NamedTuple):
     degree: int
     lowest: int
     octaves: int
+    groups: int
+    even_groups: int
+    first: int
 
     @property
     def cusp(self) -> float:
-        return float(self.numbers[-self.terms - 1])
+        return float(self.numbers[self._start_of_cusp])
 
     @property
     def coefficients_of_cusp(self) -> np.ndarray:
-        return self.numbers[-self.terms :]
+        return self.numbers[self._start_of_cusp + 1 :][: self.terms]
+
+    @property
+    def orders_of_groups(self) -> np.ndarray:
+        return self.numbers[self._start_of_groups + 1 :][: self.groups]
+
+    @property
+    def least_variance_of_groups(self) -> float:
+        return 2.0 ** (self.lowest + self.first)
+
+    @property
+    def end_of_groups(self) -> int:
+        return int(self.numbers[self._start_of_groups])
+
+    @property
+    def cusps_of_groups(self) -> np.ndarray:
+        return self.numbers[self._start_of_groups + 1 + self.groups :][: self.groups]
 
     def coefficients(self, variances: Array) -> Array:
         """Returns what `prepare` in csrc/duals_tabulated.h computes for some variances, `(terms + 6, *shape)`.
@@ -71,14 +98,11 @@ class CoefficientTable(NamedTuple):
         The coefficients without the cusp's, then of the rest the roots and the orders, then `beyond` and `beyond_slope`
         of the cusp.
         """
-        n_powers, n_columns = self.degree + 1, self.terms + 7
-        powers = self.numbers[: self._end_of_polynomials].reshape(self.octaves, n_powers, n_columns)
-        powers = jnp.asarray(np.delete(powers, self.terms, axis=2).T, variances.dtype)  # without mean squares
-        lowest, octave = 2.0**self.lowest, self._octave(variances)
-        place = jnp.where(variances < lowest, -1, 4 * jnp.frexp(variances)[0] - 3)
-        found = jnp.take(powers[:, -1], octave, 1)
-        for power in range(self.degree - 1, -1, -1):
-            found = found * place[None] + jnp.take(powers[:, power], octave, 1)
+        lowest = 2.0**self.lowest
+        octave, place = self._place(variances)
+        columns = self.numbers[: self._end_of_polynomials].reshape(self.octaves, self.degree + 1, self.terms + 7)
+        columns = np.delete(columns, self.terms, axis=2)  # without mean squares
+        found = _polynomials(columns, octave, jnp.where(variances < lowest, -1, place))
         # Below the first octave, powers of the deviation, but for the function at 0 and the orders.
         at_zero, *exponents = self.numbers[self._end_of_polynomials + self.octaves :][: self.terms + 1]
         offsets, exponents = (
@@ -94,16 +118,50 @@ class CoefficientTable(NamedTuple):
         counts = self.numbers[self._end_of_polynomials :][: self.octaves]
         return jnp.take(jnp.asarray(counts, jnp.int32), self._octave(variances))
 
+    def has_groups(self, variances: Array) -> Array:
+        """Whether some variances are so large that they have groups."""
+        return variances >= self.least_variance_of_groups
+
+    def groups_of(self, variances: Array) -> Array:
+        """Returns `GroupColumns.columns` for some variances, `(groups + 6, *shape)`; 0 if they have no groups."""
+        columns = self.numbers[self._start_of_groups + 1 + 2 * self.groups :]
+        columns = columns.reshape(self.octaves - self.first, self.degree + 1, self.groups + 6)
+        octave, place = self._place(variances)
+        found = _polynomials(columns, jnp.maximum(octave - self.first, 0), place)
+        return jnp.where(self.has_groups(variances)[None], found, 0)
+
     @property
     def _end_of_polynomials(self) -> int:
         return self.octaves * (self.degree + 1) * (self.terms + 7)
 
+    @property
+    def _start_of_cusp(self) -> int:
+        return self._end_of_polynomials + self.octaves + 1 + self.terms
+
+    @property
+    def _start_of_groups(self) -> int:
+        return self._start_of_cusp + 1 + self.terms
+
     def _octave(self, variances: Array) -> Array:
         return jnp.clip(jnp.frexp(variances)[1] - 1 - self.lowest, 0, self.octaves - 1)
 
+    def _place(self, variances: Array) -> tuple[Array, Array]:
+        """Returns the octaves of variances, and where they are in these, from -1 to 1."""
+        exponent = lax.stop_gradient(jnp.frexp(variances)[1])
+        return self._octave(variances), jnp.ldexp(variances, 2 - exponent) - 3
+
+
+def _polynomials(columns: np.ndarray, octave: Array, place: Array) -> Array:
+    """Returns the values of polynomials, `(columns, *shape)`, with coefficients `(octaves, powers, columns)`."""
+    by_power = jnp.asarray(columns.T, place.dtype)
+    found = jnp.take(by_power[:, -1], octave, 1)
+    for power in range(columns.shape[1] - 2, -1, -1):
+        found = found * place[None] + jnp.take(by_power[:, power], octave, 1)
+    return found
+
 
 @lru_cache(maxsize=32)
-def coefficient_table(activation: ElementwiseNumerical, precision: str) -> CoefficientTable:
+def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> CoefficientTable:
     """Returns the coefficients of a function, as `ElementwiseNumerical` has them at one variance.
 
     Args:
@@ -114,9 +172,12 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
       TracedFunction: the function's values depend on what is being traced.
 
     >>> import jax.numpy as jnp
+    >>> from nt_core.activations import ElementwiseNumerical
     >>> table = coefficient_table(ElementwiseNumerical(jnp.tanh, None, 25), "float32")
     >>> table.terms, table.octaves, table.numbers.size
     (26, 54, 16146)
+    >>> coefficient_table(ElementwiseNumerical(jnp.tanh, None, 125), "float32").groups
+    48
     """
     terms = number_of_terms(activation.deg)
     degree, lowest, octaves = _SHAPES[precision]
@@ -126,42 +187,58 @@ def coefficient_table(activation: ElementwiseNumerical, precision: str) -> Coeff
     points = np.cos(math.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     variances = np.ldexp(1.5 + 0.5 * points, lowest + np.arange(octaves)[:, None])
     with np.errstate(all="ignore"):  # functions may overflow at variances that nobody has
-        orders, columns, counts = _columns(activation, variances.ravel(), terms, float(np.finfo(precision).eps) / 4)
-    columns = columns.reshape(-1, octaves, degree + 1)
-    # Chebyshev's coefficients first: they are small where those of powers would only cancel.
-    polynomials = np.polynomial.chebyshev.chebvander(points, degree) * np.where(np.arange(degree + 1) > 0, 2, 1)
-    chebyshev = np.einsum("ik,coi->kco", polynomials / (degree + 1), columns)
-    to_powers = np.zeros((degree + 1, degree + 1))
-    for k in range(degree + 1):
-        to_powers[: k + 1, k] = np.polynomial.chebyshev.cheb2poly(np.eye(k + 1)[k])
-    powers = np.einsum("pk,kco->opc", to_powers, chebyshev)
+        of = _coefficients(activation, variances, terms)
+        orders, columns, counts = _columns(of, float(np.finfo(precision).eps) / 4)
+        groups = group_columns(activation, precision, variances, of, _NOISE)
     at_zero = known_values(activation, np.zeros(1))[0]
-    counts = counts.reshape(octaves, degree + 1).max(1)
+    powers = _to_powers(columns, points)
     exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
     cusp = cusp_at_zero(activation) or 0.0
     cusps = cusp * absolute_value_coefficients(terms)[orders]
-    numbers = np.concatenate([powers.ravel(), counts, at_zero, exponents, [cusp], cusps])
-    start, step = (orders[2], orders[3] - orders[2]) if len(orders) > 3 else (2, 1)
-    return CoefficientTable(numbers, len(orders), int(start), int(step), degree, lowest, octaves)
+    numbers = [powers.ravel(), counts.max(1), at_zero, exponents, [cusp], cusps]
+    if groups is not None:
+        numbers += [[groups.end], groups.orders, groups.cusps, _to_powers(groups.columns, points).ravel()]
+    start, step = (int(orders[2]), int(orders[3] - orders[2])) if len(orders) > 3 else (2, 1)
+    in_groups = (0, 0, 0) if groups is None else (len(groups.orders), groups.n_even, groups.first)
+    return CoefficientTable(
+        np.concatenate(numbers), len(orders), start, step, degree, lowest, octaves, *in_groups
+    )
 
 
-def _is_linear_from(activation: ElementwiseNumerical, lowest: int) -> bool:
+def _to_powers(columns: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Returns the polynomials with some values at Chebyshev's points.
+
+    Args:
+      columns: the values, `(columns, octaves, points)`.
+      points: from -1 to 1.
+
+    Returns:
+      Coefficients, `(octaves, powers, columns)`.
+    """
+    n, degree = len(points), len(points) - 1
+    # Chebyshev's coefficients first: they are small where those of powers would only cancel.
+    polynomials = np.polynomial.chebyshev.chebvander(points, degree) * np.where(np.arange(n) > 0, 2, 1)
+    chebyshev = np.einsum("ik,coi->kco", polynomials / n, columns)
+    to_powers = np.zeros((n, n))
+    for k in range(n):
+        to_powers[: k + 1, k] = np.polynomial.chebyshev.cheb2poly(np.eye(k + 1)[k])
+    return np.einsum("pk,kco->opc", to_powers, chebyshev)
+
+
+def _is_linear_from(activation: "ElementwiseNumerical", lowest: int) -> bool:
     """Whether the mean slope no longer changes from the variance 2^lowest down, but for rounding."""
     variances = np.ldexp(1.0, np.array([lowest, 2 * lowest]))
     linear = _coefficients(activation, variances, 2).values[1] / np.sqrt(variances)
     return not abs(linear[1] - linear[0]) > 2 ** (0.75 * lowest) * np.abs(linear).max()
 
 
-def _columns(
-    activation: ElementwiseNumerical, variances: np.ndarray, terms: int, tolerance: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the orders of the terms, and at some variances the columns, `(columns, variances)`, and the counts."""
-    of = _coefficients(activation, variances, terms)
+def _columns(of: HermiteCoefficients, tolerance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the orders of the terms, the columns, `(columns, octaves, points)`, and the counts."""
     even, odd = of.rest
-    cusp = of.cusp or no_cusp(variances, terms)
-    of_cusp = cusp.coefficients[:, None] * cusp.std
+    cusp = of.cusp or no_cusp(of.mean_square, len(of.values))
+    of_cusp = np.multiply.outer(cusp.coefficients, cusp.std)
     kept = _orders_that_are_there(of.values, of.mean_square)
-    orders = kept[:, None]
+    orders = kept[:, None, None]
     # With the closed form of the cusp, what is left of the terms is to be added.
     squares = np.abs(of.values * (of.values + 2 * of_cusp))[kept]
     rest = even.root**2 + odd.root**2 + np.abs(2 * cusp.std * cusp.beyond)
@@ -169,20 +246,20 @@ def _columns(
     rest = even.root**2 * even.order + odd.root**2 * odd.order + np.abs(2 * cusp.std * cusp.beyond_slope)
     counts_of_slope = _terms_that_count(orders * squares, rest, of.slope_square, tolerance)
     values = of.values[kept]
-    values = np.where(_is_noise(values, of.mean_square)[:, None], 0, values)
+    values = np.where(_is_noise(values, of.mean_square)[:, None, None], 0, values)
     columns = [*values, 0.5 * of.mean_square, even.root, odd.root, even.order, odd.order]
     noise = _NOISE * np.sqrt(of.mean_square)
     columns += [np.where(np.abs(x) > noise, x, 0) for x in (cusp.beyond, cusp.beyond_slope)]
     return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
 
 
-def _coefficients(activation: ElementwiseNumerical, variances: np.ndarray, terms: int) -> HermiteCoefficients:
-    quadrature = hermite_functions(terms, _PANELS, _NODES)
-    values, slopes = known_values(activation, quadrature.nodes[:, None] * np.sqrt(variances))
+def _coefficients(activation: "ElementwiseNumerical", variances: np.ndarray, terms: int) -> HermiteCoefficients:
+    quadrature = graded_hermite_functions(terms, _PANELS, _NODES)
+    values, slopes = known_values(activation, np.multiply.outer(quadrature.nodes, np.sqrt(variances)))
     return hermite_coefficients(np, quadrature, variances, values, slopes, cusp_at_zero(activation))
 
 
-def share_beyond_terms(activation: ElementwiseNumerical, variances: tuple[float, ...]) -> np.ndarray:
+def share_beyond_terms(activation: "ElementwiseNumerical", variances: tuple[float, ...]) -> np.ndarray:
     """Returns which share of the mean square of the function is beyond its terms, for each variance.
 
     Raises:
@@ -206,7 +283,7 @@ def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray
 
 def _is_noise(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
     """Which coefficients are zero at every variance."""
-    return np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=1)
+    return np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=(1, 2))
 
 
 def _exponents(powers: np.ndarray, at_zero: np.ndarray, orders: np.ndarray) -> np.ndarray:

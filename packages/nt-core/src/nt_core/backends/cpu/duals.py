@@ -22,8 +22,8 @@ from nt_core.activations import (
     Sin,
     Step,
 )
+from nt_core.activations.coefficients import TracedFunction
 from nt_core.activations.hermite import Expansion, Series, power
-from nt_core.activations.numerical import TracedFunction
 from nt_core.activations.tables import CoefficientTable, coefficient_table
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu import native

@@ -34,6 +34,7 @@ class MosaicBackend:
     platform: str
     hardware: Hardware
     module: str  # imported when a kernel is first executed
+    has_groups = False  # of orders beyond the terms of Hermite coefficients: these are taken for a power of the order
 
     def __init__(self, interpret: bool = False) -> None:
         self._interpret = interpret

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from nt_core import activations
-from nt_core.activations.numerical import TracedFunction
+from nt_core.activations.coefficients import TracedFunction
 from nt_core.backends.base import Refused
 from nt_core.backends.mosaic.terms import Terms
 from nt_core.lowering import Lowered, Primitive, Repeated, Window, Windows, fold_repeats, lower

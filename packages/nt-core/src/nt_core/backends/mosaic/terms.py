@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from nt_core.activations import ElementwiseNumerical
 from nt_core.activations.arcs import one_minus_correlation
-from nt_core.activations.numerical import (
+from nt_core.activations.coefficients import (
     Cusp,
     PairOfRests,
     Rest,
@@ -83,7 +83,7 @@ class Terms:
         def with_rest(value: Array, slope: Array) -> tuple[Array, Array]:
             for parity in range(2):
                 rests = self._rests(parity, load, stds)
-                more, of_slope = inlined(partial(sum_of_rest, parity, self._n_terms), rests, w)
+                more, of_slope = inlined(partial(sum_of_rest, jnp, parity, self._n_terms), rests, w)
                 value, slope = value + more, slope + of_slope
             return value, slope
 
