@@ -26,8 +26,8 @@ class Groups {
   static constexpr int kL = kLanes<T>;
 
  public:
-  // One group of a pair: its order, and whether it is of odd ones; the coefficients of both, times the root of the weight, and
-  // what the cusp has; and their derivatives in half the variance, if they are wanted.
+  // One group of a pair: its order, and whether it is of odd ones; the coefficients of both, times the root of the
+  // weight, and what the cusp has; and their derivatives in half the variance, if they are wanted.
   struct Group {
     T order, cusp;
     bool is_odd;

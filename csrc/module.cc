@@ -62,8 +62,8 @@ py::tuple dual(const std::vector<int>& activation, Numbers<T> coefficients, Numb
   const auto which = static_cast<nt::Activation>(activation[0]);
   nt::Table table;
   if (activation.size() == 10) {
-    table = {activation[1], activation[2], activation[3], activation[4],
-             activation[5], activation[6], activation[7], activation[8], activation[9]};
+    table = {activation[1], activation[2], activation[3], activation[4], activation[5],
+             activation[6], activation[7], activation[8], activation[9]};
   }
   const auto n = deficit.size();
   if (coefficients.size() != nt::info(which).coefficients + table.size() || variance1.size() != n ||

@@ -39,7 +39,8 @@ std::vector<int64_t> join(std::vector<std::vector<int64_t>> parts) {
   return all;
 }
 
-// Coefficients: 0 whether batches are the same, 1-4 of every linear step, from 5 on of every dual, 7-8 weights of a sum.
+// Coefficients: 0 whether batches are the same, 1-4 of every linear step, from 5 on of every dual, 7-8 weights of a
+// sum.
 std::vector<int64_t> value(nt::Op op, bool needs, int coefficient, nt::Index3 s, std::vector<int64_t> inputs) {
   std::vector<int64_t> code = {static_cast<int64_t>(op), needs, coefficient, s[0], s[1], s[2]};
   if (!inputs.empty()) code.push_back(static_cast<int64_t>(inputs.size()));
@@ -59,7 +60,8 @@ std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, i
 // Of the orders 0, 1, start, start + step.
 std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input, int64_t start, int64_t step) {
   return join({dual(nt::Activation::kTabulated, needs, s, input),
-               {kTable.terms, start, step, kTable.degree, kTable.lowest, kTable.octaves, kTable.groups, kTable.even_groups, kTable.first}});
+               {kTable.terms, start, step, kTable.degree, kTable.lowest, kTable.octaves, kTable.groups,
+                kTable.even_groups, kTable.first}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);

@@ -53,9 +53,9 @@ _NODES, _LAST_NODE = 12, 12.0
 class OrderGroups(NamedTuple):
     """Orders and weights: sums over the orders from the first ones to `end` are weighted sums over these.
 
-    In an octave of orders, sums over all even ones are by Gauss quadrature, and those over the odd ones by the same with
-    orders that are larger by one. So most orders are no whole numbers. What coefficients have there is interpolated
-    between those nearby: at even orders and at odd ones they change their sign in turn, and but for that are smooth.
+    In an octave of orders, sums over the even ones are by Gauss quadrature, and those over the odd ones by the same
+    with orders that are larger by one. So most orders are no whole numbers. Coefficients of even orders, and of odd
+    ones, change their signs in turn, and but for that are smooth: they are interpolated.
 
     Attributes:
       even, odd: the orders, `(n,)` each.
@@ -77,7 +77,7 @@ def order_groups(n_terms: int, per_octave: int) -> OrderGroups:
     >>> groups.even[:4].round(1).tolist(), groups.end
     ([120.1, 177.9, 241.3, 356.7], 51200)
     >>> f"{sum(groups.roots**2 * groups.even):.0f}", sum(range(100, 51200, 2))
-    ('655333750', 655333750)
+    ('655331950', 655331950)
     """
     n_octaves = round(math.log2(_END / n_terms))
     orders, weights = [], []

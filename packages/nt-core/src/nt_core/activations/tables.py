@@ -200,9 +200,7 @@ def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> Coe
         numbers += [[groups.end], groups.orders, groups.cusps, _to_powers(groups.columns, points).ravel()]
     start, step = (int(orders[2]), int(orders[3] - orders[2])) if len(orders) > 3 else (2, 1)
     in_groups = (0, 0, 0) if groups is None else (len(groups.orders), groups.n_even, groups.first)
-    return CoefficientTable(
-        np.concatenate(numbers), len(orders), start, step, degree, lowest, octaves, *in_groups
-    )
+    return CoefficientTable(np.concatenate(numbers), len(orders), start, step, degree, lowest, octaves, *in_groups)
 
 
 def _to_powers(columns: np.ndarray, points: np.ndarray) -> np.ndarray:
