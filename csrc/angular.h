@@ -152,7 +152,7 @@ void ab_relu_angular(const Work<T>& work, const Instance& instance, const Place&
   }
 }
 
-// Any other nonlinearity, by its dual of deficits (var1 + var2)/2 - K.
+// Any other nonlinearity, by its dual of deficits (var1 + var2)/2 - K, or of the angle itself.
 template <bool kWide, bool kNtk, bool kCovariance, class Dual, class T>
 void other_dual_angular(const Work<T>& work, const Instance& instance, const Dual& dual, const Place& at,
                         const Vec<T>* u, const Vec<T>* t, Vec<T>* u_out, Vec<T>* t_out) {
@@ -161,8 +161,14 @@ void other_dual_angular(const Work<T>& work, const Instance& instance, const Dua
   const Products<kWide, T> before(work, Statistic::kStd, work.value(instance).inputs[0], at);
   for (int x = 0; x < at.n; ++x) {
     V value, factor;
-    const V deficit = fma(before(x), Distances<T>(u[x]).from_parallel, before.half_gap(x));
-    dual.template apply<kCovariance, kNtk>(deficit, rows.template first<kWide>(x), rows.second(x), value, factor);
+    const auto first = rows.template first<kWide>(x);
+    const auto second = rows.second(x);
+    if constexpr (std::is_same_v<Dual, Tabulated<T>>) {
+      dual.template apply<kCovariance, kNtk>(dual.pair_at_angle(u[x], first, second), first, second, value, factor);
+    } else {
+      const V deficit = fma(before(x), Distances<T>(u[x]).from_parallel, before.half_gap(x));
+      dual.template apply<kCovariance, kNtk>(deficit, first, second, value, factor);
+    }
     if constexpr (kCovariance) {
       u_out[x] = value;
     } else {

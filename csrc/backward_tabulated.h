@@ -33,8 +33,8 @@ class TabulatedPartials {
   template <class First, class Second>
   NT_INLINE Partials<T> operator()(V deficit, const First& first, const Second& second, V, V, V*) const {
     Partials<T> p;
-    dual_.template apply<false, true>(deficit, first, second, p.value, p.factor);
     const Pair pair = dual_.pair(deficit, first, second);
+    dual_.template apply<false, true>(pair, first, second, p.value, p.factor);
     Sums sums = of_terms(pair, first, second);
     if (dual_.cusp() != 0) add_cusp(pair, sums);
     const V inverse = pair.inverse, inverse1 = first[D::kInverse], inverse2 = second[D::kInverse];
@@ -46,7 +46,7 @@ class TabulatedPartials {
     p.value_half2 = second[D::kGain] - sums.slope * inverse - sums.up2 * inverse2 * inverse2;
     if (pair.most == dual_.table().terms) {
       dual_.template for_each_share<true>(
-          first, second, pair.w, [&](const typename D::Share& share) { add_share(share, pair, first, second, p); });
+          first, second, pair, [&](const typename D::Share& share) { add_share(share, pair, first, second, p); });
     }
     // There are none in variances of 0, where some are infinite.
     for (V* of_first : {&p.value_half1, &p.factor_half1}) *of_first = if_positive(first[D::kHalf], *of_first, V{});

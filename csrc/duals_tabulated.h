@@ -44,31 +44,31 @@ class Tabulated {
   // What the sums over terms need to know of a pair.
   struct Pair {
     V w, c, scale, inverse;  // 1 - c, the correlation, the product of the deviations, and 1 over it
+    V from_parallel;         // 1 - |c|
     V both_vary;             // positive, unless a variance is 0: such inputs are uncorrelated
     V terms;                 // how many its samples need
     int most, least;         // the largest and the smallest such number of the pairs that are side by side
-    V from_parallel;         // 1 - |c|, if there is a cusp
   };
 
   template <class First, class Second>
   NT_INLINE Pair pair(V deficit, const First& first, const Second& second) const {
-    const V one = broadcast(T(1)), zero{}, difference = first[kHalf] - second[kHalf];
+    const V two = broadcast(T(2)), difference = first[kHalf] - second[kHalf];
     const Angular<T> a = angular_deficit<T>(deficit, difference + difference, first[kStd], second[kStd]);
-    Pair p;
-    p.scale = a.scale;
-    p.inverse = first[kInverse] * second[kInverse];
-    p.both_vary = if_positive(first[kHalf], second[kHalf], zero);
-    p.w = min(broadcast(T(2)), a.angular * p.inverse);
-    p.c = if_positive(p.both_vary, one - p.w, zero);
-    p.terms = max(first[kTerms], second[kTerms]);
-    p.most = static_cast<int>(largest(p.terms));
-    p.least = -static_cast<int>(largest(-p.terms));
+    const V inverse = first[kInverse] * second[kInverse], w = min(two, a.angular * inverse);
+    V from_parallel = min(w, two - w);
     if (has_cusp_) {
-      const V distance = distance_from_parallel<T>(deficit, a.angular, a.angular - a.scale, a.scale, first[kInverse],
-                                                   second[kInverse]);
-      p.from_parallel = if_positive(p.both_vary, distance, one);
+      from_parallel = distance_from_parallel<T>(deficit, a.angular, a.angular - a.scale, a.scale, first[kInverse],
+                                                second[kInverse]);
     }
-    return p;
+    return pair(w, from_parallel, a.scale, inverse, first, second);
+  }
+
+  // The same of an angular deficit, 1 - |c| with the sign of c: see angular.h.
+  template <class First, class Second>
+  NT_INLINE Pair pair_at_angle(V angular, const First& first, const Second& second) const {
+    const V from_parallel = max(angular, -angular);
+    const V w = if_positive(-angular, broadcast(T(2)) - from_parallel, from_parallel);
+    return pair(w, from_parallel, first[kStd] * second[kStd], first[kInverse] * second[kInverse], first, second);
   }
 
   V prepare(V half, V* numbers) const {
@@ -84,9 +84,13 @@ class Tabulated {
 
   template <bool kCovariance, bool kNtk, class First, class Second>
   NT_INLINE void apply(V deficit, const First& first, const Second& second, V& value, V& factor) const {
-    const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
     for (int k = kHalf; k < kValues + 2; ++k) fetch_ahead(second, k);
-    const Pair p = pair(deficit, first, second);
+    apply<kCovariance, kNtk>(pair(deficit, first, second), first, second, value, factor);
+  }
+
+  template <bool kCovariance, bool kNtk, class First, class Second>
+  NT_INLINE void apply(const Pair& p, const First& first, const Second& second, V& value, V& factor) const {
+    const V one = broadcast(T(1)), half = broadcast(T(0.5)), zero{};
     const V w = p.w, c = p.c;
     const V plus = one + c, square_c = c * c;
     const bool by_two = table_.step == 2;
@@ -137,7 +141,7 @@ class Tabulated {
     after = fma(half, square, after);
     if (has_cusp_) add_cusp<kNtk>(p, std_apart, after, slope);
     if (p.most == table_.terms) {  // these were not enough
-      for_each_share<false>(first, second, w, [&](const Share& share) {
+      for_each_share<false>(first, second, p, [&](const Share& share) {
         after += fma(share.both, share.missing, share.apart);
         if constexpr (kNtk) slope = fma(share.slopes, share.power, slope);
       });
@@ -191,9 +195,9 @@ class Tabulated {
 
   // Calls `add` with every `Share` of a pair: those of groups of orders, for variances that have them, and of the rest.
   template <bool kDerivatives, class First, class Second, class Add>
-  void for_each_share(const First& first, const Second& second, V w, const Add& add) const {
+  void for_each_share(const First& first, const Second& second, const Pair& pair, const Add& add) const {
     Beyond<T> beyond1 = numbers_beyond<kDerivatives>(first), beyond2 = numbers_beyond<kDerivatives>(second);
-    const Correlation correlation(w);
+    const Correlation correlation(pair);
     V end = broadcast(static_cast<T>(table_.order(table_.terms) / 2 * 2));  // the number of all terms is even
     const V in_groups = groups_.are_there(first[kHalf], second[kHalf]);
     if (any_positive(in_groups)) {
@@ -209,6 +213,22 @@ class Tabulated {
   }
 
  private:
+  template <class First, class Second>
+  NT_INLINE Pair pair(V w, V from_parallel, V scale, V inverse, const First& first, const Second& second) const {
+    const V one = broadcast(T(1)), zero{};
+    Pair p;
+    p.both_vary = if_positive(first[kHalf], second[kHalf], zero);
+    p.w = if_positive(p.both_vary, w, zero);
+    p.c = if_positive(p.both_vary, one - w, zero);
+    p.from_parallel = if_positive(p.both_vary, from_parallel, one);
+    p.scale = scale;
+    p.inverse = inverse;
+    p.terms = max(first[kTerms], second[kTerms]);
+    p.most = static_cast<int>(largest(p.terms));
+    p.least = -static_cast<int>(largest(-p.terms));
+    return p;
+  }
+
   static constexpr int kBeyond = Beyond<T>::kNumbers;
   static constexpr int kLast = kValues + 2 * kBeyond;  // and the terms: where `two_up` of the last ones begins
 
@@ -216,9 +236,8 @@ class Tabulated {
   struct Correlation {
     V is_negative, log, inverse;  // log |c| and 1 / |c|
 
-    explicit Correlation(V w) : is_negative(w - broadcast(T(1))) {
-      const V one = broadcast(T(1)), two = broadcast(T(2));
-      const V away = min(if_positive(is_negative, two - w, w), broadcast(1 - std::numeric_limits<T>::epsilon()));
+    explicit Correlation(const Pair& pair) : is_negative(pair.w - broadcast(T(1))) {
+      const V one = broadcast(T(1)), away = min(pair.from_parallel, broadcast(1 - std::numeric_limits<T>::epsilon()));
       for (int l = 0; l < kL; ++l) log[l] = std::log1p(-away[l]);
       inverse = one / (one - away);
     }

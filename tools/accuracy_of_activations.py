@@ -1,6 +1,6 @@
 """Prints the table of docs/numerics.md of activations that are known by their Hermite coefficients, and of hard SiLU.
 
-    .venv/bin/python tools/accuracy_of_activations.py [--variances Q ... --] [NAME ...]
+    .venv/bin/python tools/accuracy_of_activations.py [--variances Q ...] [--ratios R ...] [--] [NAME ...]
 
 The largest errors of the kernels after one layer, NNGP and NTK, relative to those of parallel inputs: for inputs of
 variance q, and others of q or 1.5 q, at correlations from -1 to 1 - 1e-7, and parallel. Expectations are integrals by
@@ -16,6 +16,7 @@ import numpy as np
 from nt_stax import Dense, serial
 
 VARIANCES = (0.01, 0.1, 1.0, 4.0, 10.0)
+RATIOS = (1.0, 1.5)
 CORRELATIONS = np.array([-1, -0.9, -0.5, 0, 0.3, 0.9, 0.99, 0.9999, 1 - 1e-7, 1])
 # The functions, and where they are not smooth.
 SMOOTH = {
@@ -68,23 +69,28 @@ def expectation(f, kinks, var1, var2, c):
     return w1 @ (f(s1 * z1) * (w2 * f(s2 * (c * z1 + across * z2))).sum(0))
 
 
-def errors(name, var, ratio, dtype):
+def errors(name, var, ratio, dtype, implementation):
     """Returns the largest errors of the NNGP and of the NTK."""
     f, kinks = FUNCTIONS[name]
     slope = jax.vmap(jax.grad(f))
     x1 = np.sqrt(2 * var) * np.array([[1.0, 0.0]])
     x2 = np.sqrt(2 * ratio * var) * np.stack([CORRELATIONS, np.sqrt(1 - CORRELATIONS**2)], 1)
+    x1, x2 = (x.astype(dtype).astype(float) for x in (x1, x2))
     kernel_fn = serial(Dense(1), getattr(nt_stax, name)())[2]
-    kernel = kernel_fn(jnp.asarray(x1, dtype), jnp.asarray(x2, dtype), ("nngp", "ntk"))
+    with jax.enable_x64(dtype == "float64"):  # kernels are in JAX's default precision, whatever that of the inputs is
+        kernel = kernel_fn(x1.astype(dtype), x2.astype(dtype), ("nngp", "ntk"), implementation=implementation)
+    assert kernel.nngp.dtype == dtype
+    var1, var2 = (0.5 * (x**2).sum(1) for x in (x1, x2))
+    dot = 0.5 * (x1 * x2).sum(1)
+    correlations = np.where(x2[:, 1] == 0, np.sign(dot), dot / np.sqrt(var1 * var2))
 
     def exact(g):
         def of(x):
             return np.asarray(g(jnp.asarray(x).ravel())).reshape(x.shape)
 
-        return np.array([expectation(of, kinks, var, ratio * var, c) for c in CORRELATIONS])
+        return np.array([expectation(of, kinks, var1[0], *pair) for pair in zip(var2, correlations, strict=True)])
 
-    nngp, ntk = exact(f), var * ratio**0.5 * CORRELATIONS * exact(slope)
-    found = ((kernel.nngp[0], nngp), (kernel.ntk[0], ntk))
+    found = ((kernel.nngp[0], exact(f)), (kernel.ntk[0], dot * exact(slope)))
     return [np.max(np.abs(np.asarray(k, float) - e)) / e[-1] for k, e in found]
 
 
@@ -93,6 +99,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FUNCTIONS)}; all by default")
     parser.add_argument("--variances", nargs="+", type=float, default=VARIANCES)
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="of the variances of both inputs")
+    parser.add_argument("--implementation", help="a backend; by default that of the device")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(FUNCTIONS):
         parser.error(f"no activation {', '.join(sorted(unknown))}; there are {', '.join(FUNCTIONS)}")
@@ -101,7 +109,10 @@ def main():
     print(f"| | precision |{heads}\n" + "|---" * (2 + len(arguments.variances)) + "|")
     for name in arguments.names or FUNCTIONS:
         for dtype in ("float32", "float64"):
-            worst = [np.max([errors(name, var, ratio, dtype) for ratio in (1, 1.5)], 0) for var in arguments.variances]
+            worst = [
+                np.max([errors(name, var, ratio, dtype, arguments.implementation) for ratio in arguments.ratios], 0)
+                for var in arguments.variances
+            ]
             cells = " | ".join(f"{nngp:.0e}, {ntk:.0e}" for nngp, ntk in worst)
             print(f"| {name} | {dtype} | {cells} |", flush=True)
 

@@ -29,7 +29,7 @@ struct Network {
 };
 
 constexpr nt::Table kTable{4, 2, 1, 1, -4, 12, 2, 1, 3};
-constexpr int kCoefficients = 5 + static_cast<int>(kTable.size());
+constexpr int kTableAt = 5, kCoefficients = kTableAt + static_cast<int>(kTable.size());
 
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
 
@@ -226,8 +226,13 @@ class Arrays {
 
   const T* argument(int64_t size, const std::string& what) {
     arguments_.emplace_back(size);
-    for (T& x : arguments_.back()) x = what == "coefficients" ? T(0.7) : normal_(random_);
-    if (what == "coefficients" && !symmetric_) arguments_.back()[0] = 0;
+    const bool coefficients = what == "coefficients";
+    for (T& x : arguments_.back()) x = coefficients ? T(0.7) : normal_(random_);
+    if (coefficients && !symmetric_) arguments_.back()[0] = 0;
+    // Groups of orders begin beyond the terms.
+    for (int k = 0; k <= kTable.groups && coefficients; ++k) {
+      arguments_.back()[kTableAt + kTable.start_of_groups() + k] = T(8 + k);
+    }
     return arguments_.back().data();
   }
   T* result(int64_t size) {

@@ -32,6 +32,10 @@ from nt_core.activations.relu import ABRelu
 from nt_core.activations.tables import CoefficientTable, coefficient_table
 from nt_core.evaluation.platform import is_gpu
 
+# Terms in one turn of a loop. Carries pass through memory once in a turn: with few terms in it, that takes longer than
+# the terms.
+_TOGETHER = 20
+
 
 @activation
 class ElementwiseNumerical(Activation):
@@ -110,17 +114,14 @@ class ElementwiseNumerical(Activation):
             columns1, columns2 = table.groups_of(var1), table.groups_of(var2)
             value, slope = _sum_of_groups(table, in_groups, columns1, columns2, first.cusp, second.cusp, w)
             rest1, rest2 = (
-                _with_rest_of_groups(of, columns[table.groups :], in_groups)
+                _with_rest(of, columns[table.groups :], in_groups)
                 for of, columns in ((first, columns1), (second, columns2))
             )
             more, more_slope = _sum_of_rests(jnp.where(in_groups, table.end_of_groups, n_terms), rest1, rest2, w)
             return value + more, slope + more_slope
 
-        try:
-            table = coefficient_table(self, w.dtype.name)
-        except TracedFunction:
-            return without_groups()
-        if table.groups == 0:
+        table = self._table(w.dtype)
+        if table is None or table.groups == 0:
             return without_groups()
         if is_gpu():
             return with_groups()  # a condition would make it wait
@@ -131,7 +132,20 @@ class ElementwiseNumerical(Activation):
         at = _at(quadrature.nodes, var)
         with jax.default_matmul_precision("highest"):
             values, slopes = evaluate(self.fn, at), evaluate(derivative_of(self), at)
-            return hermite_coefficients(jnp, quadrature, var, values, slopes, cusp_at_zero(self))
+            of = hermite_coefficients(jnp, quadrature, var, values, slopes, cusp_at_zero(self))
+        table = self._table(var.dtype)
+        if table is None:
+            return of
+        # By quadrature in this precision, what is beyond the terms would be a difference of nearly equal numbers.
+        rest = table.rest_of(var)
+        return _with_rest(of, rest, jnp.isfinite(rest[0]))
+
+    def _table(self, dtype: Any) -> CoefficientTable | None:
+        """None if the values of the function are not known yet."""
+        try:
+            return coefficient_table(self, jnp.dtype(dtype).name)
+        except TracedFunction:
+            return None
 
 
 @jax.custom_jvp
@@ -158,18 +172,29 @@ def _sum_of_terms(first: HermiteCoefficients, second: HermiteCoefficients, w: Ar
         of_cusp = first.cusp.coefficients
         of_cusp_slope = jnp.append(np.sqrt(np.arange(1, len(of_cusp), dtype=w.dtype)) * of_cusp[1:], 0)
 
-    def add(sums: Sums, terms: Any) -> tuple[Sums, None]:
+    def add(sums: Sums, terms: Any) -> Sums:
         a, b, slope_a, slope_b, cusp, cusp_slope = terms
         square, both, slopes = (a - b) ** 2, a * b, slope_a * slope_b
         if cusp is not None:  # the products with it
             square, both = square + 2 * cusp * (std1 - std2) * (a - b), both + cusp * (a * std2 + std1 * b)
             slopes = slopes + cusp_slope * (slope_a + slope_b)
-        return sums.plus(square, both, slopes).then(c, w), None
+        return sums.plus(square, both, slopes).then(c, w)
 
-    # Carries pass through memory once in a turn: with few terms in it, that takes longer than the terms.
     zero = jnp.zeros_like(w)
+
+    def add_turn(sums: Sums, terms: Any) -> tuple[Sums, None]:
+        # By themselves first: added to the large ones one by one, small ones would be rounded off.
+        of_turn = sums._replace(value=zero, factor=zero)
+        for k in range(len(terms[0])):
+            of_turn = add(of_turn, jax.tree.map(lambda x, k=k: x[k], terms))
+        return of_turn._replace(value=sums.value + of_turn.value, factor=sums.factor + of_turn.factor), None
+
     terms = (first.values, second.values, first.slopes, second.slopes, of_cusp, of_cusp_slope)
-    sums, _ = lax.scan(add, Sums(jnp.ones_like(w), zero, zero, zero), terms, unroll=20)
+    n_turns = len(first.values) // _TOGETHER
+    end = n_turns * _TOGETHER
+    turns = jax.tree.map(lambda x: jnp.reshape(x[:end], (n_turns, _TOGETHER, *x.shape[1:])), terms)
+    sums, _ = lax.scan(add_turn, Sums(jnp.ones_like(w), zero, zero, zero), turns)
+    sums, _ = add_turn(sums, jax.tree.map(lambda x: x[end:], terms))
     return sums.value, sums.factor
 
 
@@ -222,24 +247,28 @@ def _sum_of_groups(
     return lax.scan(add, (zeros, zeros), groups)[0]
 
 
-def _with_rest_of_groups(of: HermiteCoefficients, columns: Array, in_groups: Array) -> HermiteCoefficients:
-    """Returns the coefficients, with what is beyond groups in place of what is beyond the terms."""
-    even_root, odd_root, even_order, odd_order, beyond, beyond_slope = columns
+def _with_rest(of: HermiteCoefficients, rest: Array, is_known: Array) -> HermiteCoefficients:
+    """Returns the coefficients with other numbers of what is beyond the terms, where these are known.
 
-    def choose(in_place: Array, full: Array) -> Array:
-        return jnp.where(in_groups, in_place, full)
+    Args:
+      of: the coefficients.
+      rest: the numbers, `(6, *shape)`, as tables have them.
+      is_known: `(*shape)`.
+    """
+    even_root, odd_root, even_order, odd_order, beyond, beyond_slope = rest
+
+    def choose(known: Array, other: Array) -> Array:
+        return jnp.where(is_known, known, other)
 
     even, odd = of.rest
-    rest = [
+    rests = [
         Rest(choose(even_root, even.root), choose(even_order, even.order)),
         Rest(choose(odd_root, odd.root), choose(odd_order, odd.order)),
     ]
     if of.cusp is None:
-        return of._replace(rest=rest)
-    cusp = of.cusp._replace(
-        beyond=choose(beyond, of.cusp.beyond), beyond_slope=choose(beyond_slope, of.cusp.beyond_slope)
-    )
-    return of._replace(rest=rest, cusp=cusp)
+        return of._replace(rest=rests)
+    beyond, beyond_slope = choose(beyond, of.cusp.beyond), choose(beyond_slope, of.cusp.beyond_slope)
+    return of._replace(rest=rests, cusp=of.cusp._replace(beyond=beyond, beyond_slope=beyond_slope))
 
 
 def _at(nodes: Array, var: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nt_core.activations.arcs import safe_sqrt
 from nt_core.activations.coefficients import (
     HermiteCoefficients,
     absolute_value_coefficients,
@@ -98,19 +99,24 @@ class CoefficientTable(NamedTuple):
         The coefficients without the cusp's, then of the rest the roots and the orders, then `beyond` and `beyond_slope`
         of the cusp.
         """
+        at_zero, *exponents = self.numbers[self._end_of_polynomials + self.octaves :][: self.terms + 1]
+        values = self._columns(variances, slice(self.terms), [at_zero, *[0] * (self.terms - 1)], exponents)
+        return jnp.concatenate([values, self.rest_of(variances)])
+
+    def rest_of(self, variances: Array) -> Array:
+        """Returns the last six of `coefficients`."""
+        return self._columns(variances, slice(self.terms + 1, None), [0] * 6, [1, 1, 0, 0, 2, 2])
+
+    def _columns(self, variances: Array, which: slice, at_zero: list[float], exponents: list[float]) -> Array:
+        """Returns some columns. Below the first octave they grow from `at_zero` with powers of the deviation."""
         lowest = 2.0**self.lowest
         octave, place = self._place(variances)
         columns = self.numbers[: self._end_of_polynomials].reshape(self.octaves, self.degree + 1, self.terms + 7)
-        columns = np.delete(columns, self.terms, axis=2)  # without mean squares
-        found = _polynomials(columns, octave, jnp.where(variances < lowest, -1, place))
-        # Below the first octave, powers of the deviation, but for the function at 0 and the orders.
-        at_zero, *exponents = self.numbers[self._end_of_polynomials + self.octaves :][: self.terms + 1]
-        offsets, exponents = (
-            jnp.asarray(np.reshape(x, (-1, *[1] * variances.ndim)), variances.dtype)
-            for x in ([at_zero, *[0] * (self.terms + 5)], [*exponents, 1, 1, 0, 0, 2, 2])
+        found = _polynomials(columns[:, :, which], octave, jnp.where(variances < lowest, -1, place))
+        offsets, powers = (
+            jnp.asarray(np.reshape(x, (-1, *[1] * variances.ndim)), variances.dtype) for x in (at_zero, exponents)
         )
-        ratio = jnp.minimum(jnp.sqrt(variances / lowest), 1)
-        found = offsets + (found - offsets) * ratio[None] ** exponents
+        found = offsets + (found - offsets) * jnp.minimum(safe_sqrt(variances / lowest), 1)[None] ** powers
         return jnp.where(variances[None] < 2.0 ** (self.lowest + self.octaves), found, jnp.nan)
 
     def terms_that_count(self, variances: Array) -> Array:
