@@ -37,12 +37,16 @@ class Groups {
   Groups(const T* numbers, const Table& table)
       : orders_(numbers + table.start_of_groups() + 1),
         table_(table),
-        below_(std::nextafter(std::ldexp(T(0.5), table.lowest + table.first), T(0))) {}
+        below_first_(below(table.lowest + table.first)),
+        below_begin_(below(table.lowest + table.begin)) {}
 
-  // Positive where both of a pair have groups.
+  // Positive where both of a pair have groups, and one of them wants these.
   V are_there(V half1, V half2) const {
     if (table_.groups == 0) return V{};
-    return if_positive(min(half1, half2) - broadcast(below_), broadcast(T(1)), V{});
+    const V one = broadcast(T(1)), zero{}, below_first = broadcast(below_first_), below_begin = broadcast(below_begin_);
+    const V wanted = if_positive(half1 - below_begin, one, if_positive(half2 - below_begin, one, zero));
+    // What is beyond the table is NaN.
+    return if_positive(half1 - below_first, if_positive(half2 - below_first, wanted, zero), zero);
   }
 
   // Adds up groups, where there are some: `add` takes a `Group`. What is beyond the terms becomes what is beyond these.
@@ -74,6 +78,8 @@ class Groups {
  private:
   static constexpr int kMost = Table::kMostGroups + Beyond<T>::kNumbers;
 
+  static T below(int octave) { return std::nextafter(std::ldexp(T(0.5), octave), T(0)); }
+
   template <bool kSlopes>
   void coefficients(V are_there, V half, V* values, V* slopes) const {
     T at[kMost], slopes_at[kSlopes ? kMost : 1];
@@ -99,7 +105,8 @@ class Groups {
     int exponent = 0;
     std::frexp(var, &exponent);
     const T place = std::ldexp(var, 2 - exponent) - T(3);  // in the octave, from -1 to 1
-    const int octave = exponent - 1 - table_.lowest - table_.first, rows = table_.degree + 1;
+    const int rows = table_.degree + 1, last = table_.octaves - table_.first - 1;
+    const int octave = std::clamp(exponent - 1 - table_.lowest - table_.first, 0, last);
     const int n = table_.groups + Beyond<T>::kNumbers;
     std::fill(at, at + n, T(0));
     if constexpr (kSlopes) std::fill(slopes, slopes + n, T(0));
@@ -117,7 +124,7 @@ class Groups {
 
   const T* orders_;  // before them the end; then what the cusp has of each group, then the polynomials
   Table table_;
-  T below_;  // half the variance above which there are groups
+  T below_first_, below_begin_;  // halves of variances, above which those of these octaves are
 };
 
 }  // namespace NT_LEVEL

@@ -19,8 +19,8 @@ namespace NT_LEVEL {
 // With a_k and b_k the coefficients at the variances of u and v, w = 1 - c for a correlation c, and e_k = 1 - c^k, the
 // deficit after is the sum of (a_k - b_k)^2 / 2 + a_k b_k e_k. What is beyond the terms, of the even and of the odd
 // part of the function, is added up in groups of orders, and beyond these, or at variances without groups, taken for
-// terms that decay like a power of their order. What is of |x| in a function with a
-// kink at 0, its cusp, is left out of all sums, and has its closed form: see docs/numerics.md.
+// terms that decay like a power of their order. What is of |x| in a function with a kink at 0, its cusp, is left out of
+// all sums, and has its closed form: see docs/numerics.md.
 template <class T>
 class Tabulated {
   using V = Vec<T>;
@@ -218,7 +218,7 @@ class Tabulated {
     const V one = broadcast(T(1)), zero{};
     Pair p;
     p.both_vary = if_positive(first[kHalf], second[kHalf], zero);
-    p.w = if_positive(p.both_vary, w, zero);
+    p.w = if_positive(p.both_vary, w, one);
     p.c = if_positive(p.both_vary, one - w, zero);
     p.from_parallel = if_positive(p.both_vary, from_parallel, one);
     p.scale = scale;

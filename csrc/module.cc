@@ -61,11 +61,13 @@ py::tuple dual(const std::vector<int>& activation, Numbers<T> coefficients, Numb
   }
   const auto which = static_cast<nt::Activation>(activation[0]);
   nt::Table table;
-  if (activation.size() == 10) {
+  if (activation.size() == 11) {
     table = {activation[1], activation[2], activation[3], activation[4], activation[5],
-             activation[6], activation[7], activation[8], activation[9]};
+             activation[6], activation[7], activation[8], activation[9], activation[10]};
   }
   const auto n = deficit.size();
+  if (table.terms > nt::Table::kMostTerms || table.groups > nt::Table::kMostGroups)
+    throw std::invalid_argument("table");
   if (coefficients.size() != nt::info(which).coefficients + table.size() || variance1.size() != n ||
       variance2.size() != n) {
     throw std::invalid_argument("sizes of arrays");

@@ -90,6 +90,7 @@ Table read_table(Reader& reader) {
   table.groups = reader.next(0, Table::kMostGroups, "the number of groups");
   table.even_groups = reader.next(0, table.groups, "the number of groups of even orders");
   table.first = reader.next(0, table.octaves - 1, "the first octave with groups");
+  table.begin = reader.next(table.first, table.octaves - 1, "the octave from which on groups are wanted");
   return table;
 }
 

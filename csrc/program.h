@@ -85,7 +85,7 @@ struct Table {
   int terms = 0, start = 2, step = 1;       // of the orders 0, 1, start, start + step, ...
   int degree = 0, lowest = 0, octaves = 0;  // octaves from 2^lowest on
   int groups = 0, even_groups = 0;          // these come first
-  int first = 0;                            // the octave from which on there are groups
+  int first = 0, begin = 0;                 // octaves from which on samples have groups, and one of a pair wants them
 
   int order(int term) const { return term < 2 ? term : start + step * (term - 2); }
 

@@ -28,7 +28,7 @@ struct Network {
   std::vector<int> outputs = {};  // besides the last value
 };
 
-constexpr nt::Table kTable{4, 2, 1, 1, -4, 12, 2, 1, 3};
+constexpr nt::Table kTable{4, 2, 1, 1, -4, 12, 2, 1, 3, 5};
 constexpr int kTableAt = 5, kCoefficients = kTableAt + static_cast<int>(kTable.size());
 
 const std::vector<int64_t> kNoWindow = {1, 1, 1, 0, 0, 0};
@@ -61,7 +61,7 @@ std::vector<int64_t> dual(nt::Activation activation, bool needs, nt::Index3 s, i
 std::vector<int64_t> tabulated(bool needs, nt::Index3 s, int input, int64_t start, int64_t step) {
   return join({dual(nt::Activation::kTabulated, needs, s, input),
                {kTable.terms, start, step, kTable.degree, kTable.lowest, kTable.octaves, kTable.groups,
-                kTable.even_groups, kTable.first}});
+                kTable.even_groups, kTable.first, kTable.begin}});
 }
 std::vector<int64_t> relu(bool needs, nt::Index3 s, int input) {
   return dual(nt::Activation::kAbRelu, needs, s, input);

@@ -132,6 +132,35 @@ def test_derivatives_at_large_variances(x64):
     np.testing.assert_allclose(jax.jacrev(both)(point), jax.jacfwd(both)(point), rtol=1e-12)
 
 
+@pytest.mark.parametrize("deg", [10, 50])
+def test_second_derivatives_at_large_variances(deg):
+    """Of what is nearly zero beyond the terms, or the groups, too."""
+    activation = ElementwiseNumerical(jnp.tanh, None, deg)
+
+    def deficit(scale):
+        return activation.dual(40 * scale, 50 * scale, 7 * scale)[0]
+
+    np.testing.assert_allclose(jax.jit(jax.hessian(deficit))(jnp.float32(1)), -0.0528287, rtol=2e-3)
+
+
+@pytest.mark.parametrize("point", [(0.0, 0.0, 0.0), (0.0, 1.0, 0.5)])
+def test_derivatives_at_variances_of_zero(point):
+    activation = ElementwiseNumerical(jnp.tanh, None, 10)
+    jacobian = jax.jacfwd(lambda point: jnp.stack(activation.dual(*point)))(jnp.array(point, jnp.float32))
+    assert np.all(np.isfinite(jacobian)) and np.all(jacobian[:, 0] == 0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_large_variances_beside_small_ones(backend):
+    """Pairs of which one sample alone wants groups."""
+    closed_form, activation = Erf(1.0, 1.0, 0.0), ElementwiseNumerical(erf, None, 150)
+    arguments = [np.array([x]) for x in (15.0, 1500.0, 757.5 - 0.999 * 150)]
+    for found, exact in zip(
+        dual(backend, activation, arguments, "float32"), dual("xla", closed_form, arguments, "float32"), strict=True
+    ):
+        np.testing.assert_allclose(found, exact, rtol=2e-5)
+
+
 def test_large_variances_under_vmap():
     """What is a condition elsewhere."""
     activation = ElementwiseNumerical(jnp.tanh, None, 125)

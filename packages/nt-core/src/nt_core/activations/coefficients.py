@@ -217,25 +217,28 @@ class PairOfRests(NamedTuple):
       apart: the sum of `(a - b)^2 / 2`.
       both: that of `a b`.
       slope: that of `k a b`.
+      order: the mean order, by the latter two.
     """
 
     apart: Array
     both: Array
     slope: Array
+    order: Array
 
 
-def rest_of_pair(rest1: Rest, rest2: Rest, cusps: tuple[Cusp, Cusp] | None) -> PairOfRests:
+def rest_of_pair(xp: ModuleType, rest1: Rest, rest2: Rest, cusps: tuple[Cusp, Cusp] | None) -> PairOfRests:
     """Returns what is beyond the terms of one parity; cusps are of the even one."""
-    both = rest1.root * rest2.root
-    rests = PairOfRests(0.5 * (rest1.root - rest2.root) ** 2, both, 0.5 * (rest1.order + rest2.order) * both)
+    both, order = rest1.root * rest2.root, 0.5 * (rest1.order + rest2.order)
+    apart, slope = 0.5 * (rest1.root - rest2.root) ** 2, order * both
     if cusps is None:
-        return rests
+        return PairOfRests(apart, both, slope, order)
     first, second = cusps
-    return PairOfRests(
-        rests.apart + (first.std - second.std) * (first.beyond - second.beyond),
-        rests.both + (first.std * second.beyond + first.beyond * second.std),
-        rests.slope + (first.std * second.beyond_slope + first.beyond_slope * second.std),
-    )
+    apart = apart + (first.std - second.std) * (first.beyond - second.beyond)
+    both = both + (first.std * second.beyond + first.beyond * second.std)
+    slope = slope + (first.std * second.beyond_slope + first.beyond_slope * second.std)
+    # Of less, second derivatives of the quotient would overflow.
+    is_there = xp.abs(both) > float(jnp.finfo(both.dtype).tiny) ** 0.5
+    return PairOfRests(apart, both, slope, xp.where(is_there, slope / xp.where(is_there, both, 1), 0))
 
 
 def sum_of_rest(xp: ModuleType, parity: int, n_terms: int, rests: PairOfRests, w: Any) -> tuple[Any, Any]:
@@ -256,7 +259,7 @@ def sum_of_rest(xp: ModuleType, parity: int, n_terms: int, rests: PairOfRests, w
     away = xp.minimum(xp.where(is_negative, 2 - w, w), 1 - float(jnp.finfo(w.dtype).eps))
     log = xp.log1p(-away)
     least = n_terms - 1 + parity  # every second order, each in the middle of its interval
-    mean_order = xp.maximum(rests.slope / xp.where(rests.both == 0, 1, rests.both), n_terms)
+    mean_order = xp.maximum(rests.order, n_terms)
     spread = 1 - least / mean_order
     relative = [xp.exp(-spread * at) for at, _ in _REST]
     scale = mean_order / sum(share * order for (_, share), order in zip(_REST, relative, strict=True))

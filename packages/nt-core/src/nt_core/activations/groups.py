@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 # relative to the mean square of the slope.
 _PER_OCTAVE = {"float32": 6, "float64": 11}
 _TOLERANCE = {"float32": 2.0**-22, "float64": 2.0**-42}
-# Of so many fewer groups, sums must not differ by more than this share of what groups change.
+# With so many fewer groups, sums must not differ by more than the tolerance, or this share of what groups change.
 _FEWER, _SHARE = 2, 0.1
+# Samples with variances that are so many octaves below have coefficients of groups, for pairs with others.
+_MARGIN = 8
 # Functions with fewer coefficients have no groups, nor do smaller variances.
 _LEAST_TERMS, _LEAST_VARIANCE = 100, 2.0**-4
 # Nobody has such variances: whether groups agree is not asked.
@@ -168,9 +170,10 @@ class GroupColumns(NamedTuple):
       n_even: how many these are.
       cusps: the coefficients of its cusp at a variance of 1, times the roots.
       end: the first order that is in no group.
-      first: the first octave of variances that has groups.
-      columns: from this octave on, for each variance, the coefficients without those of the cusp, times the roots; then
-        what is beyond the groups: the roots and the orders, of the even and the odd part, and `beyond` and
+      first: the first octave of variances with coefficients of groups.
+      begin: the octave from which on they are wanted: that of one sample of a pair at least.
+      columns: from the first octave on, for each variance, the coefficients without those of the cusp, times the roots;
+        then what is beyond the groups: the roots and the orders, of the even and the odd part, and `beyond` and
         `beyond_slope` of the `Cusp`. `(groups + 6, octaves, points)`.
     """
 
@@ -179,6 +182,7 @@ class GroupColumns(NamedTuple):
     cusps: np.ndarray
     end: int
     first: int
+    begin: int
     columns: np.ndarray
 
 
@@ -205,9 +209,10 @@ def group_columns(
     groups, fewer = (
         _Grouped.of(order_groups(len(of.values), n), x, size, of) for n, x in zip(per_octave, values, strict=True)
     )
-    first = _first_octave(variances, of, groups, fewer, _TOLERANCE[precision])
-    if first is None:
+    begin = _begin(variances, of, groups, fewer, _TOLERANCE[precision])
+    if begin is None:
         return None
+    first = max(0, begin - _MARGIN)
     root = noise * np.sqrt(of.mean_square[first:])
     values = groups.values[:, first:]
     is_there = np.any(np.abs(values) > root, axis=(1, 2))
@@ -216,7 +221,7 @@ def group_columns(
     columns = np.stack([*values[is_there], *rests, *(np.where(np.abs(x) > root, x, 0) for x in of_cusp)])
     orders, cusps = groups.orders[is_there], groups.cusp.coefficients[is_there]
     n_even = int(is_there[: len(is_there) // 2].sum())
-    return GroupColumns(orders, n_even, cusps, groups.end, lowest + first, columns)
+    return GroupColumns(orders, n_even, cusps, groups.end, lowest + first, lowest + begin, columns)
 
 
 def _coefficients(
@@ -275,7 +280,7 @@ class _Grouped(NamedTuple):
         At the largest variance of each octave, `(octaves, distances)`.
         """
         rest, cusp = jax.tree.map(lambda x: x[..., :1] if np.ndim(x) > 1 else x, (self.rest, self.cusp))
-        rests = [rest_of_pair(of, of, cusps) for of, cusps in zip(rest, ((cusp, cusp), None), strict=True)]
+        rests = [rest_of_pair(np, of, of, cusps) for of, cusps in zip(rest, ((cusp, cusp), None), strict=True)]
         beyond = sum(sum_of_rest(np, parity, self.end, of, w[None])[1] for parity, of in enumerate(rests))
         return beyond + self.slopes_of_groups(w)
 
@@ -294,10 +299,10 @@ def _absolute_value_in_groups(groups: OrderGroups) -> np.ndarray:
     return np.concatenate([groups.roots * (stencil.weights * coefficients).sum(1), np.zeros(len(groups.odd))])
 
 
-def _first_octave(
+def _begin(
     variances: np.ndarray, of: HermiteCoefficients, groups: _Grouped, fewer: _Grouped, tolerance: float
 ) -> int | None:
-    """Returns the first octave with groups, None if there is none."""
+    """Returns the octave from which on groups are wanted, None if there is none."""
     without, total = _Grouped.without_groups(of), of.slope_square[:, :1]
     slopes = groups.slopes(_DISTANCES)
     changes = np.max(np.abs(slopes - without.slopes(_DISTANCES)) / total, 1)
@@ -305,7 +310,7 @@ def _first_octave(
     parallel = np.zeros(1)
     of_jumps = ((groups.slopes_of_groups(parallel) - without.slopes(parallel)) / total)[:, 0]
     is_wanted = (changes > tolerance) & (variances[:, 0] < _LARGEST_VARIANCE)
-    is_right = (errors < _SHARE * changes) & (of_jumps < _JUMPS)
+    is_right = (errors < np.maximum(_SHARE * changes, tolerance)) & (of_jumps < _JUMPS)
     wrong, right = (np.flatnonzero(is_wanted & x) for x in (~is_right, is_right))
     right = right[right > wrong.max(initial=-1)]
     return int(right[0]) if len(right) >= _LEAST_OCTAVES else None

@@ -104,13 +104,16 @@ class ElementwiseNumerical(Activation):
         self, var1: Array, var2: Array, first: HermiteCoefficients, second: HermiteCoefficients, w: Array
     ) -> tuple[Array, Array]:
         """Returns the share in the deficit, and that in the factor times the standard deviations."""
-        n_terms = len(first.values)
+        n_terms, table = len(first.values), self._table(w.dtype)
 
         def without_groups() -> tuple[Array, Array]:
             return _sum_of_rests(n_terms, first, second, w)
 
+        if table is None or table.groups == 0:
+            return without_groups()
+        in_groups = table.has_groups(var1, var2)
+
         def with_groups() -> tuple[Array, Array]:
-            in_groups = table.has_groups(jnp.minimum(var1, var2))
             columns1, columns2 = table.groups_of(var1), table.groups_of(var2)
             value, slope = _sum_of_groups(table, in_groups, columns1, columns2, first.cusp, second.cusp, w)
             rest1, rest2 = (
@@ -120,12 +123,9 @@ class ElementwiseNumerical(Activation):
             more, more_slope = _sum_of_rests(jnp.where(in_groups, table.end_of_groups, n_terms), rest1, rest2, w)
             return value + more, slope + more_slope
 
-        table = self._table(w.dtype)
-        if table is None or table.groups == 0:
-            return without_groups()
         if is_gpu():
             return with_groups()  # a condition would make it wait
-        return lax.cond(jnp.any(table.has_groups(jnp.minimum(var1, var2))), with_groups, without_groups)
+        return lax.cond(jnp.any(in_groups), with_groups, without_groups)
 
     def _coefficients(self, var: Array) -> HermiteCoefficients:
         quadrature = _quadrature(self.deg, var.dtype)
@@ -205,7 +205,7 @@ def _sum_of_rests(
     cusps = (first.cusp, second.cusp) if first.cusp and second.cusp else None
     value, slope = jnp.zeros_like(w), jnp.zeros_like(w)
     for parity, of_parity in enumerate((cusps, None)):
-        rests = rest_of_pair(first.rest[parity], second.rest[parity], of_parity)
+        rests = rest_of_pair(jnp, first.rest[parity], second.rest[parity], of_parity)
         more, more_slope = sum_of_rest(jnp, parity, n_terms, rests, w)
         value, slope = value + more, slope + more_slope
     return value, slope
@@ -260,11 +260,12 @@ def _with_rest(of: HermiteCoefficients, rest: Array, is_known: Array) -> Hermite
     def choose(known: Array, other: Array) -> Array:
         return jnp.where(is_known, known, other)
 
+    def choose_rest(root: Array, order: Array, other: Rest) -> Rest:
+        is_there = root > 0  # polynomials of what is nearly zero may be negative
+        return Rest(choose(jnp.where(is_there, root, 0), other.root), choose(order, other.order))
+
     even, odd = of.rest
-    rests = [
-        Rest(choose(even_root, even.root), choose(even_order, even.order)),
-        Rest(choose(odd_root, odd.root), choose(odd_order, odd.order)),
-    ]
+    rests = [choose_rest(even_root, even_order, even), choose_rest(odd_root, odd_order, odd)]
     if of.cusp is None:
         return of._replace(rest=rests)
     beyond, beyond_slope = choose(beyond, of.cusp.beyond), choose(beyond_slope, of.cusp.beyond_slope)

@@ -55,7 +55,8 @@ class CoefficientTable(NamedTuple):
       octaves: how many there are.
       groups: how many groups of orders there are beyond the terms.
       even_groups: how many of them, the first ones, are of even orders.
-      first: the first octave that has groups, counted from the lowest one.
+      first: the first octave with coefficients of groups, counted from the lowest one.
+      begin: the octave from which on groups are wanted, by one sample of a pair at least.
     """
 
     numbers: np.ndarray
@@ -68,6 +69,7 @@ class CoefficientTable(NamedTuple):
     groups: int
     even_groups: int
     first: int
+    begin: int
 
     @property
     def cusp(self) -> float:
@@ -83,7 +85,7 @@ class CoefficientTable(NamedTuple):
 
     @property
     def least_variance_of_groups(self) -> float:
-        return 2.0 ** (self.lowest + self.first)
+        return 2.0 ** (self.lowest + self.begin)
 
     @property
     def end_of_groups(self) -> int:
@@ -114,9 +116,11 @@ class CoefficientTable(NamedTuple):
         columns = self.numbers[: self._end_of_polynomials].reshape(self.octaves, self.degree + 1, self.terms + 7)
         found = _polynomials(columns[:, :, which], octave, jnp.where(variances < lowest, -1, place))
         offsets, powers = (
-            jnp.asarray(np.reshape(x, (-1, *[1] * variances.ndim)), variances.dtype) for x in (at_zero, exponents)
+            np.reshape(np.array(x, variances.dtype), (-1, *[1] * variances.ndim)) for x in (at_zero, exponents)
         )
-        found = offsets + (found - offsets) * jnp.minimum(safe_sqrt(variances / lowest), 1)[None] ** powers
+        # The derivative of 0 to the power of 0 is none.
+        grows, ratio = powers != 0, jnp.minimum(safe_sqrt(variances / lowest), 1)[None]
+        found = offsets + (found - offsets) * jnp.where(grows, ratio ** np.where(grows, powers, 1), 1)
         return jnp.where(variances[None] < 2.0 ** (self.lowest + self.octaves), found, jnp.nan)
 
     def terms_that_count(self, variances: Array) -> Array:
@@ -124,17 +128,19 @@ class CoefficientTable(NamedTuple):
         counts = self.numbers[self._end_of_polynomials :][: self.octaves]
         return jnp.take(jnp.asarray(counts, jnp.int32), self._octave(variances))
 
-    def has_groups(self, variances: Array) -> Array:
-        """Whether some variances are so large that they have groups."""
-        return variances >= self.least_variance_of_groups
+    def has_groups(self, var1: Array, var2: Array) -> Array:
+        """Whether pairs with some variances are added up in groups."""
+        smaller, larger = jnp.minimum(var1, var2), jnp.maximum(var1, var2)
+        first, begin, end = (2.0 ** (self.lowest + octave) for octave in (self.first, self.begin, self.octaves))
+        return (smaller >= first) & (larger >= begin) & (larger < end)
 
     def groups_of(self, variances: Array) -> Array:
-        """Returns `GroupColumns.columns` for some variances, `(groups + 6, *shape)`; 0 if they have no groups."""
+        """Returns `GroupColumns.columns` for some variances, `(groups + 6, *shape)`, 0 below the first octave."""
         columns = self.numbers[self._start_of_groups + 1 + 2 * self.groups :]
         columns = columns.reshape(self.octaves - self.first, self.degree + 1, self.groups + 6)
         octave, place = self._place(variances)
         found = _polynomials(columns, jnp.maximum(octave - self.first, 0), place)
-        return jnp.where(self.has_groups(variances)[None], found, 0)
+        return jnp.where(variances[None] >= 2.0 ** (self.lowest + self.first), found, 0)
 
     @property
     def _end_of_polynomials(self) -> int:
@@ -159,7 +165,8 @@ class CoefficientTable(NamedTuple):
 
 def _polynomials(columns: np.ndarray, octave: Array, place: Array) -> Array:
     """Returns the values of polynomials, `(columns, *shape)`, with coefficients `(octaves, powers, columns)`."""
-    by_power = jnp.asarray(columns.T, place.dtype)
+    with np.errstate(over="ignore"):  # of functions that grow fast, at variances that nobody has
+        by_power = jnp.asarray(columns.T.astype(place.dtype))
     found = jnp.take(by_power[:, -1], octave, 1)
     for power in range(columns.shape[1] - 2, -1, -1):
         found = found * place[None] + jnp.take(by_power[:, power], octave, 1)
@@ -171,7 +178,8 @@ def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> Coe
     """Returns the coefficients of a function, as `ElementwiseNumerical` has them at one variance.
 
     Args:
-      activation: the function. Its values at some 10^6 points are computed, once.
+      activation: the function. Its values at some 10^6 points are computed, once, and those of functions with 100
+        coefficients or more at some 10^6 further ones: it takes about a second.
       precision: the name of the type that they are for. The table itself is in double precision.
 
     Raises:
@@ -205,7 +213,9 @@ def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> Coe
     if groups is not None:
         numbers += [[groups.end], groups.orders, groups.cusps, _to_powers(groups.columns, points).ravel()]
     start, step = (int(orders[2]), int(orders[3] - orders[2])) if len(orders) > 3 else (2, 1)
-    in_groups = (0, 0, 0) if groups is None else (len(groups.orders), groups.n_even, groups.first)
+    in_groups = (0, 0, 0, 0)
+    if groups is not None:
+        in_groups = len(groups.orders), groups.n_even, groups.first, groups.begin
     return CoefficientTable(np.concatenate(numbers), len(orders), start, step, degree, lowest, octaves, *in_groups)
 
 

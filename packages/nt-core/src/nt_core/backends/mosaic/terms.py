@@ -144,10 +144,10 @@ class Terms:
             Rest(jnp.maximum(x, 0), jnp.maximum(k, self._n_terms)) for x, k in zip(roots, orders, strict=True)
         )
         if parity == 1 or self._cusp == 0:
-            return rest_of_pair(first, second, None)
+            return rest_of_pair(jnp, first, second, None)
         beyond, slopes = load(self._rest + 4), load(self._rest + 5)
         of_first, of_second = (Cusp((), *of) for of in zip(stds, beyond, slopes, strict=True))
-        return rest_of_pair(first, second, (of_first, of_second))
+        return rest_of_pair(jnp, first, second, (of_first, of_second))
 
 
 def _turns(terms: Any) -> Any:
