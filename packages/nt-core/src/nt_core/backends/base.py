@@ -45,7 +45,8 @@ class Backend(Protocol):
     """Executes programs.
 
     The results of all backends agree with those of `xla` in float64 to rounding, for every program that they take. One
-    that has `derivatives(program, sources, request)` says with it, for `explain`, whose derivatives a program has.
+    that has `derivatives(program, sources, request)` says with it, for `explain`, whose derivatives a program has. If
+    `has_groups` is False, it leaves groups of orders out (`nt_core.activations.groups`).
     """
 
     name: str
