@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 # Beyond, polynomials would leave the range of numbers.
 _MAX_TERMS = 300
-# What is below this is noise, in units of the precision.
+# What is below this is noise, in units of the precision; and in double precision.
 _NOISE = 2**6
+DOUBLE_NOISE = _NOISE * float(np.finfo(float).eps)
 # A function has jumps if its terms alone have so many times the mean square of the derivative, which is the most.
 _JUMPS = 1.01
 # Points beside 0 that tell the slopes on either side. They must not differ by more than this share of the slopes.

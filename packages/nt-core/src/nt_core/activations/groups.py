@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from nt_core.activations.coefficients import (
+    DOUBLE_NOISE,
     Cusp,
     HermiteCoefficients,
     Rest,
@@ -42,8 +43,6 @@ _LEAST_OCTAVES = 4
 _DISTANCES = 2.0 ** -np.arange(1, 24)
 # Groups that have more slope than what is beyond the terms, by this share of all, are those of jumps.
 _JUMPS = 1e-3
-# A mean square is noise below this, relative to that of the function.
-_NOISE = 2.0**6 * float(np.finfo(float).eps)
 # Where the groups end, about.
 _END = 2**16
 # From so many whole orders those in between are interpolated.
@@ -187,7 +186,7 @@ class GroupColumns(NamedTuple):
 
 
 def group_columns(
-    activation: "ElementwiseNumerical", precision: str, variances: np.ndarray, of: HermiteCoefficients, noise: float
+    activation: "ElementwiseNumerical", precision: str, variances: np.ndarray, of: HermiteCoefficients
 ) -> GroupColumns | None:
     """Returns what a function has of groups; None if they change nothing, or are not accurate.
 
@@ -196,7 +195,6 @@ def group_columns(
       precision: the name of a type.
       variances: decreasing ones in increasing octaves, `(octaves, points)`.
       of: the coefficients for these, `(terms, octaves, points)`.
-      noise: coefficients that are zero, relative to the root of the mean square of the function.
     """
     lowest = int(np.searchsorted(variances[:, -1], _LEAST_VARIANCE))
     if len(of.values) < _LEAST_TERMS or lowest == len(variances):
@@ -204,8 +202,8 @@ def group_columns(
     of = jax.tree.map(lambda x: x[..., lowest:, :] if np.ndim(x) > 1 else x, of)
     variances = variances[lowest:]
     per_octave = (_PER_OCTAVE[precision], _PER_OCTAVE[precision] - _FEWER)
-    values = _coefficients(activation, variances, group_quadrature(len(of.values), *per_octave))
     size = cusp_at_zero(activation) or 0.0
+    values = _coefficients(activation, size, variances, group_quadrature(len(of.values), *per_octave))
     groups, fewer = (
         _Grouped.of(order_groups(len(of.values), n), x, size, of) for n, x in zip(per_octave, values, strict=True)
     )
@@ -213,7 +211,7 @@ def group_columns(
     if begin is None:
         return None
     first = max(0, begin - _MARGIN)
-    root = noise * np.sqrt(of.mean_square[first:])
+    root = DOUBLE_NOISE * np.sqrt(of.mean_square[first:])
     values = groups.values[:, first:]
     is_there = np.any(np.abs(values) > root, axis=(1, 2))
     rests = [x[first:] for x in (*(rest.root for rest in groups.rest), *(rest.order for rest in groups.rest))]
@@ -225,14 +223,14 @@ def group_columns(
 
 
 def _coefficients(
-    activation: "ElementwiseNumerical", variances: np.ndarray, quadrature: GroupQuadrature
+    activation: "ElementwiseNumerical", cusp: float, variances: np.ndarray, quadrature: GroupQuadrature
 ) -> list[np.ndarray]:
     """Returns the coefficients without those of the cusp, times the roots, each of `(groups, octaves, points)`."""
-    size, at_zero = cusp_at_zero(activation) or 0.0, known_function(activation.fn, np.zeros(1))
+    at_zero = known_function(activation.fn, np.zeros(1))
 
     def coefficients(variances: np.ndarray) -> list[np.ndarray]:
         at = quadrature.nodes[:, None] * np.sqrt(variances)
-        right, left = (known_function(activation.fn, x) - (at_zero + size * at) for x in (at, -at))
+        right, left = (known_function(activation.fn, x) - (at_zero + cusp * at) for x in (at, -at))
         return [np.concatenate([even @ (right + left), odd @ (right - left)]) for even, odd in quadrature.products]
 
     return [np.stack(x, 1) for x in zip(*map(coefficients, variances), strict=True)]
@@ -264,7 +262,7 @@ class _Grouped(NamedTuple):
             slope = before.root**2 * before.order - (k * squares)[half].sum(0)
             # With a smaller order, it is what the quadrature is off.
             square = np.minimum(before.root**2 - squares[half].sum(0), slope / groups.end)
-            is_there = square > _NOISE * of.mean_square
+            is_there = square > DOUBLE_NOISE * of.mean_square
             order = slope / np.where(is_there, square, 1)
             return Rest(np.sqrt(np.where(is_there, square, 0)), np.where(is_there, order, groups.end))
 

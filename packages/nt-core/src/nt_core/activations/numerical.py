@@ -47,8 +47,8 @@ class ElementwiseNumerical(Activation):
     of their order, with the mean order that is known. So polynomials of a degree below `2 deg` are exact, smooth
     functions converge quickly, and with kinks the variance and the factor of the tangent kernel of equal inputs are
     right. A kink at 0 is split off: that much of `|x|` has its closed form, and the terms are what is left of the sum.
-    From `deg=50` on, terms beyond those that are there are added up in groups at large variances, where others would be
-    missed: see `nt_core.activations.groups`.
+    With `deg=50` or more, at large variances, orders beyond the terms are added up in groups:
+    `nt_core.activations.groups`.
 
     The coefficients depend on one sample only; for a pair of samples `2 deg` terms are added, whatever `fn` costs.
 

@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from nt_core.activations.arcs import safe_sqrt
 from nt_core.activations.coefficients import (
+    DOUBLE_NOISE,
     HermiteCoefficients,
     absolute_value_coefficients,
     cusp_at_zero,
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 _SHAPES = {"float32": (8, -24, 54), "float64": (17, -52, 82)}
 # Quadrature on either side of 0: panels, and nodes in each. Kinks away from 0 fall into panels.
 _PANELS, _NODES = 96, 12
-# Coefficients are noise below this share of the root of the mean square: they are computed in double precision.
-_NOISE = 2**6 * float(np.finfo(float).eps)
 # Exponents that differ less from whole numbers are whole.
 _NEARLY = 1e-2
 
@@ -179,7 +178,7 @@ def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> Coe
 
     Args:
       activation: the function. Its values at some 10^6 points are computed, once, and those of functions with 100
-        coefficients or more at some 10^6 further ones: it takes about a second.
+        coefficients or more at some 10^6 further ones.
       precision: the name of the type that they are for. The table itself is in double precision.
 
     Raises:
@@ -203,7 +202,7 @@ def coefficient_table(activation: "ElementwiseNumerical", precision: str) -> Coe
     with np.errstate(all="ignore"):  # functions may overflow at variances that nobody has
         of = _coefficients(activation, variances, terms)
         orders, columns, counts = _columns(of, float(np.finfo(precision).eps) / 4)
-        groups = group_columns(activation, precision, variances, of, _NOISE)
+        groups = group_columns(activation, precision, variances, of)
     at_zero = known_values(activation, np.zeros(1))[0]
     powers = _to_powers(columns, points)
     exponents = _exponents(powers[0, :, : len(orders)], at_zero, orders)
@@ -262,7 +261,7 @@ def _columns(of: HermiteCoefficients, tolerance: float) -> tuple[np.ndarray, np.
     values = of.values[kept]
     values = np.where(_is_noise(values, of.mean_square)[:, None, None], 0, values)
     columns = [*values, 0.5 * of.mean_square, even.root, odd.root, even.order, odd.order]
-    noise = _NOISE * np.sqrt(of.mean_square)
+    noise = DOUBLE_NOISE * np.sqrt(of.mean_square)
     columns += [np.where(np.abs(x) > noise, x, 0) for x in (cusp.beyond, cusp.beyond_slope)]
     return kept, np.stack(columns), np.maximum(counts, counts_of_slope)
 
@@ -297,7 +296,7 @@ def _orders_that_are_there(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray
 
 def _is_noise(a: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
     """Which coefficients are zero at every variance."""
-    return np.all(np.abs(a) <= _NOISE * np.sqrt(mean_square), axis=(1, 2))
+    return np.all(np.abs(a) <= DOUBLE_NOISE * np.sqrt(mean_square), axis=(1, 2))
 
 
 def _exponents(powers: np.ndarray, at_zero: np.ndarray, orders: np.ndarray) -> np.ndarray:
@@ -308,7 +307,7 @@ def _exponents(powers: np.ndarray, at_zero: np.ndarray, orders: np.ndarray) -> n
     signs = (-1.0) ** np.arange(len(powers))
     first, last = signs @ powers, powers.sum(0)
     first[0], last[0] = first[0] - at_zero[0], last[0] - at_zero[0]
-    is_known = np.minimum(np.abs(first), np.abs(last)) > _NOISE * np.abs(powers).max()
+    is_known = np.minimum(np.abs(first), np.abs(last)) > DOUBLE_NOISE * np.abs(powers).max()
     ratios = np.where(is_known, np.abs(last), 1) / np.where(is_known, np.abs(first), 1)
     exponents = np.where(is_known, 2 * np.log2(ratios), np.maximum(orders, 1))
     whole = np.round(exponents)
