@@ -26,7 +26,10 @@ void each_array(const Program& program, const LikeOperands<T>& arrays, const Vis
   };
   visit(arrays.coefficients, program.n_coefficients);
   for (int s = 0; s < program.n_sources; ++s) {
-    batches(arrays.sources[s], n_positions(program.values[s].space) * program.values[s].channels);
+    batches(arrays.sources[s], numbers_of_source(program.values[s]));
+    for (auto* pairs : {arrays.pairs[s].nngp, arrays.pairs[s].ntk}) {
+      if (pairs) visit(pairs, program.n1 * program.n2);
+    }
   }
   for (size_t i = 0; i < program.values.size(); ++i) {
     batches(arrays.numbers[i], n_positions(program.values[i].space));
@@ -85,9 +88,11 @@ inline bool is_linear(const Stage& stage) {
 template <class T>
 class TileBack {
  public:
+  // `seeds`: of each output, one for each row.
   TileBack(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scratch, const std::vector<Seed<T>>& seeds,
            Bars<T> bars)
       : c_(c), plan_(c.prepared.kept_pairs), tile_(tile), scratch_(scratch), seeds_(seeds), bars_(bars) {
+    bars_.pairs = scratch.pairs.data();
     bars_.tensors_d = scratch.tensors.data();
     bars_.tensors_t = bars_.tensors_d + scratch.n_tensors;
   }
@@ -98,6 +103,7 @@ class TileBack {
     while (turn > 0 && is_linear(plan_.stages[turn])) --turn;
     for (int k = 0; k < turn; ++k) forward(k);
     scratch_.clear_tensors();
+    std::fill(bars_.pairs, bars_.pairs + int64_t{2} * c_.program.n_sources * tile_.rows, Vec<T>{});
     Bars<T> without_coefficients = bars_;
     without_coefficients.coefficients = scratch_.unused.data();
     for (int k = n - 1; k > turn; --k) back(k, without_coefficients);
@@ -107,7 +113,7 @@ class TileBack {
     for (int k = turn + 1; k < n; ++k) forward(k);
     scratch_.clear_tensors();
     Bars<T> coefficients_alone = bars_;
-    coefficients_alone.first = coefficients_alone.second = scratch_.unused.data();
+    coefficients_alone.first = coefficients_alone.second = coefficients_alone.pairs = scratch_.unused.data();
     for (int k = n - 1; k > turn; --k) back(k, coefficients_alone);
   }
 
@@ -127,8 +133,8 @@ class TileBack {
   void back(int k, const Bars<T>& bars, bool fills = false) {
     const Stage& stage = plan_.stages[k];
     if (stage.end >= 0) finish_back(c_, plan_, tile_, stage.end, bars);
-    const Seed<T> seed = stage.output >= 0 ? seeds_[stage.output] : Seed<T>{};
-    stage_back(c_, plan_, stage, tile_, scratch_, seed, bars, fills && stage.end >= 0);
+    const Seed<T>* seeds = stage.output >= 0 ? seeds_.data() + int64_t{stage.output} * tile_.rows : nullptr;
+    stage_back(c_, plan_, stage, tile_, scratch_, seeds, bars, fills && stage.end >= 0);
   }
 
   const Context<T>& c_;
@@ -139,42 +145,44 @@ class TileBack {
   Bars<T> bars_;
 };
 
-// The samples on one side of a tile's pairs, in lanes, and their cotangents.
+// The samples on one side of a tile's pairs, in lanes, or several of them in all lanes; and their cotangents.
 template <class T>
 class Lanes {
   static constexpr int kL = kLanes<T>;
 
  public:
-  explicit Lanes(const Context<T>& c) : c_(c), wide_(c.wide_size), bars_(c.cotangent_size) {}
+  explicit Lanes(const Context<T>& c, int64_t rows = 1)
+      : c_(c), rows_(rows), wide_(rows * c.wide_size), bars_(rows * c.cotangent_size) {}
 
   T* wide() const { return wide_.data(); }
   Vec<T>* bars() const { return bars_.data(); }
-  void clear_bars() const { std::fill(bars(), bars() + c_.cotangent_size, Vec<T>{}); }
+  void clear_bars() const { std::fill(bars(), bars() + rows_ * c_.cotangent_size, Vec<T>{}); }
 
   // A sample goes to one lane, or to all.
   void load(const Samples<T>& samples, int64_t number, int lane) const {
     const T* from = samples.record(c_, number);
     for (int64_t k = 0; k < c_.wide_size; k += kL) wide()[k + lane] = from[k];
   }
-  void fill(const Samples<T>& samples, int64_t number) const {
+  void fill(const Samples<T>& samples, int64_t number, int row = 0) const {
     const T* from = samples.record(c_, number);
-    for (int64_t k = 0; k < c_.wide_size; k += kL) store(wide() + k, broadcast(from[k]));
+    for (int64_t k = 0; k < c_.wide_size; k += kL) store(wide() + row * c_.wide_size + k, broadcast(from[k]));
   }
 
   // Adds the cotangents of one lane, or of all, to those of a sample.
   void add_to(T* sample, int lane) const {
     for (int64_t k = 0; k < c_.cotangent_size; ++k) sample[k * kL] += bars()[k][lane];
   }
-  void add_all_to(T* sample) const {
+  void add_all_to(T* sample, int row = 0, int rows = 1) const {
     for (int64_t k = 0; k < c_.cotangent_size; ++k) {
       T sum = 0;
-      for (int l = 0; l < kL; ++l) sum += bars()[k][l];
+      for (int l = 0; l < kL; ++l) sum += bars()[k * rows + row][l];
       sample[k * kL] += sum;
     }
   }
 
  private:
   const Context<T>& c_;
+  int64_t rows_;
   Buffer<T> wide_;
   Buffer<Vec<T>> bars_;
 };
@@ -221,7 +229,7 @@ class Derivative {
   // Samples that are worked on together: as many as have room for their cotangents, in every task.
   int64_t block() const {
     const int64_t group = (c_.wide_size + c_.cotangent_size * kL) * static_cast<int64_t>(sizeof(T));
-    return std::max<int64_t>(kBytesOfBars / (group * kMaxTasks), 1) * kL;
+    return std::max<int64_t>(kBytesOfBars / std::max<int64_t>(group * kMaxTasks, 1), 1) * kL;
   }
 
   void fill_records(const Samples<T>& samples) const {
@@ -312,32 +320,55 @@ class Backward : Derivative<T> {
     Buffer<V> coefficients;              // cotangents, of one tile
     double* coefficient_sums = nullptr;  // and of one task
 
-    explicit Worker(const Context<T>& c) : scratch(c), first(c), second(c), coefficients(c.program.n_cotangents()) {}
+    explicit Worker(const Context<T>& c)
+        : scratch(c), first(c, rows_at_once(c)), second(c, rows_at_once(c)), coefficients(c.program.n_cotangents()) {}
   };
+
+  // Samples that a tile takes of a program without positions: as many as leave their numbers in the second cache.
+  static int rows_at_once(const Context<T>& c) {
+    constexpr int64_t kInCache = int64_t{1} << 18;
+    const int64_t room = kInCache / (std::max<int64_t>(c.wide_size, 1) * static_cast<int64_t>(sizeof(T)));
+    return static_cast<int>(std::clamp<int64_t>(room, 1, c.rows));
+  }
 
   void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
     std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_cotangents(), V{});
     const auto seeds = this->seeds(tile);
     TileBack<T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
     add_lanes(worker.coefficients.data(), worker.coefficient_sums);
+    for (int s = 0; s < program_.n_sources; ++s) {
+      const V* bars = worker.scratch.pairs.data() + int64_t{2} * s * tile.rows;
+      write_pairs(tile, bars, job_.results.pairs[s].nngp);
+      write_pairs(tile, bars + tile.rows, job_.results.pairs[s].ntk);
+    }
+  }
+
+  void write_pairs(const Tile<T>& tile, const V* bars, T* result) const {
+    for (int x = 0; result && x < tile.rows; ++x) {
+      for (int l = 0; l < tile.n_lanes; ++l) {
+        const int64_t i = tile.i[l] + x, j = tile.j[l];
+        if (!program_.symmetric || i <= j) result[i * program_.n2 + j] = bars[x][l];
+      }
+    }
   }
 
   // Cotangents of the outputs of a tile's pairs: a symmetric result holds those above the diagonal twice.
   std::vector<Seed<T>> seeds(const Tile<T>& tile) const {
     std::vector<Seed<T>> seeds;
     for (const Result<const T>& cotangents : job_.cotangents) {
-      Seed<T> seed;
-      const auto read = [&](const T* array, V& lanes) {
-        for (int l = 0; array && l < tile.n_lanes; ++l) {
-          const int64_t i = tile.i[l], j = tile.j[l];
-          if (program_.symmetric && i > j) continue;
-          lanes[l] = array[i * program_.n2 + j];
-          if (program_.symmetric && i != j) lanes[l] += array[j * program_.n2 + i];
-        }
-      };
-      read(cotangents.nngp, seed.nngp);
-      read(cotangents.ntk, seed.ntk);
-      seeds.push_back(seed);
+      for (int x = 0; x < tile.rows; ++x) {
+        const auto read = [&](const T* array) {
+          V lanes{};
+          for (int l = 0; array && l < tile.n_lanes; ++l) {
+            const int64_t i = tile.i[l] + x, j = tile.j[l];
+            if (program_.symmetric && i > j) continue;
+            lanes[l] = array[i * program_.n2 + j];
+            if (program_.symmetric && i != j) lanes[l] += array[j * program_.n2 + i];
+          }
+          return lanes;
+        };
+        seeds.push_back({read(cotangents.nngp), read(cotangents.ntk)});
+      }
     }
     return seeds;
   }
@@ -346,7 +377,8 @@ class Backward : Derivative<T> {
     const int64_t n1 = first.end - first.begin, n2 = second.end - second.begin;
     // A task takes some first samples, such that lanes are full, and adds up cotangents of all the second ones.
     const int64_t n_coefficients = program_.n_cotangents(), n_bars = second.n_groups() * c_.cotangent_size;
-    const int64_t room = std::max<int64_t>(kBytesOfBars / (n_bars * static_cast<int64_t>(sizeof(V))), 1);
+    const int64_t size = std::max<int64_t>(n_bars, 1) * static_cast<int64_t>(sizeof(V));
+    const int64_t room = std::max<int64_t>(kBytesOfBars / size, 1);
     const int64_t rows = std::max(ceil_div(kL, n2), ceil_div(n1, std::min(room, kMaxTasks)));
     const int64_t n_tasks = ceil_div(n1, rows);
     std::vector<double> coefficients(n_tasks * n_coefficients, 0);
@@ -358,7 +390,9 @@ class Backward : Derivative<T> {
         std::fill(bars2, bars2 + n_bars, V{});
         worker.coefficient_sums = coefficients.data() + task * n_coefficients;
         const int64_t begin = first.begin + task * rows, end = std::min(first.end, begin + rows);
-        if (packs(begin, end, second)) {
+        if (c_.one_position) {
+          rows_back(first, second, begin, end, bars2, worker);
+        } else if (packs(begin, end, second)) {
           packed_back(first, second, begin, end, bars2, worker);
         } else {
           for (int64_t i = begin; i < end; ++i) row_back(first, second, i, bars2, worker);
@@ -410,15 +444,42 @@ class Backward : Derivative<T> {
     worker.first.fill(first, i);
     worker.first.clear_bars();
     for (int64_t group = first_group(i, second); group < second.n_groups(); ++group) {
-      const int64_t begin = second.begin + group * kL;
-      const int lanes = second.lanes_of(group);
-      Pair pairs[kL];
-      for (int l = 0; l < lanes; ++l) pairs[l] = {i, begin + l};
-      const T* wide2 = second.wide.data() + group * c_.wide_size;
-      const Tile<T> tile = tile_of(c_, worker.first.wide(), wide2, pairs, lanes);
+      const Tile<T> tile = tile_of_row(worker, second, i, group);
       carry_back(tile, worker.first.bars(), bars2 + group * c_.cotangent_size, worker);
     }
     worker.first.add_all_to(first.cotangents(c_, i, first.bars.data()));
+  }
+
+  // Some first samples with all second ones, of a program without positions: rows of planes run over the former.
+  void rows_back(const Samples<T>& first, const Samples<T>& second, int64_t begin, int64_t end, V* bars2,
+                 Worker& worker) const {
+    const int64_t most = rows_at_once(c_);
+    for (int64_t i = begin; i < end; i += most) {
+      const int rows = static_cast<int>(std::min(most, end - i));
+      for (int x = 0; x < rows; ++x) worker.first.fill(first, i + x, x);
+      worker.first.clear_bars();
+      for (int64_t group = first_group(i, second); group < second.n_groups(); ++group) {
+        worker.second.clear_bars();
+        Tile<T> tile = tile_of_row(worker, second, i, group);
+        tile.rows = rows;
+        carry_back(tile, worker.first.bars(), worker.second.bars(), worker);
+        V* to = bars2 + group * c_.cotangent_size;
+        const V* from = worker.second.bars();
+        for (int64_t k = 0; k < c_.cotangent_size; ++k) {
+          for (int x = 0; x < rows; ++x) to[k] += *from++;
+        }
+      }
+      for (int x = 0; x < rows; ++x) worker.first.add_all_to(first.cotangents(c_, i + x, first.bars.data()), x, rows);
+    }
+  }
+
+  // A first sample, which fills the lanes of the worker, with a group of second ones.
+  Tile<T> tile_of_row(const Worker& worker, const Samples<T>& second, int64_t i, int64_t group) const {
+    const int64_t begin = second.begin + group * kL;
+    const int lanes = second.lanes_of(group);
+    Pair pairs[kL];
+    for (int l = 0; l < lanes; ++l) pairs[l] = {i, begin + l};
+    return tile_of(c_, worker.first.wide(), second.wide.data() + group * c_.wide_size, pairs, lanes);
   }
 
   void add_lanes(const V* lanes, double* sums) const {
@@ -456,8 +517,7 @@ class Backward : Derivative<T> {
       }
     };
     for (int s = 0; s < program_.n_sources; ++s) {
-      const int64_t n = n_positions(program_.values[s].space) * program_.values[s].channels;
-      add(job_.results.sources[s], bars + c_.cotangent_start[s], n);
+      add(job_.results.sources[s], bars + c_.cotangent_start[s], numbers_of_source(program_.values[s]));
     }
     for (int i = 0; i < static_cast<int>(program_.values.size()); ++i) {
       const int64_t start = c_.prepared.cotangents.find(Statistic::kScale, i);
@@ -528,10 +588,23 @@ class Tangents : Derivative<T> {
     lanes2.clear_bars();
     std::fill(coefficients, coefficients + program_.n_cotangents(), V{});
     TileBack<T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
-    V sum = of_samples(tile, 1, lanes1, coefficients, scratch);
+    V sum = of_pairs(tile, scratch.pairs.data());
+    sum += of_samples(tile, 1, lanes1, coefficients, scratch);
     sum += of_samples(tile, 2, lanes2, coefficients, scratch);
     for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
       sum += coefficients[k] * broadcast(job_.tangents.coefficients[program_.with_cotangents[k]]);
+    }
+    return sum;
+  }
+
+  // Of the sources that are materialised.
+  V of_pairs(const Tile<T>& tile, const V* bars) const {
+    V sum{};
+    for (const auto& pairs : job_.tangents.pairs) {
+      for (const T* tangents : {pairs.nngp, pairs.ntk}) {
+        for (int l = 0; tangents && l < kL; ++l) sum[l] += (*bars)[l] * tangents[tile.i[l] * program_.n2 + tile.j[l]];
+        ++bars;
+      }
     }
     return sum;
   }
@@ -553,8 +626,7 @@ class Tangents : Derivative<T> {
       }
     };
     for (int s = 0; s < program_.n_sources; ++s) {
-      const int64_t n = n_positions(program_.values[s].space) * program_.values[s].channels;
-      add(job_.tangents.sources[s], bars + c_.cotangent_start[s], n);
+      add(job_.tangents.sources[s], bars + c_.cotangent_start[s], numbers_of_source(program_.values[s]));
     }
     for (int i = 0; i < static_cast<int>(program_.values.size()); ++i) {
       const int64_t start = c_.prepared.cotangents.find(Statistic::kScale, i);

@@ -9,18 +9,19 @@
 namespace nt {
 namespace NT_LEVEL {
 
-// Where the cotangents of a tile's pairs are added up; lanes are pairs.
+// Where the cotangents of a tile's pairs are added up; lanes are pairs. Of rows over first samples each has its own.
 template <class T>
 struct Bars {
   using V = Vec<T>;
   V* first = nullptr;  // of the records and the inputs of the first samples
   V* second = nullptr;
   V* coefficients = nullptr;
+  V* pairs = nullptr;      // of the sources that are materialised, each with those of its tangent kernel behind it
   V* tensors_d = nullptr;  // of all tensors of a plan, one after another
   V* tensors_t = nullptr;
 };
 
-// Cotangents of an output: of each pair's covariance and tangent kernel.
+// Cotangents of an output: of each pair's covariance and tangent kernel. There is one for each row over first samples.
 template <class T>
 struct Seed {
   Vec<T> nngp{}, ntk{};
@@ -37,6 +38,7 @@ struct BackwardScratch {
   Buffer<V> windows_d, windows_t;  // a row before a convolution, with what lies beside it
   Buffer<V> inside_d, inside_t;    // and those of its positions that are inside both images
   Buffer<V> coefficients;          // of one plane: a single sum over many planes would add up its rounding errors
+  Buffer<V> pairs;                 // see `Bars`
   Buffer<V> unused;                // cotangents that nobody reads
   int64_t n_coefficients, n_tensors = 0;
 
@@ -50,13 +52,16 @@ struct BackwardScratch {
         inside_d(c.widest),
         inside_t(c.widest),
         coefficients(c.program.n_cotangents()),
-        unused(std::max<int64_t>(c.cotangent_size, c.program.n_cotangents())),
+        pairs(size_of_pairs(c)),
+        unused(std::max({c.cotangent_size * c.rows, c.program.n_cotangents(), size_of_pairs(c)})),
         n_coefficients(c.program.n_cotangents()),
         n_tensors(size_of_tensors(c)) {}
 
   void clear_tensors() const { std::fill(tensors.data(), tensors.data() + 2 * n_tensors, V{}); }
 
  private:
+  static int64_t size_of_pairs(const Context<T>& c) { return int64_t{2} * c.program.n_sources * c.rows; }
+
   static int64_t size_of_tensors(const Context<T>& c) {
     int64_t most = 0;
     for (const Plan* plan : c.prepared.plans()) {
@@ -93,7 +98,8 @@ struct Back {
     for (size_t i = 0; i < planes.size(); ++i) {
       const Instance& instance = work.stage.instances[i];
       if (instance.cotangent_buffer < 0) continue;
-      planes[i].d = work.buffers + instance.cotangent_buffer * work.stage.buffer_size + work.stage.pad_low;
+      planes[i].d =
+          work.buffers + instance.cotangent_buffer * work.stage.buffer_size * work.c.rows + work.stage.pad_low;
       planes[i].t = instance.has_ntk ? work.tangent(planes[i].d) : nullptr;
     }
   }
@@ -110,10 +116,10 @@ struct Back {
 
   // The cotangents of statistics of the samples, from one position on.
   V* first(Statistic statistic, int value, const Index3& space, const Index3& p) const {
-    return bars.first + work.c.prepared.cotangents.find(statistic, value) + position(space, p);
+    return bars.first + work.c.prepared.cotangents.find(statistic, value) * work.tile.rows + position(space, p);
   }
   V* second(Statistic statistic, int value, const Index3& space, const Index3& p) const {
-    return bars.second + work.c.prepared.cotangents.find(statistic, value) + position(space, p);
+    return bars.second + work.c.prepared.cotangents.find(statistic, value) * work.tile.rows + position(space, p);
   }
   V* first(Statistic statistic, int value, const Place& at) const {
     return first(statistic, value, at.geometry.space, at.first);
@@ -380,6 +386,32 @@ void load_inputs_back(const Back<T>& back, const Instance& instance, const Place
 }
 
 template <class T>
+void load_materialised_back(const Back<T>& back, const Instance& instance, const Place& at) {
+  using V = Vec<T>;
+  const Work<T>& work = back.work;
+  const Value& value = work.value(instance);
+  const Plane<T>& bar = back.plane(instance);
+  const V* d = bar.row_d(at.z, at.y, at.x);
+  const V* t = bar.row_t(at.z, at.y, at.x);
+  V* pair_d = back.bars.pairs + int64_t{2} * instance.value * work.tile.rows;
+  V* pair_t = pair_d + work.tile.rows;
+  V* bar1 = instance.deficit ? back.first(Statistic::kHalfVariance, instance.value, at) : nullptr;
+  V* bar2 = instance.deficit ? back.second(Statistic::kHalfVariance, instance.value, at) : nullptr;
+  for (int x = 0; x < at.n; ++x) {
+    if (t) pair_t[x] += t[x];
+    // The deficits of equal samples are 0, whatever is stored.
+    const V own = instance.deficit ? if_positive(same_samples(work.c, work.tile, x, kIdentical), V{}, d[x]) : d[x];
+    if (!instance.deficit || value.has_deficits) {
+      pair_d[x] += own;
+      continue;
+    }
+    pair_d[x] -= own;
+    bar1[x] += own;
+    bar2[x] += own;
+  }
+}
+
+template <class T>
 void load_tensor_back(const Back<T>& back, const Instance& instance, const Place& at) {
   const Plan& plan = back.work.plan;
   const int number = plan.tensor_of[instance.value];
@@ -584,6 +616,11 @@ class TiedBack {
   // windows that their positions are in.
   template <class Visit>
   void each_row(const Visit& visit) {
+    if (back_.work.c.one_position) {  // windows of one position: no sums
+      inside_d_ = out_bar_.d;
+      inside_t_ = sums_ntk_ ? out_bar_.t : back_.scratch.forward.zeros.data();
+      return visit(0, 0);
+    }
     const Rectangle& r = out_bar_.r;
     const auto along = [&](int a) {
       return WindowsOf(value_.window[a], r.low[a], r.size[a], input_.space[a], r_.low[a], r_.size[a]);
@@ -735,14 +772,16 @@ void pool_row_back(const Back<T>& back, const Tensor& tensor, const Vec<T>* bars
 }
 
 template <class T>
-void end_row_back(const Back<T>& back, const Seed<T>& seed, const Rectangle& r, int z, int y) {
+void end_row_back(const Back<T>& back, const Seed<T>* seeds, const Rectangle& r, int z, int y) {
   const Work<T>& work = back.work;
   const Plane<T>& root = back.plane(work.stage.instances[work.stage.root]);
   Vec<T>* d = root.row_d(z, y);
   Vec<T>* t = root.row_t(z, y);
-  if (work.stage.output >= 0) {  // of one position
-    *d += seed.nngp;
-    if (t) *t += seed.ntk;
+  if (work.stage.output >= 0) {  // of one position: rows run over samples, if at all
+    for (int x = 0; x < work.tile.rows; ++x) {
+      d[x] += seeds[x].nngp;
+      if (t) t[x] += seeds[x].ntk;
+    }
     return;
   }
   const int number = work.plan.tensor_of[work.stage.end];
@@ -854,14 +893,21 @@ void instance_back(Back<T>& back, const Instance& instance) {
     case Kind::kAsCovariance:
       return each_row(as_covariance_back<T>);
     case Kind::kLoad:
-      return each_row(back.work.value(instance).op == Op::kInputs ? load_inputs_back<T> : load_tensor_back<T>);
+      switch (back.work.value(instance).op) {
+        case Op::kInputs:
+          return each_row(load_inputs_back<T>);
+        case Op::kMaterialised:
+          return each_row(load_materialised_back<T>);
+        default:
+          return each_row(load_tensor_back<T>);
+      }
     case Kind::kProduct:
       return;  // refused, see `prepare`
   }
 }
 
 template <class T, class End>
-void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars,
+void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>* seeds, const Bars<T>& bars,
                 const End& end) {
   using V = Vec<T>;
   Work<T>* const works[] = {&work};
@@ -872,7 +918,7 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
   back.clear(work.stage.root);
   const Rectangle& r = back.planes[work.stage.root].r;
   for (int z = 0; z < r.size[0]; ++z) {
-    for (int y = 0; y < r.size[1]; ++y) end_row_back(back, seed, r, z, y);
+    for (int y = 0; y < r.size[1]; ++y) end_row_back(back, seeds, r, z, y);
   }
   for (int i = static_cast<int>(work.stage.instances.size()) - 1; i >= 0; --i) {
     const Instance& instance = work.stage.instances[i];
@@ -886,11 +932,11 @@ void plane_back(Work<T>& work, const BackwardScratch<T>& scratch, const Seed<T>&
   for (int64_t k = 0; k < scratch.n_coefficients; ++k) bars.coefficients[k] += scratch.coefficients.data()[k];
 }
 
-// Carries the cotangents of what is after a stage back to what it loads. With `fills`, what is after the stage is
-// computed by the way.
+// Carries the cotangents of what is after a stage back to what it loads, those of an output from `seeds`. With `fills`,
+// what is after the stage is computed by the way.
 template <class T>
 void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const Tile<T>& tile,
-                BackwardScratch<T>& scratch, const Seed<T>& seed, const Bars<T>& bars, bool fills = false) {
+                BackwardScratch<T>& scratch, const Seed<T>* seeds, const Bars<T>& bars, bool fills = false) {
   if (stage.offsets.empty()) return;  // nobody reads its end
   Work<T> work(c, plan, stage, tile, scratch.forward);
   if (stage.end >= 0) {
@@ -905,10 +951,10 @@ void stage_back(const Context<T>& c, const Plan& plan, const Stage& stage, const
   for (size_t k = 0; k < stage.offsets.size(); ++k) {
     turn_to_plane(work, k);
     if (fills) {
-      plane_back(work, scratch, seed, bars, [](Work<T>& w, const Rectangle& r, int z, int y) { end_row(w, r, z, y); });
+      plane_back(work, scratch, seeds, bars, [](Work<T>& w, const Rectangle& r, int z, int y) { end_row(w, r, z, y); });
       sums.add_planes(k + 1);
     } else {
-      plane_back(work, scratch, seed, bars, [](Work<T>&, const Rectangle&, int, int) {});
+      plane_back(work, scratch, seeds, bars, [](Work<T>&, const Rectangle&, int, int) {});
     }
   }
   if (fills) sums.finish();

@@ -108,6 +108,8 @@ class RecordBack {
         own_stage(i);
         return;
       case Op::kMaterialised:
+        for (int64_t p = 0; half_bar && p < n; ++p) bars_.first[c_.cotangent_start[i] + p] *= broadcast(T(0.5));
+        return;
       case Op::kProduct:
         return;  // refused, see `prepare`
     }
@@ -266,7 +268,7 @@ class RecordBack {
     const Plan& plan = c_.prepared.kept_own;
     const auto stage =
         std::find_if(plan.stages.begin(), plan.stages.end(), [&](const Stage& stage) { return stage.end == end; });
-    if (!stage->offsets.empty()) stage_back(c_, plan, *stage, tile_, scratch_, Seed<T>{}, bars_);
+    if (!stage->offsets.empty()) stage_back<T>(c_, plan, *stage, tile_, scratch_, nullptr, bars_);
   }
 
   const Context<T>& c_;

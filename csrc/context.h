@@ -68,7 +68,7 @@ struct Context {
   int rows;                          // first samples of a tile
   std::vector<int64_t> input_start;  // of every source in a wide record
   int64_t n_inputs = 0;
-  std::vector<int64_t> cotangent_start;  // of every source in the cotangents of a record
+  std::vector<int64_t> cotangent_start;  // of every source in the cotangents of a record: of inputs, or variances
   int64_t cotangent_size;                // of a sample: of its record and inputs
   int64_t wide_size;                     // of a group of samples: numbers of its record and inputs, all lanes
   int64_t widest;                        // positions of the longest row
@@ -80,8 +80,12 @@ struct Context {
     for (int s = 0; s < program.n_sources; ++s) {
       const Value& value = program.values[s];
       input_start.push_back(prepared.record.size() + n_inputs);
-      cotangent_start.push_back(prepared.cotangents.size() + n_inputs);
-      if (value.op == Op::kInputs) n_inputs += n_positions(value.space) * value.channels;
+      if (value.op == Op::kInputs) {
+        cotangent_start.push_back(prepared.cotangents.size() + n_inputs);
+        n_inputs += numbers_of_source(value);
+      } else {
+        cotangent_start.push_back(std::max<int64_t>(prepared.cotangents.find(Statistic::kHalfVariance, s), 0));
+      }
     }
     cotangent_size = prepared.cotangents.size() + n_inputs;
     wide_size = (prepared.record.size() + n_inputs) * kLanes<T>;

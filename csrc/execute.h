@@ -49,7 +49,7 @@ class PassRows {
       head(at);
       for (size_t k = unmasked_ ? 2 : 0; k < pass_.row_ops.size(); ++k) {
         const Instance& op = work_.stage.instances[pass_.row_ops[k]];
-        if (work_.c.one_position) {
+        if (work_.c.prepared.angular) {
           apply_angular_row<kWide>(work_, op, at);
         } else {
           apply_row<kWide>(work_, op, at);

@@ -126,18 +126,26 @@ Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeRe
   return job;
 }
 
-// Arrays like the operands of a job whose sources are inputs: their tangents (of const numbers), or cotangents. Those
-// of the second batch are null where it is the first.
+// Arrays like the operands of a job: their tangents (of const numbers), or cotangents. Those of the second batch are
+// null where it is the first.
 template <class T>
 struct LikeOperands {
   struct Batches {
     T* first = nullptr;
     T* second = nullptr;
   };
+  struct Pairs {
+    T* nngp = nullptr;
+    T* ntk = nullptr;
+  };
   T* coefficients = nullptr;
-  std::vector<Batches> sources;
+  std::vector<Batches> sources;  // inputs, or the variances of what is materialised
+  std::vector<Pairs> pairs;      // of sources that are materialised
   std::vector<Batches> numbers;  // of every value
 };
+
+// How many numbers of each sample there are of a source: of inputs, or its variances.
+inline int64_t numbers_of_source(const Value& value) { return n_positions(value.space) * value.channels; }
 
 template <class T, class Take>
 LikeOperands<T> take_like_operands(const Program& program, const Take& take) {
@@ -151,7 +159,14 @@ LikeOperands<T> take_like_operands(const Program& program, const Take& take) {
   arrays.coefficients = take(program.n_coefficients, "coefficients");
   for (int s = 0; s < program.n_sources; ++s) {
     const Value& value = program.values[s];
-    arrays.sources.push_back(batches(n_positions(value.space) * value.channels, "inputs"));
+    const bool is_materialised = value.op == Op::kMaterialised;
+    typename LikeOperands<T>::Pairs pairs;
+    if (is_materialised) pairs.nngp = take(program.n1 * program.n2, "nngp");
+    if (is_materialised && value.has_ntk) pairs.ntk = take(program.n1 * program.n2, "ntk");
+    arrays.pairs.push_back(pairs);
+    arrays.sources.emplace_back();
+    if (is_materialised && !value.needs) continue;
+    arrays.sources.back() = batches(numbers_of_source(value), is_materialised ? "variances" : "inputs");
   }
   for (const Value& value : program.values) {
     arrays.numbers.emplace_back();

@@ -261,13 +261,13 @@ bool reads_average(const Program& program, const Value& value) {
 }
 
 // Statistics that the plans for pairs and for samples with themselves read.
-Record make_record(const Program& program, bool one_position) {
+Record make_record(const Program& program, bool angular) {
   Record record(program.values.size());
   for (int i = 0; i < static_cast<int>(program.values.size()); ++i) {
     const Value& value = program.values[i];
     const int64_t n = n_positions(value.space);
     if (value.needs) record.add(Statistic::kHalfVariance, i, n);
-    if (reads_average(program, value) && !one_position) record.add(Statistic::kHalfAverage, i, n);
+    if (reads_average(program, value) && !angular) record.add(Statistic::kHalfAverage, i, n);
     if (value.op == Op::kDual) record.add(Statistic::kDual, i, n * n_numbers(value));
     if (value.op == Op::kNormalize || value.op == Op::kScale) {
       record.add(Statistic::kScale, i, n);
@@ -278,7 +278,7 @@ Record make_record(const Program& program, bool one_position) {
       record.add(Statistic::kOwnDeficit, i, n);
       record.add(Statistic::kPooledVariance, i, n);
     }
-    if (!one_position || !value.needs) continue;
+    if (!angular || !value.needs) continue;
     record.add(Statistic::kStd, i, 1);
     if (value.op == Op::kTied) record.add(Statistic::kShares, i, 2);
     if (value.op == Op::kSum) record.add(Statistic::kShares, i, static_cast<int64_t>(value.inputs.size()));
@@ -324,13 +324,14 @@ void check_way_back(const Program& program) {
   const auto refuse = [](const char* what) {
     throw std::invalid_argument(std::string("There is no native derivative of ") + what + ".");
   };
-  if (has_one_position(program)) refuse("programs without positions");
   if (program.covariances) refuse("covariances of each sample with itself");
   for (const Output& output : program.outputs) {
     if (n_positions(program.values[output.value].space) > 1) refuse("outputs with positions");
   }
   for (const Value& value : program.values) {
-    if (value.op == Op::kMaterialised) refuse("materialised kernels");
+    if (value.op == Op::kMaterialised && !has_one_position(program)) refuse("materialised kernels with positions");
+    if (value.op == Op::kInputs && has_one_position(program)) refuse("inputs without positions, but of their pairs");
+    if (value.has_own) refuse("covariances of each sample with itself");
     if (value.op == Op::kProduct) refuse("products");
     if (value.op == Op::kDual && !is_differentiable(value.activation)) refuse("this nonlinearity");
   }
@@ -345,12 +346,13 @@ Prepared prepare(Program program, Direction direction) {
   check_loads(program, prepared.pairs, false);
   check_loads(program, prepared.own, true);
   prepared.one_position = has_one_position(program);
+  prepared.angular = prepared.one_position && direction == Direction::kForward;
   if (direction == Direction::kBackward) {
     check_way_back(program);
     prepared.kept_pairs = make_plan(program, Purpose::kPairs, true);
     prepared.kept_own = make_plan(program, Purpose::kOwn, true);
   }
-  prepared.record = make_record(program, prepared.one_position);
+  prepared.record = make_record(program, prepared.angular);
   prepared.cotangents = make_cotangent_record(program, prepared.record);
   prepared.program = std::move(program);
   return prepared;

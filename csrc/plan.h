@@ -191,7 +191,8 @@ struct Prepared {
   Plan pairs;         // for pairs of samples
   Plan own;           // for each sample with itself
   Record record;      // what both read of each sample
-  bool one_position;  // no images: rows of planes run over first samples instead, and deficits are angular (angular.h)
+  bool one_position;  // no images: rows of planes run over first samples instead
+  bool angular;       // and deficits are angular (angular.h): on the way forward alone
   // For derivatives: both plans with planes that are kept, and where the cotangents of each sample's statistics are.
   Plan kept_pairs, kept_own;
   Record cotangents;

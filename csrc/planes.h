@@ -177,7 +177,8 @@ const T* at1(const Context<T>& c, const Tile<T>& tile, int64_t at) {
 // The statistics of a row that starts at a position of the first image, and those of its partners.
 template <bool kWide, class T>
 Row1<T> first(const Work<T>& work, Statistic statistic, int value, const Index3& space, const Index3& p) {
-  return {at1<kWide>(work.c, work.tile, work.c.prepared.record.find(statistic, value) + position(space, p))};
+  const int64_t at = work.c.prepared.record.find(statistic, value) + position(space, p);
+  return {at1<kWide>(work.c, work.tile, at), work.c.one_position ? work.c.wide_size : kLanes<T>};
 }
 template <class T>
 Row2<T> second(const Work<T>& work, Statistic statistic, int value, const Index3& space, const Index3& p) {

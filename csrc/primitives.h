@@ -40,7 +40,7 @@ DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
   const T* numbers1 = at1<kWide>(work.c, work.tile, of(at.first));
   const T* numbers2 = work.tile.record2 + of(at.second) * kLanes<T>;
   // Rows over first samples have one second sample for all.
-  if (work.c.one_position) return {numbers1, numbers2, 1, 0, work.c.rows};
+  if (work.c.one_position) return {numbers1, numbers2, kWide ? work.c.wide_size : 1, 0, work.c.rows};
   return {numbers1, numbers2, numbers * (kWide ? kLanes<T> : 1), numbers * kLanes<T>, 1};
 }
 

@@ -258,6 +258,8 @@ Program decode_program(const int64_t* code, int64_t length) {
         value.has_ntk = reader.flag("has_ntk");
         value.has_own = reader.flag("has_own");
         value.same_position = reader.flag("same_position");
+        value.has_deficits = reader.flag("has_deficits");
+        if (value.has_deficits && (!value.needs || value.has_own)) malformed("deficits without variances");
         break;
       case Op::kTied:
         value.bias_follows_weights = reader.flag("bias_follows_weights");

@@ -103,7 +103,7 @@ struct Table {
   }
 };
 
-inline constexpr int64_t kEncoding = 9;  // changes with the layout of the code
+inline constexpr int64_t kEncoding = 10;  // changes with the layout of the code
 
 // A value of the program: a source, or a step and the values that it reads.
 struct Value {
@@ -129,6 +129,7 @@ struct Value {
   bool has_ntk = false;                  // kMaterialised
   bool has_own = false;                  // kMaterialised: so are covariances of each sample with itself
   bool same_position = false;            // kMaterialised: only pairs of equal positions are stored
+  bool has_deficits = false;             // kMaterialised: deficits are stored, not covariances
 };
 
 // How many numbers the nonlinearity wants to have of each sample and position.

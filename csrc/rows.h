@@ -14,6 +14,7 @@ namespace NT_LEVEL {
 template <class T>
 struct Row1 {
   const T* at;
+  int64_t stride = kLanes<T>;  // from one position to the next, of wide ones
 };
 template <class T>
 struct Row2 {
@@ -24,7 +25,7 @@ struct Row2 {
 template <bool kWide, class T>
 NT_INLINE Vec<T> get(const Row1<T>& row, int x) {
   if constexpr (kWide) {
-    return load(row.at + int64_t{x} * kLanes<T>);
+    return load(row.at + x * row.stride);
   } else {
     return broadcast(row.at[x]);
   }

@@ -135,9 +135,10 @@ void load_materialised(const Work<T>& work, const Instance& instance, const Plac
     }
   }
   if (!instance.deficit) return;
-  if (c.one_position) {
+  if (c.prepared.angular) {
+    if (value.has_deficits) to_other<kWide>(work, instance.value, at, d, d);
     from_covariance_angular<kWide>(work, instance.value, at, d);
-  } else {
+  } else if (!value.has_deficits) {
     to_other<kWide>(work, instance.value, at, d, d);
   }
   if (first != second) return;

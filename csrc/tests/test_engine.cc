@@ -50,6 +50,9 @@ std::vector<int64_t> value(nt::Op op, bool needs, int coefficient, nt::Index3 s,
 std::vector<int64_t> inputs(bool needs, nt::Index3 s, int channels) {
   return join({value(nt::Op::kInputs, needs, 0, s, {}), {channels}});
 }
+std::vector<int64_t> pairs(bool needs, bool has_ntk, bool has_deficits) {
+  return join({value(nt::Op::kMaterialised, needs, 0, {1, 1, 1}, {}), {has_ntk, 0, 1, has_deficits}});
+}
 std::vector<int64_t> linear(bool needs, nt::Index3 s, int input, std::vector<int64_t> y, std::vector<int64_t> x) {
   return join({value(nt::Op::kTied, needs, 1, s, {input}), {1}, kNoWindow, y, x});
 }
@@ -100,6 +103,16 @@ std::vector<Network> networks() {
         rescale(nt::Op::kNormalize, true, one, 2), sum(true, one, 1, 3), dual(nt::Activation::kErf, true, one, 4),
         rescale(nt::Op::kScale, true, one, 5), rescale(nt::Op::kDropout, true, one, 6), product(true, one, 7, 3),
         linear(true, one, 8, kNoWindow, kNoWindow), relu(false, one, 9)},
+       false},
+      {"deficits of pairs",
+       {pairs(true, false, true), linear(true, one, 0, kNoWindow, kNoWindow), relu(true, one, 1),
+        rescale(nt::Op::kNormalize, true, one, 2), sum(true, one, 1, 3), dual(nt::Activation::kErf, true, one, 4),
+        rescale(nt::Op::kScale, true, one, 5), rescale(nt::Op::kDropout, true, one, 6),
+        linear(true, one, 7, kNoWindow, kNoWindow), tabulated(false, one, 8, 2, 1)},
+       false,
+       {7}},
+      {"covariances of pairs",
+       {pairs(true, true, false), relu(true, one, 0), linear(false, one, 1, kNoWindow, kNoWindow)},
        false},
       {"two pools",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kDilated), relu(true, image, 1),

@@ -227,21 +227,13 @@ class SourceLoader:
     def _input_deficit(self, number: int, geometry: Geometry, x1: Array, x2: Array) -> Array:
         if not self._is_crossed():
             return jnp.mean((x1 - x2) ** 2, -2) / 2
-        if x1.shape[-3] <= MAX_CHANNELS_FOR_DIFFERENCES:
-            return half_mean_square_difference(x1, x2)
-        deficit = jnp.maximum(self._deficit_of(number, geometry, self._product(x1, x2)), 0)
-        var1, var2 = self.first.variance[number], self.second.variance[number]
-        close = deficit < _CLOSE * (geometry.first(var1) + geometry.second(var2))
-        doubtful = jnp.any(close & ~self.identical(self.lowered.forms[number].space, geometry, deficit.ndim))
-        # Derivatives keep the inputs alone: not all differences, or zeros in their place where nothing is doubtful.
-        return lax.cond(doubtful, rematerialized(_deficit_row_by_row), lambda *_: deficit, x1, x2)
+        var1, var2 = geometry.first(self.first.variance[number]), geometry.second(self.second.variance[number])
+        identical = self.identical(self.lowered.forms[number].space, geometry, var1.ndim)
+        return crossed_deficit(x1, x2, var1, var2, identical)
 
     def _product(self, x1: Array, x2: Array) -> Array:
         """Mean over the channels of the product."""
-        if not self._is_crossed():
-            return jnp.mean(x1 * x2, -2)
-        rows, columns = jnp.swapaxes(x1[..., 0], -1, -2), x2[..., 0, :]
-        return jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST) / rows.shape[-1]
+        return crossed_product(x1, x2) if self._is_crossed() else jnp.mean(x1 * x2, -2)
 
     def _is_crossed(self) -> bool:
         return self.first.index.ndim == 2
@@ -269,6 +261,26 @@ def crossed(batch1: Any, batch2: Any) -> tuple[Any, Any]:
         jax.tree.map(lambda a: jnp.expand_dims(a, -1), batch1),
         jax.tree.map(lambda a: jnp.expand_dims(a, -2), batch2),
     )
+
+
+def crossed_product(x1: Array, x2: Array) -> Array:
+    """Returns the means over the channels of the products of all samples, `(..., channels, n1, 1)` with
+    `(..., channels, 1, n2)`."""
+    rows, columns = jnp.swapaxes(x1[..., 0], -1, -2), x2[..., 0, :]
+    return jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST) / rows.shape[-1]
+
+
+def crossed_deficit(x1: Array, x2: Array, var1: Array, var2: Array, identical: Array) -> Array:
+    """Returns the deficits of all pairs of samples, of the same shapes, with their variances.
+
+    Differences are formed where a product would lose digits, and exactly 0 is what is known to be identical.
+    """
+    if x1.shape[-3] <= MAX_CHANNELS_FOR_DIFFERENCES:
+        return half_mean_square_difference(x1, x2)
+    deficit = jnp.maximum(jnp.where(identical, 0, (var1 + var2) / 2 - crossed_product(x1, x2)), 0)
+    doubtful = jnp.any((deficit < _CLOSE * (var1 + var2)) & ~identical)
+    # Derivatives keep the inputs alone: not all differences, or zeros in their place where nothing is doubtful.
+    return lax.cond(doubtful, rematerialized(_deficit_row_by_row), lambda *_: deficit, x1, x2)
 
 
 def _deficit_row_by_row(x1: Array, x2: Array) -> Array:

@@ -16,6 +16,7 @@ from nt_core.backends.cpu.calls import Call
 from nt_core.backends.cpu.encode import Encoded, encode
 from nt_core.backends.cpu.linear import Linear, linear_call
 from nt_core.backends.xla import XlaBackend
+from nt_core.evaluation.samples import crossed_deficit, crossed_product
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.lowering import Form
@@ -130,7 +131,10 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
 def _arrays(
     program: Program, sources: tuple[Source, ...], request: Request, propagate: Call = calls.propagate
 ) -> list[_Arrays]:
-    """Returns the arrays of the outputs; those between all samples of one batch are a call of its own."""
+    """Returns the arrays of the outputs; those between all samples of one batch are a call of its own.
+
+    With another `propagate` than that of values, they are to be differentiated.
+    """
     outputs = _call(program, sources, request, (1, 2), propagate)
     if not request.covariances or sources[0].spec.diagonal_batch:
         return outputs
@@ -147,7 +151,7 @@ def _call(
     program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int], propagate: Call
 ) -> list[_Arrays]:
     """One call of the engine, see `encode`."""
-    encoded = encode(program, sources, request, batches)
+    encoded = encode(program, sources, request, batches, for_derivatives=propagate is not calls.propagate)
     dtype, (n1, n2) = dtype_of(sources[0]), (sources[0].spec.n1, sources[0].spec.n2)
     operands = [jnp.concatenate([jnp.ravel(jnp.asarray(c, dtype)) for c in encoded.coefficients])]
     for source, form in zip(sources, encoded.forms, strict=False):
@@ -184,6 +188,8 @@ def _take(results: Iterator[Array], spec: Spec, form: Form, encoded: Encoded, nt
 def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:
     """The arrays of a source, in the order of `source_of` in csrc/job.h."""
     if isinstance(source, Inputs):
+        if encoded.formed:
+            return _formed(source, form, encoded)
         return [source.first()] if encoded.symmetric else [source.first(), source.second()]
     spec = source.spec
     arrays = [_positions_last(source.nngp, spec, 2)]
@@ -201,6 +207,18 @@ def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:
     if encoded.owns:
         arrays.extend(_positions_last(c, spec, 1) for c in covariances)
     return arrays
+
+
+def _formed(inputs: Inputs, form: Form, encoded: Encoded) -> list[Array]:
+    """What the pairs of inputs without positions are: covariances, or deficits and variances."""
+    x1, x2 = (jnp.transpose(x.reshape(len(x), -1)) for x in (inputs.first(), inputs.second()))
+    first, second = x1[:, :, None], x2[:, None, :]
+    if not form.deficit:
+        return [crossed_product(first, second)]
+    variances = [jnp.mean(x1**2, 0), jnp.mean(x2**2, 0)]
+    identical = jnp.eye(*map(len, variances), dtype=bool) & encoded.coefficients[0]
+    deficit = crossed_deficit(first, second, variances[0][:, None], variances[1][None], identical)
+    return [deficit, *variances[: 1 if encoded.symmetric else 2]]
 
 
 def _own(cov: Array, spec: Spec) -> Array:

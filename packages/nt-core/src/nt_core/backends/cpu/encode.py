@@ -48,6 +48,7 @@ class Encoded:
       coefficients: the numbers in it, which may be traced, and tables of numbers, one after another. The first two say
         whether both batches hold equal samples, and whether they hold the same ones to dropout.
       numbers: those of each sample and position that come with steps, `(n, positions)`.
+      formed: whether inputs stand for what their pairs are, formed already: covariances, or deficits and variances.
       symmetric: the second batch is the first.
       covariances: the engine returns the covariance of each sample with itself.
       owns: whether that is needed of sources that are materialised.
@@ -58,6 +59,7 @@ class Encoded:
     code: np.ndarray
     coefficients: list[Any]
     numbers: list[Array]
+    formed: bool
     symmetric: bool
     covariances: bool
     owns: bool
@@ -66,7 +68,11 @@ class Encoded:
 
 
 def encode(
-    program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int] = (1, 2)
+    program: Program,
+    sources: tuple[Source, ...],
+    request: Request,
+    batches: tuple[int, int] = (1, 2),
+    for_derivatives: bool = False,
 ) -> Encoded:
     """Encodes a program. Raises `Refused`.
 
@@ -75,13 +81,20 @@ def encode(
       sources: what it starts from.
       request: what is asked for. Covariances between all samples of one batch are another call, of that batch alone.
       batches: which batches of the program the first and the second one of the sources are.
+      for_derivatives: the program is to be differentiated. Without positions what its inputs contribute is a product of
+        matrices, which is left to XLA.
     """
-    return _Encoder(program, sources, request, batches).encode()
+    return _Encoder(program, sources, request, batches, for_derivatives).encode()
 
 
 class _Encoder:
     def __init__(
-        self, program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int]
+        self,
+        program: Program,
+        sources: tuple[Source, ...],
+        request: Request,
+        batches: tuple[int, int],
+        for_derivatives: bool,
     ) -> None:
         schema = native.schema()
         self._encoding, self._ops, self._n_axes = schema["encoding"], schema["ops"], schema["max_axes"]
@@ -93,6 +106,7 @@ class _Encoder:
         self._symmetric = all(is_symmetric(source) for source in sources)
         self._batches = batches[:1] if self._symmetric else batches
         self._covariances = request.covariances and sources[0].spec.diagonal_batch
+        self._formed = for_derivatives and self._has_no_positions()
         self._wrapping: list[set[tuple[int, bool]]] = []
         self._cut = self._find_cuts()
         # What is written so far.
@@ -132,6 +146,7 @@ class _Encoder:
             code=np.array([*header, *(number for value in self._values for number in value)], np.int64),
             coefficients=self._coefficients,
             numbers=self._numbers,
+            formed=self._formed,
             symmetric=self._symmetric,
             covariances=self._covariances,
             owns=owns,
@@ -207,12 +222,23 @@ class _Encoder:
         if not isinstance(source, Inputs):
             if (form.deficit or owns or self._request.covariances) and source.cov1 is None:
                 raise Refused("variances are needed, and the kernel it starts from holds none")
-            parameters = [form.has_ntk, owns, _stores_equal_positions(form)]
+            parameters = [form.has_ntk, owns, _stores_equal_positions(form), False]
             return self._add("Materialised", form.deficit, space, [], parameters)
+        if self._formed:
+            return self._add("Materialised", form.deficit, (1,) * self._n_axes, [], [False, False, True, form.deficit])
         if self._flattened(number):  # positions are channels from the start
             n_channels = spec.n_channels * math.prod(spec.space)
             return self._add("Inputs", form.deficit, (1,) * self._n_axes, [], [n_channels])
         return self._add("Inputs", form.deficit, space, [], [spec.n_channels])
+
+    def _has_no_positions(self) -> bool:
+        """Whether no value has positions, but inputs of which the first step makes channels."""
+        numbers = range(len(self._sources) + len(self._lowered.nodes))
+        is_input = [isinstance(source, Inputs) for source in self._sources]
+        return all(
+            math.prod(self._canonical(i)) == 1 or (i < len(is_input) and is_input[i] and self._flattened(i))
+            for i in numbers
+        )
 
     def _flattened(self, source: int) -> bool:
         readers = [node for node in self._lowered.nodes if source in node.inputs]
