@@ -193,10 +193,6 @@ class DualBack {
     return products;
   }
 
-  void add_coefficients() const {
-    for (int k = 0; k < info(value_.activation).coefficients; ++k) back_.add_coefficient(value_, k, coefficients_[k]);
-  }
-
  private:
   template <bool kNtk, bool kCovariance, class Dual>
   Products row(const Dual& shared, const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
@@ -212,7 +208,7 @@ class DualBack {
     const Dual dual = shared;
     const V own_share = own_share_;
     const int width = at.geometry.space[2];  // cotangents are asked for one row ahead
-    V coefficients[kMostCoefficients] = {};
+    CoefficientBars<T, Dual> coefficients{};
     Products products;
     for (int x = 0; x < at.n; ++x) {
       __builtin_prefetch(bar1 + x + width, 1);
@@ -220,7 +216,7 @@ class DualBack {
       const V value_bar = fma(own_weight, after_t[x], weight * after_d[x]);
       const V tangent_bar = kNtk ? weight * after_t[x] : V{}, tangent = kNtk ? t[x] : V{};
       auto in = dual.template apply<kCovariance, kNtk>(d[x], tangent, numbers.template first<true>(x),
-                                                       numbers.second(x), value_bar, tangent_bar, coefficients);
+                                                       numbers.second(x), value_bar, tangent_bar, coefficients.data());
       products.d = fma(after_d[x], in.value, products.d);
       products.t = fma(after_t[x], in.value, products.t);
       if constexpr (kNtk) {
@@ -239,7 +235,7 @@ class DualBack {
       add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
       if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
     }
-    for (int k = 0; k < Dual::kCoefficients; ++k) coefficients_[k] += coefficients[k];
+    for (int k = 0; k < Dual::kCoefficients; ++k) back_.add_coefficient(value_, k, coefficients[k]);
     return products;
   }
 
@@ -253,7 +249,6 @@ class DualBack {
   const Instance& before_;
   const bool is_first_;
   V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
-  V coefficients_[kMostCoefficients] = {};
 };
 
 template <class T>
@@ -521,7 +516,6 @@ class TiedBack {
           add(dual.row(at, inside_d_ + at.x, inside_t_ + at.x, weight_, own_weight_));
         });
       });
-      dual.add_coefficients();
     } else {
       each_row([&](int z, int y) { inner(z, y); });
     }
@@ -827,7 +821,6 @@ void dual_back(Back<T>& back, const Instance& instance) {
                 [&](const Place& at) { dual.row(at, bar.row_d(z, y, at.x), t + at.x, one, zero); });
     }
   }
-  dual.add_coefficients();
 }
 
 template <class T>

@@ -166,15 +166,15 @@ class RecordBack {
 
   void dual(const Value& value, const T* coefficient, const T* numbers, const V* half_bar, V* in_bar) const {
     with_dual_back<T>(value.activation, coefficient, value.table, [&](const auto& dual) {
-      constexpr int kCoefficients = std::decay_t<decltype(dual)>::kCoefficients;
-      Sum<V> sums[kMostCoefficients];
+      using Bars = CoefficientBars<T, std::decay_t<decltype(dual)>>;
+      std::array<Sum<V>, std::tuple_size_v<Bars>> sums;
       for (int64_t p = 0; p < n_positions(value.space); ++p) {
-        V coefficients[kMostCoefficients] = {};
+        Bars coefficients{};
         const Numbers1<true, T> of_sample{numbers + p * n_numbers(value) * kL, 0};
-        in_bar[p] += dual.half_back(of_sample, half_bar[p], coefficients);
-        for (int k = 0; k < kCoefficients; ++k) sums[k].add(coefficients[k]);
+        in_bar[p] += dual.half_back(of_sample, half_bar[p], coefficients.data());
+        for (size_t k = 0; k < sums.size(); ++k) sums[k].add(coefficients[k]);
       }
-      for (int k = 0; k < kCoefficients; ++k) add_coefficient(value, k, sums[k].total());
+      for (size_t k = 0; k < sums.size(); ++k) add_coefficient(value, static_cast<int>(k), sums[k].total());
     });
   }
 
