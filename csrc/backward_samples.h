@@ -107,8 +107,10 @@ class RecordBack {
         if (half_bar) pool(i, half_bar, in_bar);
         own_stage(i);
         return;
-      case Op::kMaterialised:
       case Op::kProduct:
+        if (half_bar) product(value, half_bar);
+        return;
+      case Op::kMaterialised:
         return;  // refused, see `prepare`
     }
   }
@@ -176,6 +178,20 @@ class RecordBack {
       }
       for (size_t k = 0; k < sums.size(); ++k) add_coefficient(value, static_cast<int>(k), sums[k].total());
     });
+  }
+
+  void product(const Value& value, const V* half_bar) const {
+    const size_t n_branches = value.inputs.size();
+    for (int64_t p = 0; p < n_positions(value.space); ++p) {
+      for (size_t branch = 0; branch < n_branches; ++branch) {
+        V var_of_others = broadcast(T(1));
+        for (size_t k = 0; k < n_branches; ++k) {
+          const T* half = plane(Statistic::kHalfVariance, value.inputs[k]) + p * kL;
+          if (k != branch) var_of_others *= broadcast(T(2)) * load(half);
+        }
+        bar(Statistic::kHalfVariance, value.inputs[branch])[p] += half_bar[p] * var_of_others;
+      }
+    }
   }
 
   void rescale(int i, const T* half_in, const V* half_bar, V* in_bar) const {

@@ -331,7 +331,6 @@ void check_way_back(const Program& program) {
   }
   for (const Value& value : program.values) {
     if (value.op == Op::kMaterialised) refuse("materialised kernels");
-    if (value.op == Op::kProduct) refuse("products");
     if (value.op == Op::kDual && !is_differentiable(value.activation)) refuse("this nonlinearity");
   }
 }

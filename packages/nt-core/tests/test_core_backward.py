@@ -16,6 +16,7 @@ from conformance import (
     masked,
     masks,
     pool,
+    products,
     residual,
     run,
     run_all,
@@ -82,6 +83,7 @@ LINE = [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS]
 NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in CHAINED}
 NETWORKS |= {
     "residual": ((8, 8), residual),
+    "products": ((5, 4), products),
     "shared": ((5, 6), shared),
     "shortcut": ((5, 6), lambda spec: chain(spec, [*SHORTCUT, steps.GlobalPool(MEAN)])),
     "dropout": ((6, 6), lambda spec: chain(spec, DROPOUT)),
