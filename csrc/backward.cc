@@ -592,7 +592,9 @@ class Tangents : Derivative<T> {
     sum += of_samples(tile, 1, lanes1, coefficients, scratch);
     sum += of_samples(tile, 2, lanes2, coefficients, scratch);
     for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
-      sum += coefficients[k] * broadcast(job_.tangents.coefficients[program_.with_cotangents[k]]);
+      const T tangent = job_.tangents.coefficients[program_.with_cotangents[k]];
+      // The cotangents of what a polynomial does not have, powers that may be infinite, are not asked for.
+      if (tangent != 0) sum += coefficients[k] * broadcast(tangent);
     }
     return sum;
   }

@@ -41,7 +41,7 @@ class ErfPartials {
     const V apart1 = fma(scale_, deficit + difference, one), apart2 = fma(scale_, deficit - difference, one);
     Partials<T> p;
     p.value = amplitude_ * turn;
-    p.factor = unit * per_leg;
+    p.factor = p.value_deficit = unit * per_leg;
     const V slope = scale_ * per_square * p.factor;
     p.factor_deficit = -slope * scaled;
     p.factor_half1 = -slope * apart2;
@@ -94,6 +94,7 @@ class GeluPartials {
     const V two = broadcast(T(2)), share = broadcast(T(0.5) / kPi<T>), half = broadcast(T(0.5));
     Partials<T> p;
     dual_.template apply<false, true>(deficit, first, second, p.value, p.factor);
+    p.value_deficit = p.factor;
     const A arcs(broadcast(T(1)), deficit, first, second);
     const V k = arcs.covariance, per_leg = arcs.inverse_leg, per_square = per_leg * per_leg;
     const V i1 = first[A::kInverse] * first[A::kInverse], i2 = second[A::kInverse] * second[A::kInverse];

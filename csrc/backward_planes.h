@@ -199,10 +199,6 @@ class DualBack {
     return products;
   }
 
-  void add_coefficients() const {
-    for (int k = 0; k < info(value_.activation).coefficients; ++k) back_.add_coefficient(value_, k, coefficients_[k]);
-  }
-
  private:
   template <bool kNtk, bool kCovariance, class Dual>
   Products row(const Dual& shared, const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
@@ -218,7 +214,7 @@ class DualBack {
     const Dual dual = shared;
     const V own_share = own_share_;
     const int width = at.geometry.space[2];  // cotangents are asked for one row ahead
-    V coefficients[kMostCoefficients] = {};
+    CoefficientBars<T, Dual> coefficients{};
     Products products;
     for (int x = 0; x < at.n; ++x) {
       __builtin_prefetch(bar1 + x + width, 1);
@@ -226,7 +222,7 @@ class DualBack {
       const V value_bar = fma(own_weight, after_t[x], weight * after_d[x]);
       const V tangent_bar = kNtk ? weight * after_t[x] : V{}, tangent = kNtk ? t[x] : V{};
       auto in = dual.template apply<kCovariance, kNtk>(d[x], tangent, numbers.template first<true>(x),
-                                                       numbers.second(x), value_bar, tangent_bar, coefficients);
+                                                       numbers.second(x), value_bar, tangent_bar, coefficients.data());
       products.d = fma(after_d[x], in.value, products.d);
       products.t = fma(after_t[x], in.value, products.t);
       if constexpr (kNtk) {
@@ -245,7 +241,7 @@ class DualBack {
       add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
       if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
     }
-    for (int k = 0; k < Dual::kCoefficients; ++k) coefficients_[k] += coefficients[k];
+    for (int k = 0; k < Dual::kCoefficients; ++k) back_.add_coefficient(value_, k, coefficients[k]);
     return products;
   }
 
@@ -259,7 +255,6 @@ class DualBack {
   const Instance& before_;
   const bool is_first_;
   V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
-  V coefficients_[kMostCoefficients] = {};
 };
 
 template <class T>
@@ -341,6 +336,97 @@ void sum_back(const Back<T>& back, const Instance& instance, const Place& at) {
       if (rows.in_t) rows.in_t[x] += weight * rows.bar_t[x];
     }
   }
+}
+
+// A product, branch by branch. With k and t the covariance and the tangent kernel of the product of all others:
+//   K' = K k,   T' = T k + K t,   and half the variance after is that of the branch times the variance of the others.
+template <class T>
+class ProductBack {
+  using V = Vec<T>;
+
+ public:
+  ProductBack(const Back<T>& back, const Instance& instance, const Place& at)
+      : back_(back),
+        instance_(instance),
+        at_(at),
+        inputs_(back.work.value(instance).inputs),
+        scratch_(back.work.scratch) {
+    gather_branches(back.work, instance, at);
+  }
+
+  void run() const {
+    for (int branch = 0; branch < static_cast<int>(inputs_.size()); ++branch) {
+      if (instance_.deficit) {
+        of_deficits(branch);
+      } else {
+        of_covariances(branch);
+      }
+    }
+  }
+
+ private:
+  struct Others {
+    V covariance = broadcast(T(1)), tangent{}, var1 = broadcast(T(1)), var2 = broadcast(T(1));
+  };
+
+  Others others(int branch, int x) const {
+    Others product;
+    for (int k = 0; k < static_cast<int>(inputs_.size()); ++k) {
+      if (k == branch) continue;
+      V covariance = scratch_.branches_d[k][x];
+      if (instance_.deficit) {
+        const V half1 = get<true>(first<true>(back_.work, Statistic::kHalfVariance, inputs_[k], at_), x);
+        const V half2 = get(second(back_.work, Statistic::kHalfVariance, inputs_[k], at_), x);
+        covariance = half1 + half2 - covariance;
+        product.var1 *= half1 + half1;
+        product.var2 *= half2 + half2;
+      }
+      const V* tangents = scratch_.branches_t[k];
+      product.tangent *= covariance;
+      if (tangents) product.tangent = fma(tangents[x], product.covariance, product.tangent);
+      product.covariance *= covariance;
+    }
+    return product;
+  }
+
+  void of_deficits(int branch) const {
+    const BackRows<T> rows(back_, instance_, at_, branch);
+    V* bar1 = back_.first(Statistic::kHalfVariance, inputs_[branch], at_);
+    V* bar2 = back_.second(Statistic::kHalfVariance, inputs_[branch], at_);
+    for (int x = 0; x < at_.n; ++x) {
+      const Others other = others(branch, x);
+      const V covariance_bar = tangent_back(rows, other, x) - rows.bar_d[x] * other.covariance;
+      rows.in_d[x] -= covariance_bar;
+      bar1[x] += fma(rows.bar_d[x], other.var1, covariance_bar);
+      bar2[x] += fma(rows.bar_d[x], other.var2, covariance_bar);
+    }
+  }
+
+  void of_covariances(int branch) const {
+    const BackRows<T> rows(back_, instance_, at_, branch);
+    for (int x = 0; x < at_.n; ++x) {
+      const Others other = others(branch, x);
+      rows.in_d[x] += fma(rows.bar_d[x], other.covariance, tangent_back(rows, other, x));
+    }
+  }
+
+  // From the cotangent of a tangent kernel to that of the branch's; returns what its covariance has of it.
+  static V tangent_back(const BackRows<T>& rows, const Others& other, int x) {
+    if (!rows.bar_t) return V{};
+    if (rows.in_t) rows.in_t[x] += rows.bar_t[x] * other.covariance;
+    return rows.bar_t[x] * other.tangent;
+  }
+
+  const Back<T>& back_;
+  const Instance& instance_;
+  const Place& at_;
+  const std::vector<int>& inputs_;
+  const Scratch<T>& scratch_;
+};
+
+template <class T>
+void product_back(const Back<T>& back, const Instance& instance, const Place& at) {
+  ProductBack<T>(back, instance, at).run();
 }
 
 template <class T>
@@ -553,7 +639,6 @@ class TiedBack {
           add(dual.row(at, inside_d_ + at.x, inside_t_ + at.x, weight_, own_weight_));
         });
       });
-      dual.add_coefficients();
     } else {
       each_row([&](int z, int y) { inner(z, y); });
     }
@@ -866,7 +951,6 @@ void dual_back(Back<T>& back, const Instance& instance) {
                 [&](const Place& at) { dual.row(at, bar.row_d(z, y, at.x), t + at.x, one, zero); });
     }
   }
-  dual.add_coefficients();
 }
 
 template <class T>
@@ -890,6 +974,8 @@ void instance_back(Back<T>& back, const Instance& instance) {
       return each_row(dropout_back<T>);
     case Kind::kSum:
       return each_row(sum_back<T>);
+    case Kind::kProduct:
+      return each_row(product_back<T>);
     case Kind::kAsCovariance:
       return each_row(as_covariance_back<T>);
     case Kind::kLoad:
@@ -901,8 +987,6 @@ void instance_back(Back<T>& back, const Instance& instance) {
         default:
           return each_row(load_tensor_back<T>);
       }
-    case Kind::kProduct:
-      return;  // refused, see `prepare`
   }
 }
 

@@ -111,7 +111,8 @@ class RecordBack {
         for (int64_t p = 0; half_bar && p < n; ++p) bars_.first[c_.cotangent_start[i] + p] *= broadcast(T(0.5));
         return;
       case Op::kProduct:
-        return;  // refused, see `prepare`
+        if (half_bar) product(value, half_bar);
+        return;
     }
   }
 
@@ -168,16 +169,30 @@ class RecordBack {
 
   void dual(const Value& value, const T* coefficient, const T* numbers, const V* half_bar, V* in_bar) const {
     with_dual_back<T>(value.activation, coefficient, value.table, [&](const auto& dual) {
-      constexpr int kCoefficients = std::decay_t<decltype(dual)>::kCoefficients;
-      Sum<V> sums[kMostCoefficients];
+      using Bars = CoefficientBars<T, std::decay_t<decltype(dual)>>;
+      std::array<Sum<V>, std::tuple_size_v<Bars>> sums;
       for (int64_t p = 0; p < n_positions(value.space); ++p) {
-        V coefficients[kMostCoefficients] = {};
+        Bars coefficients{};
         const Numbers1<true, T> of_sample{numbers + p * n_numbers(value) * kL, 0};
-        in_bar[p] += dual.half_back(of_sample, half_bar[p], coefficients);
-        for (int k = 0; k < kCoefficients; ++k) sums[k].add(coefficients[k]);
+        in_bar[p] += dual.half_back(of_sample, half_bar[p], coefficients.data());
+        for (size_t k = 0; k < sums.size(); ++k) sums[k].add(coefficients[k]);
       }
-      for (int k = 0; k < kCoefficients; ++k) add_coefficient(value, k, sums[k].total());
+      for (size_t k = 0; k < sums.size(); ++k) add_coefficient(value, static_cast<int>(k), sums[k].total());
     });
+  }
+
+  void product(const Value& value, const V* half_bar) const {
+    const size_t n_branches = value.inputs.size();
+    for (int64_t p = 0; p < n_positions(value.space); ++p) {
+      for (size_t branch = 0; branch < n_branches; ++branch) {
+        V var_of_others = broadcast(T(1));
+        for (size_t k = 0; k < n_branches; ++k) {
+          const T* half = plane(Statistic::kHalfVariance, value.inputs[k]) + p * kL;
+          if (k != branch) var_of_others *= broadcast(T(2)) * load(half);
+        }
+        bar(Statistic::kHalfVariance, value.inputs[branch])[p] += half_bar[p] * var_of_others;
+      }
+    }
   }
 
   void rescale(int i, const T* half_in, const V* half_bar, V* in_bar) const {

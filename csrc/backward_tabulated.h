@@ -35,6 +35,7 @@ class TabulatedPartials {
     Partials<T> p;
     const Pair pair = dual_.pair(deficit, first, second);
     dual_.template apply<false, true>(pair, first, second, p.value, p.factor);
+    p.value_deficit = p.factor;
     Sums sums = of_terms(pair, first, second);
     if (dual_.cusp() != 0) add_cusp(pair, sums);
     const V inverse = pair.inverse, inverse1 = first[D::kInverse], inverse2 = second[D::kInverse];

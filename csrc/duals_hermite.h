@@ -34,7 +34,7 @@ class Series {
 
   NT_INLINE V variance(V var) const {
     V powers[kDegree + 1];
-    set_powers(var, powers);
+    set_powers(var, degree_, powers);
     V total{};
     for (int l = 0; l <= degree_; ++l) {
       if (terms_[l] == 0) continue;
@@ -50,11 +50,13 @@ class Series {
   NT_INLINE void dual(V deficit, V var1, V var2, V& value, V& factor) const {
     const V mean = broadcast(T(0.5)) * (var1 + var2), covariance = mean - deficit;
     V powers1[kDegree + 1], powers2[kDegree + 1], powers[kDegree + 1];
-    set_powers(var1, powers1);
-    set_powers(var2, powers2);
-    set_powers(covariance, powers);
+    set_powers(var1, degree_, powers1);
+    set_powers(var2, degree_, powers2);
+    set_powers(covariance, degree_, powers);
     [[maybe_unused]] Differences apart;
-    if constexpr (!kCovariance) set_differences(mean, broadcast(T(0.5)) * (var1 - var2), deficit, powers, apart);
+    if constexpr (!kCovariance) {
+      set_differences(mean, broadcast(T(0.5)) * (var1 - var2), deficit, degree_, powers, apart);
+    }
     value = factor = V{};
     for (int l = 0; l <= degree_; ++l) {
       if (terms_[l] == 0) continue;
@@ -71,20 +73,21 @@ class Series {
     }
   }
 
- private:
+ protected:
   // What tells the powers of two variances and of a covariance apart: (var1^k - var2^k) / (var1 - var2), the mean of
   // var1^k and var2^k less K^k, and twice the square of half the difference of the variances.
   struct Differences {
     V quotients[kDegree + 1], own[kDegree + 1], two_squares;
   };
 
-  NT_INLINE void set_differences(V mean, V half_difference, V deficit, const V* powers, Differences& apart) const {
+  static NT_INLINE void set_differences(V mean, V half_difference, V deficit, int degree, const V* powers,
+                                        Differences& apart) {
     const V zero{}, square = half_difference * half_difference, mean_square = mean * mean;
     const V of_squares = deficit * (mean + (mean - deficit));  // mean^2 - K^2
     apart.two_squares = square + square;
     apart.quotients[0] = apart.own[0] = zero;
     V mean_of_powers = broadcast(T(1)), excess = zero, missing[2] = {zero, deficit};
-    for (int k = 1; k <= degree_; ++k) {
+    for (int k = 1; k <= degree; ++k) {
       excess = fma(mean, excess, square * apart.quotients[k - 1]);
       apart.quotients[k] = fma(mean, apart.quotients[k - 1], mean_of_powers);
       mean_of_powers = fma(mean, mean_of_powers, square * apart.quotients[k - 1]);
@@ -97,9 +100,9 @@ class Series {
     }
   }
 
-  NT_INLINE void set_powers(V x, V* powers) const {
+  static NT_INLINE void set_powers(V x, int degree, V* powers) {
     powers[0] = broadcast(T(1));
-    for (int k = 1; k <= degree_; ++k) powers[k] = powers[k - 1] * x;
+    for (int k = 1; k <= degree; ++k) powers[k] = powers[k - 1] * x;
   }
 
   // p_l, of the powers of its argument

@@ -332,7 +332,6 @@ void check_way_back(const Program& program) {
     if (value.op == Op::kMaterialised && !has_one_position(program)) refuse("materialised kernels with positions");
     if (value.op == Op::kInputs && has_one_position(program)) refuse("inputs without positions, but of their pairs");
     if (value.has_own) refuse("covariances of each sample with itself");
-    if (value.op == Op::kProduct) refuse("products");
     if (value.op == Op::kDual && !is_differentiable(value.activation)) refuse("this nonlinearity");
   }
 }

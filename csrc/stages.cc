@@ -246,7 +246,8 @@ void plan_way_back(Stage& stage) {
       before.feeds_dual_alone = alone && before.kind == Kind::kTied && instance.kind == Kind::kDual;
       before.feeds_tied_alone = alone && before.kind == Kind::kDual && instance.kind == Kind::kTied;
       before.kept |= instance.kind == Kind::kDual || instance.kind == Kind::kRescale ||
-                     instance.kind == Kind::kDropout || (instance.kind == Kind::kTied && !before.feeds_tied_alone);
+                     instance.kind == Kind::kDropout || instance.kind == Kind::kProduct ||
+                     (instance.kind == Kind::kTied && !before.feeds_tied_alone);
     }
   }
 }

@@ -16,6 +16,7 @@ from conformance import (
     masked,
     masks,
     pool,
+    products,
     residual,
     run,
     run_all,
@@ -82,6 +83,7 @@ LINE = [conv((3,), (2,), dilation=(1,)), RELU, steps.Flatten(), dense(), ABS]
 NETWORKS = {name: (CHAINS[name][0], lambda spec, name=name: chain(spec, CHAINS[name][1])) for name in CHAINED}
 NETWORKS |= {
     "residual": ((8, 8), residual),
+    "products": ((5, 4), products),
     "shared": ((5, 6), shared),
     "shortcut": ((5, 6), lambda spec: chain(spec, [*SHORTCUT, steps.GlobalPool(MEAN)])),
     "dropout": ((6, 6), lambda spec: chain(spec, DROPOUT)),
@@ -136,6 +138,17 @@ def check_direction(kernels, point, tolerance=1e-7):
 NONLINEARITIES = {
     "erf": activations.Erf(0.7, 1.3, 0.2),
     "gelu": activations.Gelu(),
+    "sin": activations.Sin(0.9, 0.8, 0.4),
+    "rbf": activations.Rbf(0.4),
+    "exp": activations.Exp(0.6, 0.5),
+    "exp normalized": activations.ExpNormalized(0.7, -0.8),
+    "step": activations.Step(-0.6, 1.0, 0.3),
+    "gaussian": activations.Gaussian(1.4, -0.6),
+    "gabor": activations.Gabor(),
+    "cubic": activations.Polynomial((0.3, 0.5, 0.0, 0.1)),
+    "power": activations.Monomial(2),
+    "rectified square": activations.RectifiedMonomial(2),
+    "rectified cube": activations.RectifiedMonomial(3),
     "polynomial": activations.ElementwiseNumerical(lambda x: 0.1 * x**3 - 0.3 * x**2 + x, None, 2),
     "tanh": activations.ElementwiseNumerical(jnp.tanh, None, 60),
     "sine": activations.ElementwiseNumerical(lambda x: jnp.sin(x + 0.3), None, 30),
@@ -190,11 +203,15 @@ def test_derivatives_of_what_is_beyond_the_terms(name, ratio, x64):
     np.testing.assert_allclose(jax.grad(total)(1.0), expected, rtol=tolerance)
 
 
+# The covariance of such a pair is small beside the variances, and so is what is left of its digits.
+STEEP = {"rectified cube": 3e-5}
+
+
 @pytest.mark.parametrize("name", ["relu", *NONLINEARITIES, "selu", "few terms", "elu", "large variance"])
 @pytest.mark.parametrize("kind", ["zeros", "equal", "opposite"])
 def test_nonlinearities_of_degenerate_inputs(name, kind):
     """In single precision as in double, and finite."""
-    dual, tolerance = RESTS.get(name, (NONLINEARITIES.get(name, RELU.activation), 1e-6))
+    dual, tolerance = RESTS.get(name, (NONLINEARITIES.get(name, RELU.activation), STEEP.get(name, 1e-6)))
     x1, x2 = inputs((3, 2), 2, 2, "float64")
     x1[0] = 0 if kind == "zeros" else x1[0]
     x2 = {"zeros": x2, "equal": x1, "opposite": -x1}[kind]
@@ -212,6 +229,36 @@ def test_nonlinearities_of_degenerate_inputs(name, kind):
     for x, y in zip(found, expected, strict=True):
         assert np.all(np.isfinite(x)) and np.all(np.isfinite(y))
         np.testing.assert_allclose(x, y, rtol=0, atol=min(20 * tolerance, 0.05) * np.abs(y).max())
+
+
+@pytest.mark.parametrize("name", ["step", "exp normalized", "rectified square"])
+def test_coefficients_at_zero_variance(name, x64):
+    """Where they have other formulas: as of xla."""
+    x1, x2 = inputs((3, 2), 2, 2, "float64")
+    x1[0] = x2[1] = 0
+    layers = [conv(b_var=None), steps.Dual(NONLINEARITIES[name]), steps.Flatten(), dense()]
+
+    def gradients(implementation):
+        kernels, point = kernels_of(chain(spec_of(x1, x2), layers), x1, x2, NTK, implementation)
+        return jax.tree.leaves(jax.grad(lambda *x: dot(kernels(*x), weights), argnums=(0, 1, 2))(*point))
+
+    weights = random_like([(jnp.zeros((2, 2)), jnp.zeros((2, 2)), None, None)])
+    for actual, expected in zip(gradients("cpu"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-11 * max(1, np.abs(expected).max()))
+
+
+def test_powers_that_a_polynomial_lacks_may_be_infinite():
+    """Each polynomial has cotangents of the coefficients of all degrees."""
+    x1, x2 = inputs((3, 2), 2, 2, "float32")
+    layers = [conv(), steps.Dual(activations.Polynomial((0.0, 1.0, 1.0))), steps.GlobalPool(MEAN)]
+
+    def total(x):
+        return jnp.sum(run(chain(spec_of(x1, x2), layers), x, x2, NTK, "cpu").ntk)
+
+    large = jnp.asarray(1000 * x1)
+    _, tangent = jax.jvp(total, (large,), (jnp.asarray(x1),))
+    np.testing.assert_allclose(tangent, jnp.vdot(jax.grad(total)(large), x1), rtol=1e-5)
+    assert np.isfinite(tangent)
 
 
 @pytest.mark.sample(10)
@@ -300,6 +347,19 @@ def test_float32_keeps_its_digits():
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=5e-5 * scale)
 
 
+@pytest.mark.parametrize("name", NONLINEARITIES)
+def test_nonlinearities_in_float32(name):
+    """In the inputs and in all coefficients, those that are 0 included."""
+    dual = steps.Dual(NONLINEARITIES[name])
+    x1, x2 = inputs((4, 3), 2, 2, "float64")
+    layers = [conv(), dual, pool((2, 2), (1, 1)), conv(), dual, steps.GlobalPool(MEAN)]
+    expected = gradient(layers, x1, x2, "float64")
+    of_coefficients = max(np.abs(leaf) for leaf in expected if leaf.ndim == 0)
+    for actual, wanted in zip(gradient(layers, x1, x2, "float32"), expected, strict=True):
+        scale = np.abs(wanted).max() if wanted.ndim else of_coefficients
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=max(1e-5, 20 * STEEP.get(name, 0)) * scale)
+
+
 def test_sums_over_large_images_keep_their_digits():
     """A coefficient has a cotangent from each of 65,536 positions."""
     x1, x2 = (1 + np.float32(0.01) * x for x in inputs((256, 256), 1, 1, "float32"))
@@ -353,18 +413,23 @@ def test_a_gradient_compiles_nothing_of_xla():
 
 
 REFUSED = {
-    "this nonlinearity": [conv(), steps.Dual(activations.Sin(1.0, 1.0, 0.0)), steps.Flatten()],
+    "this nonlinearity": [conv(), steps.Dual(activations.Clip(1.0, -1.0, 1.0, 0.0)), steps.Flatten()],
     "outputs with positions": [conv(), RELU],
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_other_programs_have_the_derivatives_of_xla(reason):
+def test_why_derivatives_are_those_of_xla(reason):
     x1, x2 = inputs((2, 2), 1, 1, "float32")
     program = chain(spec_of(x1, x2), REFUSED[reason])
     source = Inputs(jnp.asarray(x1), jnp.asarray(x2), program.sources[0])
     derivatives = CpuBackend().derivatives(program, (source,), NTK)
     assert derivatives.startswith("by xla.") and reason in derivatives
+
+
+def test_other_programs_have_the_derivatives_of_xla():
+    x1, x2 = inputs((2, 2), 1, 1, "float32")
+    program = chain(spec_of(x1, x2), REFUSED["outputs with positions"])
 
     def gradient(implementation):
         return jax.grad(lambda x: jnp.sum(run(program, x, x2, NTK, implementation).ntk))(x1)

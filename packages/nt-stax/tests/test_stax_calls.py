@@ -20,6 +20,7 @@ from nt_stax import (
     Flatten,
     GlobalAvgPool,
     GlobalSelfAttention,
+    HardTanh,
     Identity,
     LayerNorm,
     Relu,
@@ -178,7 +179,8 @@ def test_coefficients_may_be_traced_in_networks_built_within():
 
 
 @pytest.mark.parametrize(
-    "nonlinearity, derivatives", [(Relu(), "native"), (Silu(), "native"), (Sin(), "by xla. There is no native")]
+    "nonlinearity, derivatives",
+    [(Relu(), "native"), (Silu(), "native"), (Sin(), "native"), (HardTanh(), "by xla. There is no native")],
 )
 def test_explain_says_whose_derivatives(nonlinearity, derivatives):
     network = serial(Conv(4, (3,), padding="SAME"), nonlinearity, GlobalAvgPool())
