@@ -1,6 +1,7 @@
 // Derivatives of nonlinearities.
 #pragma once
 
+#include "backward_bounds.h"
 #include "backward_erf.h"
 #include "backward_exponential.h"
 #include "backward_gaussian.h"
@@ -106,6 +107,8 @@ template <class T>
 using PolynomialBack = ByPartials<T, PolynomialPartials<T>>;
 template <class T>
 using RectifiedMonomialBack = ByPartials<T, RectifiedMonomialPartials<T>>;
+template <class T>
+using ClipBack = ByPartials<T, ClipPartials<T>>;
 template <class T>
 using TabulatedBack = ByPartials<T, TabulatedPartials<T>>;
 

@@ -11,10 +11,11 @@ template <class T>
 class Clip {
   using V = Vec<T>;
 
-  enum OfBound { kRelative, kInside, kSecondMoment, kNumbersOfBound };
-
  public:
+  enum OfBound { kRelative, kInside, kSecondMoment, kNumbersOfBound };
   static constexpr int kNumbers = kOfBounds + 2 * kNumbersOfBound;
+
+  static int of(int bound, int number) { return kOfBounds + bound * kNumbersOfBound + number; }
 
   explicit Clip(const T* c) : square_(c[0]), mixed_(c[1]), constant_(c[2]), bounds_{c[3], c[4]} {}
 
@@ -47,7 +48,6 @@ class Clip {
   }
 
  private:
-  static int of(int bound, int number) { return kOfBounds + bound * kNumbersOfBound + number; }
   V square() const { return broadcast(square_); }
 
   void prepare(T half, T* numbers) const {

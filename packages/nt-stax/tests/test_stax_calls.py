@@ -20,7 +20,7 @@ from nt_stax import (
     Flatten,
     GlobalAvgPool,
     GlobalSelfAttention,
-    HardTanh,
+    HardSilu,
     Identity,
     LayerNorm,
     Relu,
@@ -180,7 +180,7 @@ def test_coefficients_may_be_traced_in_networks_built_within():
 
 @pytest.mark.parametrize(
     "nonlinearity, derivatives",
-    [(Relu(), "native"), (Silu(), "native"), (Sin(), "native"), (HardTanh(), "by xla. There is no native")],
+    [(Relu(), "native"), (Silu(), "native"), (Sin(), "native"), (HardSilu(), "by xla. There is no native")],
 )
 def test_explain_says_whose_derivatives(nonlinearity, derivatives):
     network = serial(Conv(4, (3,), padding="SAME"), nonlinearity, GlobalAvgPool())
