@@ -12,8 +12,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory():
-    """Compiled programs of one test file are not kept for the next."""
+def compilation(request):
+    """Compiled programs of one test file are not kept for the next. They are as users have them, unless the file says
+    that they take long and optimisation does not matter."""
+    unoptimised = any(mark.name == "unoptimised" for mark in request.node.iter_markers())
+    jax.config.update("jax_disable_most_optimizations", unoptimised)
     yield
     jax.clear_caches()
 

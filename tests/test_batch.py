@@ -16,6 +16,8 @@ import pytest
 from neural_tangents import stax
 from nt_core.backends.cpu import native
 
+pytestmark = pytest.mark.unoptimised
+
 # The native engine computes the same bits in every cell.
 ROUNDING = 0.0 if native.refusal() is None else 1e-5
 RNG = np.random.default_rng(0)

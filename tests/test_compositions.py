@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from neural_tangents import stax
 
 pytestmark = [
+    pytest.mark.unoptimised,
     pytest.mark.usefixtures("x64"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # layers that state their assumptions
 ]

@@ -12,6 +12,8 @@ import pytest
 from neural_tangents import stax
 from nt_core import backends
 
+pytestmark = pytest.mark.unoptimised
+
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "extending.md"
 
 

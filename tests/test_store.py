@@ -20,6 +20,8 @@ import pytest
 from neural_tangents import stax
 from nt_core.store import DamagedTiles, MissingTiles, plan
 
+pytestmark = pytest.mark.unoptimised
+
 RANDOM = np.random.default_rng(0)
 X1, X2 = RANDOM.normal(size=(11, 5)).astype("float32"), RANDOM.normal(size=(7, 5)).astype("float32")
 IMAGES = RANDOM.normal(size=(5, 3, 2, 2)).astype("float32")

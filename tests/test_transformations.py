@@ -46,7 +46,7 @@ def attention(W_std, b_std):
 
 
 NETWORKS = [residual, fully_connected, attention]
-pytestmark = pytest.mark.filterwarnings("ignore:FanInSum")
+pytestmark = [pytest.mark.filterwarnings("ignore:FanInSum"), pytest.mark.unoptimised]
 
 
 def kernels(network, x1, x2, W_std, b_std):

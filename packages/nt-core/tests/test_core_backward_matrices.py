@@ -9,6 +9,8 @@ from nt_core import Builder, Inputs, Kernel, Request, activations, propagate, st
 from nt_core.backends.cpu import CpuBackend
 from test_core_backward import NTK, check_direction, dot, kernels_of, random_like
 
+pytestmark = pytest.mark.unoptimised
+
 ERF, TANH = activations.Erf(0.7, 1.3, 0.2), activations.ElementwiseNumerical(jnp.tanh, None, 60)
 STANDARD = {"parameterization": "standard", "s": (2, 3)}
 

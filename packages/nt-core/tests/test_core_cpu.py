@@ -31,6 +31,8 @@ from nt_core.lowering.primitives import Pool
 from nt_core.lowering.windows import Window, counts
 from nt_core.sources import Inputs
 
+pytestmark = pytest.mark.unoptimised
+
 LEVELS = ["baseline", "avx2", "avx512"]
 POOLED = [conv(), RELU, pool((3, 3), (2, 2), "SAME"), conv(), ABS, steps.GlobalPool(MEAN), dense(), RELU]
 

@@ -9,6 +9,8 @@ from conformance import EVERYTHING, Conformance, inputs, run_all, spec_of
 from hypothesis import strategies as st
 from nt_core import Builder, Request, activations, definition, steps
 
+pytestmark = pytest.mark.unoptimised
+
 RELUS = [activations.ABRelu(0.0, 1.0), activations.ABRelu(-1.0, 0.5)]
 SMOOTH = [
     activations.Erf(1.1, 0.8, 0.2),

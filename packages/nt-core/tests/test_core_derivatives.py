@@ -18,6 +18,8 @@ from nt_core.activations.base import activation, static
 from nt_core.evaluation import tiles
 from nt_core.evaluation.entrywise import Entrywise
 
+pytestmark = pytest.mark.unoptimised
+
 BACKENDS = ["xla", "cpu"]
 TESTS = pathlib.Path(__file__).parent
 NTK = Request(ntk=True, covariances=False)
@@ -217,7 +219,10 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+# Second derivatives of tables take half a minute to compile.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "numerical" else n for n in ACTIVATIONS]
+)
 def test_forward_derivatives_of_nonlinearities(name, x64):
     """Those that are found with the values are those of the values, of first and of second order."""
     activation = ACTIVATIONS[name]

@@ -9,6 +9,8 @@ import pytest
 from nt_core import MaskedArray, unmask_fn
 from nt_core.masks import get_masked_array
 
+pytestmark = pytest.mark.unoptimised
+
 CONSTANTS = [0.1, -3.0, 0.0, 100, np.float64(0.1), jnp.inf, -jnp.inf, jnp.nan]
 
 

@@ -17,6 +17,8 @@ from nt_core.backends.mosaic.terms import Terms
 from test_core_activations import ACTIVATIONS
 from test_core_mosaic import MORE, REFUSED, SELU, TANH
 
+pytestmark = pytest.mark.unoptimised
+
 PAIRS = Request(ntk=True, covariances=False)
 TOLERANCE = 1e-6
 BLOCK = [conv(), RELU]

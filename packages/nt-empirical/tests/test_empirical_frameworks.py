@@ -15,6 +15,8 @@ from flax import nnx
 from framework_networks import NETWORKS, VECTORS, LinenMLP, NnxMLP, drawn, haiku_mlp, haiku_norm, linen
 from nt_empirical import empirical_ntk_fn, from_equinox, from_haiku, from_linen, from_nnx
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.mark.sample(12)
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from nt_empirical import empirical_kernel_fn, empirical_nngp_fn, empirical_ntk_vp_fn
 
+pytestmark = pytest.mark.unoptimised
+
 X = np.arange(6.0, dtype="float32").reshape(2, 3)
 OTHER = X + np.array([0, 0, 1], "float32")
 

@@ -11,6 +11,8 @@ from nt_core import batch
 from nt_empirical import empirical_kernel_fn, monte_carlo_kernel_fn
 from nt_empirical._monte_carlo import Moments, _chunks, _estimate, _networks_at_once, merged
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(5, 4)).astype("float32"), RNG.normal(size=(3, 4)).astype("float32")
 KEY = jax.random.key(0)

@@ -20,6 +20,8 @@ from nt_empirical import (
     ntk_operator,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(7, 6))
 KEY = jax.random.key(0)

@@ -8,6 +8,8 @@ from empirical_functions import TABLE
 from empirical_networks import TOLERANCE, assert_close, mlp, mlp_params, operations, quickly_compiled, reduce
 from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(4, 6)), RNG.normal(size=(3, 6))
 IMPLEMENTATIONS = list(NtkImplementation)

@@ -8,6 +8,8 @@ from empirical_functions import TABLE
 from empirical_networks import assert_close, quickly_compiled, reduce
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
+pytestmark = pytest.mark.unoptimised
+
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5}
 AT_ONCE = 5  # functions that are compiled together
 GROUPS = [

@@ -9,6 +9,8 @@ from empirical_networks import assert_close, mlp, mlp_kernels, mlp_params, reduc
 from nt_core.tracing import is_traced
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(20, 6)).astype("float32"), RNG.normal(size=(13, 6)).astype("float32")
 PARAMS = mlp_params(6, 2, dtype="float32")

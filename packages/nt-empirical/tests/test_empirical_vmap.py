@@ -7,6 +7,8 @@ import pytest
 from empirical_networks import assert_close, mlp, mlp_params, operations, quickly_compiled
 from nt_empirical import NtkImplementation, empirical_ntk_fn
 
+pytestmark = pytest.mark.unoptimised
+
 IMPLEMENTATIONS = list(NtkImplementation)[1:]
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(4, 5, 6)), RNG.normal(size=(3, 5, 6))

@@ -10,6 +10,8 @@ import pytest
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble, max_learning_rate
 from scipy.linalg import expm
 
+pytestmark = pytest.mark.unoptimised
+
 Kernels = collections.namedtuple("Kernels", ["nngp", "ntk"])
 Y = np.array([[1.0], [3.0], [0.0]])
 INDEFINITE = np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

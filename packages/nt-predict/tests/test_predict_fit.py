@@ -9,6 +9,8 @@ import pytest
 from nt_predict import Cholesky, Gram, fit, gp_inference, regularisation_path
 from scipy.stats import multivariate_normal
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X, X_TEST, Y = RNG.normal(size=(7, 3)), RNG.normal(size=(4, 3)), RNG.normal(size=(7, 2))
 NOISE = 0.3

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble, max_learning_rate
 
+pytestmark = pytest.mark.unoptimised
+
 mpmath.mp.dps = 50
 
 

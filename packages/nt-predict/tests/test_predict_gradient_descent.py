@@ -12,7 +12,7 @@ from nt_predict import ODEState, gradient_descent, gradient_descent_mse
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.unoptimised]
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(7, 9))

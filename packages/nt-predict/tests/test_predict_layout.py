@@ -7,7 +7,7 @@ import pytest
 from nt_core import Kernel
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.unoptimised]
 
 TRAIN, TEST = (3, 2, 4), (5, 2, 3)  # sizes of the axes of training and test outputs, if they are in the kernel
 

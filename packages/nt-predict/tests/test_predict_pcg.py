@@ -13,6 +13,8 @@ from nt_predict._lanczos import lanczos
 from nt_predict._preconditioner import Preconditioner, randomly_pivoted_cholesky
 from nt_predict._tiles import Tiles
 
+pytestmark = pytest.mark.unoptimised
+
 RNG = np.random.default_rng(0)
 X, X_TEST, Y = RNG.normal(size=(50, 3)), RNG.normal(size=(4, 3)), RNG.normal(size=(50, 2))
 NOISE = 1e-2

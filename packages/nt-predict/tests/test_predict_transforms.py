@@ -10,7 +10,7 @@ import pytest
 from nt_predict import gp_inference, gradient_descent_mse, gradient_descent_mse_ensemble, max_learning_rate
 from nt_predict._spectral import few_times
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.unoptimised]
 
 Kernels = collections.namedtuple("Kernels", ["nngp", "ntk"])
 RNG = np.random.default_rng(0)

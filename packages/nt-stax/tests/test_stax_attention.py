@@ -19,7 +19,10 @@ from nt_stax import (
 )
 from stax_samples import normal
 
-pytestmark = pytest.mark.filterwarnings("ignore:GlobalSelfAttention with linear_scaling=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:GlobalSelfAttention with linear_scaling=True"),
+    pytest.mark.unoptimised,
+]
 
 MECHANISMS = {
     "SOFTMAX": lambda x: np.exp(x) / np.sum(np.exp(x), axis=-1, keepdims=True),

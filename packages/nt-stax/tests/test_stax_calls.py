@@ -30,6 +30,8 @@ from nt_stax import (
     serial,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 COMPILED = []
 X1, X2 = np.ones((2, 4, 4, 3), np.float32), np.full((3, 4, 4, 3), 2, np.float32)
 

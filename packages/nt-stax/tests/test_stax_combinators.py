@@ -34,6 +34,8 @@ from nt_stax import (
 )
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 FIELDS = ("nngp", "ntk", "cov1", "cov2")
 
 

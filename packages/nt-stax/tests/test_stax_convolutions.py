@@ -26,6 +26,8 @@ from nt_stax import (
 )
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 DIMENSION_NUMBERS = [("NHWC", "HWIO", "NHWC"), ("NWHC", "HWIO", "NCWH"), ("CHNW", "IWOH", "WNHC")]
 SHAPE = {"N": 2, "C": 2, "H": 2, "W": 3}
 # Filters smaller and larger than their strides, even and odd, larger than the image, with gaps.

@@ -37,6 +37,8 @@ from nt_stax import (
 )
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 # name -> (layer, name of the underlying layer, the function in NumPy)
 LAYERS = {
     "ABRelu": (lambda: ABRelu(-0.3, 1.2), "ABRelu", lambda x: np.where(x < 0, -0.3 * x, 1.2 * x)),

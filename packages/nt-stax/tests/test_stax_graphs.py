@@ -9,7 +9,7 @@ from nt_core import batch
 from nt_stax import Aggregate, AggregateImplementation, Conv, Dense, GlobalAvgPool, Relu, serial
 from stax_samples import normal
 
-pytestmark = pytest.mark.filterwarnings("ignore:Aggregate with implementation='SPARSE'")
+pytestmark = [pytest.mark.filterwarnings("ignore:Aggregate with implementation='SPARSE'"), pytest.mark.unoptimised]
 SPARSE = "SPARSE"
 
 

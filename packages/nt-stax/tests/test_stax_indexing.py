@@ -9,6 +9,8 @@ from nt_core import explain
 from nt_stax import Conv, Dense, Flatten, GlobalAvgPool, ImageResize, Index, Relu, Slice, serial
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 INDICES = [
     Slice[:, 1:, ::2],
     Slice[..., -1, :],

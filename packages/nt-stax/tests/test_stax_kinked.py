@@ -8,6 +8,8 @@ from nt_stax import Celu, Dense, Elu, HardSigmoid, HardSilu, HardSwish, HardTanh
 from scipy.special import ndtr
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 FUNCTIONS = {
     "HardTanh": (HardTanh, jax.nn.hard_tanh),
     "HardSigmoid": (HardSigmoid, jax.nn.hard_sigmoid),

@@ -27,6 +27,8 @@ from nt_stax import (
 )
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
 DIMENSION_NUMBERS = [
     None,

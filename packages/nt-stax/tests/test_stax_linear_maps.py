@@ -10,6 +10,8 @@ from nt_core import batch, explain
 from nt_stax import Conv, Dense, DotGeneral, Flatten, GlobalAvgPool, Identity, ImageResize, Relu, serial
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 NOTHING = ((), ())
 
 

@@ -10,6 +10,8 @@ from jax import random
 from nt_stax import Dense, LayerNorm, Relu, RMSNorm, serial, unmask_fn
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 # Inputs have 2 or 3 samples, height 3, width 2 and 4 channels, in these orders. H comes before W in all of them.
 ORDERS = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 3, 1, 2), "HNCW": (1, 0, 3, 2), "CHWN": (3, 1, 2, 0)}
 CASES = [

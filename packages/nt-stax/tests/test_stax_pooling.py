@@ -11,6 +11,8 @@ from jax import random
 from nt_stax import AvgPool, Conv, Dense, Flatten, GlobalAvgPool, GlobalSumPool, Relu, SumPool, serial, unmask_fn
 from stax_samples import normal
 
+pytestmark = pytest.mark.unoptimised
+
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
 AXES = [(0, -1), (0, 1), (2, 0), (-1, 1)]
 

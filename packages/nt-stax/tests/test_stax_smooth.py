@@ -21,6 +21,8 @@ from nt_stax import (
     serial,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 LAYERS = {
     "Tanh": (Tanh, np.tanh),
     "Sigmoid": (Sigmoid, lambda x: 0.5 + 0.5 * np.tanh(x / 2)),

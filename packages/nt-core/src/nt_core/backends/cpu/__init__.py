@@ -211,14 +211,24 @@ def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:
 
 def _formed(inputs: Inputs, form: Form, encoded: Encoded) -> list[Array]:
     """What the pairs of inputs without positions are: covariances, or deficits and variances."""
-    x1, x2 = (jnp.transpose(x.reshape(len(x), -1)) for x in (inputs.first(), inputs.second()))
-    first, second = x1[:, :, None], x2[:, None, :]
     if not form.deficit:
-        return [crossed_product(first, second)]
-    variances = [jnp.mean(x1**2, 0), jnp.mean(x2**2, 0)]
-    identical = jnp.eye(*map(len, variances), dtype=bool) & encoded.coefficients[0]
-    deficit = crossed_deficit(first, second, variances[0][:, None], variances[1][None], identical)
+        return [crossed_product(*_crossed(inputs.first(), inputs.second()))]
+    deficit, *variances = _deficits(inputs.first(), inputs.second(), encoded.coefficients[0])
     return [deficit, *variances[: 1 if encoded.symmetric else 2]]
+
+
+def _crossed(x1: Array, x2: Array) -> tuple[Array, Array]:
+    """Samples as vectors, laid out to broadcast to all pairs: `(channels, n1, 1)` and `(channels, 1, n2)`."""
+    return x1.reshape(len(x1), -1).T[:, :, None], x2.reshape(len(x2), -1).T[:, None, :]
+
+
+@jax.jit  # traced once: derivatives ask for it several times
+def _deficits(x1: Array, x2: Array, are_identical: bool | Array) -> tuple[Array, Array, Array]:
+    """The deficits of all pairs of samples, and the variances of either batch."""
+    x1, x2 = _crossed(x1, x2)
+    var1, var2 = jnp.mean(x1**2, 0), jnp.mean(x2**2, 0)
+    identical = jnp.eye(len(var1), var2.shape[1], dtype=bool) & are_identical
+    return crossed_deficit(x1, x2, var1, var2, identical), var1[:, 0], var2[0]
 
 
 def _own(cov: Array, spec: Spec) -> Array:
