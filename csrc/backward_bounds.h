@@ -67,7 +67,6 @@ class ClipPartials {
     const BoundedPair<T> pair(deficit, first, second);
     const Angle angle(deficit, pair, inverse1, inverse2);
     const Given given1(angle, first, second), given2(angle, second, first);
-    const V bend = square_ * inverse1 * inverse2 * given1.bend;
     Partials<T> p;
     V value, factor;
     unit_.template apply<false, true>(deficit, first, second, value, factor);
@@ -75,9 +74,11 @@ class ClipPartials {
     p.factor = p.value_deficit = square_ * factor;
     p.value_half1 = square_ * (gain(first) - factor - given1.mean * inverse1 * second[kStd]);
     p.value_half2 = square_ * (gain(second) - factor - given2.mean * inverse2 * first[kStd]);
-    p.factor_deficit = -bend;
-    p.factor_half1 = fma(square_ * inverse1 * inverse1, given1.turn, bend);
-    p.factor_half2 = fma(square_ * inverse2 * inverse2, given2.turn, bend);
+    p.factor_deficit = -square_ * inverse1 * inverse2 * given1.bend;
+    const V half_gap = first[kHalf] - second[kHalf], total = first[kStd] + second[kStd];
+    const V apart = (half_gap + half_gap) * reciprocal<T>(total);  // of the deviations
+    p.factor_half1 = factor_half(pair, angle, given1, apart, inverse1, inverse2);
+    p.factor_half2 = factor_half(pair, angle, given2, -apart, inverse2, inverse1);
     coefficients[kSquare] += fma(bar, value, factor_bar * factor);
     for (int b = 0; b < 2; ++b) {
       const V of_factor = fma(given1.inside[b], inverse1, given2.inside[b] * inverse2);
@@ -91,20 +92,22 @@ class ClipPartials {
   // Of a pair: its correlation and the sine, with 0 for its inverse where rounding does not tell the pair from
   // parallel.
   struct Angle {
-    V cosine, sine, per_sine;
+    V cosine, versine, sine, per_sine;
 
     NT_INLINE Angle(V deficit, const BoundedPair<T>& pair, V inverse1, V inverse2) {
       const V one = broadcast(T(1)), angular = pair.scale * pair.w;
       const V nearest =
           distance_from_parallel<T>(deficit, angular, angular - pair.scale, pair.scale, inverse1, inverse2);
-      cosine = if_positive(pair.w - one, nearest - one, one - nearest);
+      const V is_obtuse = pair.w - one;
+      cosine = if_positive(is_obtuse, nearest - one, one - nearest);
+      versine = if_positive(is_obtuse, (one + one) - nearest, nearest);
       sine = sqrt(nearest * (one + one - nearest));
       per_sine = if_positive(sine, one / if_positive(sine, sine, one), V{});
     }
   };
 
-  // The sums above for u at a bound, without the deviations: E f''(u) f(v), E f'''(u) f'(v), E f''(u) f''(v); and of
-  // each bound p(bound) P(v is inside | u = bound).
+  // The sums above for u at a bound, without the deviations: E f''(u) f(v), E f''(u) f''(v), and E f'''(u) f'(v) but
+  // for -cosine times the second; and of each bound p(bound) P(v is inside | u = bound).
   struct Given {
     V mean{}, turn{}, bend{}, inside[2];
 
@@ -121,12 +124,20 @@ class ClipPartials {
         const V rise = normal_density<T>(z_low) - normal_density<T>(z_high);
         const V jump = sign * rise * angle.per_sine;
         mean += sign * fma(low, below, fma(high, above, fma(at, within, angle.sine * rise)));
-        turn += fma(sign * x, within, -angle.cosine * jump);
+        turn = fma(sign * x, within, turn);
         bend += jump;
         inside[b] = density * within;
       }
     }
   };
+
+  // E f'''(u) f'(v) / var_u + E f''(u) f''(v), with `apart` the difference of the deviations of u and v. For nearly
+  // parallel pairs the second is as large as 1 / sine and nearly all of it cancels, so what is left is formed first.
+  NT_INLINE V factor_half(const BoundedPair<T>& pair, const Angle& angle, const Given& given, V apart, V inverse,
+                          V inverse_of_other) const {
+    const V remaining = inverse * fma(apart, inverse_of_other, angle.versine);  // 1 / std_v - cosine / std_u
+    return square_ * inverse * fma(inverse, given.turn, if_positive(pair.scale, remaining, V{}) * given.bend);
+  }
 
   template <class Numbers>
   static NT_INLINE V signed_bound(const Numbers& numbers, int b) {

@@ -25,8 +25,6 @@ from conformance import (
 from nt_core import Builder, Inputs, Request, activations, steps
 from nt_core.backends.cpu import CpuBackend
 
-pytestmark = pytest.mark.unoptimised
-
 NTK = Request(ntk=True, covariances=False)
 DROPOUT = [conv(), RELU, steps.Dropout(0.6), conv(), RELU, steps.Dropout(0.8), steps.GlobalPool(MEAN), dense(), RELU]
 

@@ -7,9 +7,7 @@ import pytest
 from conformance import ABS, RELU, chain, conv, dense, run, spec_of
 from nt_core import Builder, Inputs, Kernel, Request, activations, propagate, steps
 from nt_core.backends.cpu import CpuBackend
-from test_core_backward import NTK, check_direction, dot, kernels_of, random_like
-
-pytestmark = pytest.mark.unoptimised
+from test_core_backward import NONLINEARITIES, NTK, check_direction, dot, kernels_of, random_like
 
 ERF, TANH = activations.Erf(0.7, 1.3, 0.2), activations.ElementwiseNumerical(jnp.tanh, None, 60)
 STANDARD = {"parameterization": "standard", "s": (2, 3)}
@@ -188,3 +186,28 @@ def test_what_has_no_native_derivative():
     source = Inputs(jnp.asarray(x1), jnp.asarray(x2), spec_of(x1, x2))
     program = chain(spec_of(x1, x2), [conv(), RELU])
     assert "outputs with positions" in CpuBackend().derivatives(program, (source,), NTK)
+
+
+@pytest.mark.parametrize("name", NONLINEARITIES)
+def test_nearly_equal_inputs(name):
+    """In float32, in either input: what is as large as one over a small angle cancels."""
+    (x1, noise) = vectors(24, 4, 4)
+    x1, x2 = (x.astype("float32") for x in (x1, x1 * (1 + 1e-3 * noise)))
+    dual = steps.Dual(NONLINEARITIES[name])
+
+    def gradients(dtype):
+        with jax.enable_x64(dtype == "float64"):
+            a, b = x1.astype(dtype), x2.astype(dtype)
+            program = chain(spec_of(a, b), [dense(), dual, dense(), dual, dense()])
+            pairs = jax.grad(lambda *x: jnp.trace(run(program, *x, NTK, "cpu").ntk), (0, 1))(a, b)
+            return [np.asarray(gradient, "float64") for gradient in pairs]
+
+    for found, expected in zip(gradients("float32"), gradients("float64"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("layers", [[dense()], [dense(), RELU, dense()]])
+def test_no_samples(layers):
+    none = jnp.zeros((0, 4))
+    gradient = jax.grad(lambda x: jnp.sum(run(chain(spec_of(none, none), layers), x, None, NTK, "cpu").ntk))
+    assert gradient(none).shape == (0, 4)

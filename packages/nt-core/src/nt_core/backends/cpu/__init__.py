@@ -95,7 +95,7 @@ def _at(primals: Any, compute: Any) -> Callable[[dict[int, Array]], list[_Arrays
 
 def _refusal_of_derivative(program: Program, sources: tuple[Source, ...], request: Request) -> str | None:
     try:
-        jax.eval_shape(partial(_arrays, request=request, propagate=calls.check_derivative), program, sources)
+        jax.eval_shape(_differentiated(calls.check_derivative, request), program, sources)
     except Refused as refused:
         return str(refused)
     return None
@@ -118,8 +118,8 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
         return lambda point, cotangent: jax.vjp(_at(primals, compute), point)[1](cotangent)[0]
 
     push = linear_call(
-        pushes(partial(_arrays, request=request, propagate=calls.propagate_with_pushforward)),
-        pulls(partial(_arrays, request=request, propagate=calls.propagate_with_pullback)),
+        pushes(_differentiated(calls.propagate_with_pushforward, request)),
+        pulls(_differentiated(calls.propagate_with_pullback, request)),
         pushes(reference),
         pulls(reference),
     )
@@ -129,29 +129,40 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
 
 
 def _arrays(
-    program: Program, sources: tuple[Source, ...], request: Request, propagate: Call = calls.propagate
+    program: Program,
+    sources: tuple[Source, ...],
+    request: Request,
+    propagate: Call = calls.propagate,
+    for_derivatives: bool = False,
 ) -> list[_Arrays]:
-    """Returns the arrays of the outputs; those between all samples of one batch are a call of its own.
-
-    With another `propagate` than that of values, they are to be differentiated.
-    """
-    outputs = _call(program, sources, request, (1, 2), propagate)
+    """Returns the arrays of the outputs; those between all samples of one batch are a call of its own."""
+    outputs = _call(program, sources, request, (1, 2), propagate, for_derivatives)
     if not request.covariances or sources[0].spec.diagonal_batch:
         return outputs
     if all(is_symmetric(source) for source in sources):
         return [{**arrays, "cov1": arrays["nngp"]} for arrays in outputs]
     for which in (1, 2):
         alone = tuple(of_one_batch(source, which) for source in sources)
-        own = _call(program, alone, Request(ntk=False, covariances=False), (which, which), propagate)
+        own = _call(program, alone, Request(ntk=False, covariances=False), (which, which), propagate, for_derivatives)
         outputs = [{**arrays, f"cov{which}": k["nngp"]} for arrays, k in zip(outputs, own, strict=True)]
     return outputs
 
 
+def _differentiated(propagate: Call, request: Request) -> Any:
+    """The same arrays, as a function of a program and sources, to be differentiated."""
+    return partial(_arrays, request=request, propagate=propagate, for_derivatives=True)
+
+
 def _call(
-    program: Program, sources: tuple[Source, ...], request: Request, batches: tuple[int, int], propagate: Call
+    program: Program,
+    sources: tuple[Source, ...],
+    request: Request,
+    batches: tuple[int, int],
+    propagate: Call,
+    for_derivatives: bool,
 ) -> list[_Arrays]:
     """One call of the engine, see `encode`."""
-    encoded = encode(program, sources, request, batches, for_derivatives=propagate is not calls.propagate)
+    encoded = encode(program, sources, request, batches, for_derivatives)
     dtype, (n1, n2) = dtype_of(sources[0]), (sources[0].spec.n1, sources[0].spec.n2)
     operands = [jnp.concatenate([jnp.ravel(jnp.asarray(c, dtype)) for c in encoded.coefficients])]
     for source, form in zip(sources, encoded.forms, strict=False):
@@ -219,7 +230,8 @@ def _formed(inputs: Inputs, form: Form, encoded: Encoded) -> list[Array]:
 
 def _crossed(x1: Array, x2: Array) -> tuple[Array, Array]:
     """Samples as vectors, laid out to broadcast to all pairs: `(channels, n1, 1)` and `(channels, 1, n2)`."""
-    return x1.reshape(len(x1), -1).T[:, :, None], x2.reshape(len(x2), -1).T[:, None, :]
+    x1, x2 = (x.reshape(len(x), math.prod(x.shape[1:])).T for x in (x1, x2))  # there may be no samples
+    return x1[:, :, None], x2[:, None, :]
 
 
 @jax.jit  # traced once: derivatives ask for it several times
