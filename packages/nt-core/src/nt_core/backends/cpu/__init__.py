@@ -110,12 +110,16 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
       reference: the same computation, for derivatives of higher order.
       request: what is asked for.
     """
+    leaves = {i: jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(primals))}
+    point = {i: leaf for i, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    # What JAX keeps of these functions holds no number that it traces: those come with the point.
+    others = replace_leaves(primals, dict.fromkeys(point, 0.0))
 
     def pushes(compute: Any) -> Linear:
-        return lambda point, tangent: jax.jvp(_at(primals, compute), (point,), (tangent,))[1]
+        return lambda point, tangent: jax.jvp(_at(others, compute), (point,), (tangent,))[1]
 
     def pulls(compute: Any) -> Linear:
-        return lambda point, cotangent: jax.vjp(_at(primals, compute), point)[1](cotangent)[0]
+        return lambda point, cotangent: jax.vjp(_at(others, compute), point)[1](cotangent)[0]
 
     push = linear_call(
         pushes(_differentiated(calls.propagate_with_pushforward, request)),
@@ -123,8 +127,6 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
         pushes(reference),
         pulls(reference),
     )
-    leaves = {i: jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(primals))}
-    point = {i: leaf for i, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
     return push(point, {i: changes.get(i, jnp.zeros_like(leaf)) for i, leaf in point.items()})
 
 
