@@ -26,6 +26,7 @@ struct Network {
   std::vector<std::vector<int64_t>> values;
   bool all_pairs;
   std::vector<int> outputs = {};  // besides the last value
+  bool covariances = true;        // has those of each sample with itself
 };
 
 constexpr nt::Table kTable{4, 2, 1, 1, -4, 12, 2, 1, 3, 5};
@@ -110,9 +111,12 @@ std::vector<Network> networks() {
         rescale(nt::Op::kScale, true, one, 5), rescale(nt::Op::kDropout, true, one, 6),
         linear(true, one, 7, kNoWindow, kNoWindow), tabulated(false, one, 8, 2, 1)},
        false,
-       {7}},
+       {7},
+       false},
       {"covariances of pairs",
        {pairs(true, true, false), relu(true, one, 0), linear(false, one, 1, kNoWindow, kNoWindow)},
+       false,
+       {},
        false},
       {"two pools",
        {inputs(true, image, 3), linear(true, image, 0, kThree, kDilated), relu(true, image, 1),
@@ -205,7 +209,8 @@ std::vector<Network> networks() {
 // Without covariances of each sample with itself, of which there is no derivative.
 std::vector<int64_t> encode(const Network& network, int n1, int n2, bool symmetric, bool covariances = true) {
   const int64_t n_values = static_cast<int64_t>(network.values.size());
-  std::vector<int64_t> code = {nt::kEncoding, n1, n2, symmetric, covariances, kCoefficients, 1, n_values};
+  const bool has_covariances = covariances && network.covariances;
+  std::vector<int64_t> code = {nt::kEncoding, n1, n2, symmetric, has_covariances, kCoefficients, 1, n_values};
   code.push_back(static_cast<int64_t>(network.outputs.size()) + 1);
   for (int output : network.outputs) code.insert(code.end(), {output, 0, 1});
   code.insert(code.end(), {n_values - 1, network.all_pairs, 1});
@@ -241,6 +246,11 @@ class Arrays {
     arguments_.emplace_back(size);
     const bool coefficients = what == "coefficients";
     for (T& x : arguments_.back()) x = coefficients ? T(0.7) : normal_(random_);
+    // Of variances of 1 these may be covariances and deficits.
+    if (what == "nngp") {
+      for (T& x : arguments_.back()) x = T(0.4) + T(0.2) * std::sin(x);
+    }
+    if (what.substr(0, 8) == "variance") std::fill(arguments_.back().begin(), arguments_.back().end(), T(1));
     if (coefficients && !symmetric_) arguments_.back()[0] = 0;
     // Groups of orders begin beyond the terms.
     for (int k = 0; k <= kTable.groups && coefficients; ++k) {
