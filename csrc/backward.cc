@@ -450,7 +450,8 @@ class Backward : Derivative<T> {
     worker.first.add_all_to(first.cotangents(c_, i, first.bars.data()));
   }
 
-  // Some first samples with all second ones, of a program without positions: rows of planes run over the former.
+  // Some first samples with all second ones, of a program without positions: rows of planes run over the former. The
+  // second ones then have cotangents of each row, which `row_back`, for images with many numbers, adds up at once.
   void rows_back(const Samples<T>& first, const Samples<T>& second, int64_t begin, int64_t end, V* bars2,
                  Worker& worker) const {
     const int64_t most = rows_at_once(c_);

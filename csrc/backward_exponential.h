@@ -103,8 +103,7 @@ class RbfPartials {
   V rate_;
 };
 
-// With A = a^2, S = b^2 and D the deficit: E f(u) f(v) = A W with W = exp(S (var1 + var2 - D)), and the factor is A S
-// W.
+// With A = a^2, S = b^2, D the deficit and W = exp(S (var1 + var2 - D)): E f(u) f(v) = A W, and the factor is A S W.
 template <class T>
 class ExpPartials {
   using V = Vec<T>;

@@ -233,12 +233,8 @@ class _Encoder:
 
     def _has_no_positions(self) -> bool:
         """Whether no value has positions, but inputs of which the first step makes channels."""
-        numbers = range(len(self._sources) + len(self._lowered.nodes))
-        is_input = [isinstance(source, Inputs) for source in self._sources]
-        return all(
-            math.prod(self._canonical(i)) == 1 or (i < len(is_input) and is_input[i] and self._flattened(i))
-            for i in numbers
-        )
+        flattened = {i for i, s in enumerate(self._sources) if isinstance(s, Inputs) and self._flattened(i)}
+        return all(i in flattened or math.prod(self._canonical(i)) == 1 for i in range(len(self._forms)))
 
     def _flattened(self, source: int) -> bool:
         readers = [node for node in self._lowered.nodes if source in node.inputs]
