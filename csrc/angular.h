@@ -302,5 +302,20 @@ void apply_angular_row(const Work<T>& work, const Instance& instance, const Plac
   }
 }
 
+// All nonlinearities, which take long to compile, are compiled with engine.cc alone.
+#define NT_DUALS(prefix, name, kWide, T)                                                                        \
+  prefix template void name<kWide>(const Work<T>&, const Instance&, const Place&, const Vec<T>*, const Vec<T>*, \
+                                   Vec<T>*, Vec<T>*);
+#define NT_ALL_DUALS(prefix)                    \
+  NT_DUALS(prefix, dual, false, float)          \
+  NT_DUALS(prefix, dual, false, double)         \
+  NT_DUALS(prefix, dual, true, float)           \
+  NT_DUALS(prefix, dual, true, double)          \
+  NT_DUALS(prefix, dual_angular, false, float)  \
+  NT_DUALS(prefix, dual_angular, false, double) \
+  NT_DUALS(prefix, dual_angular, true, float)   \
+  NT_DUALS(prefix, dual_angular, true, double)
+NT_ALL_DUALS(extern)
+
 }  // namespace NT_LEVEL
 }  // namespace nt

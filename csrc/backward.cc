@@ -1,7 +1,7 @@
 // Derivatives of programs. Compiled once per instruction set, as engine.cc is.
 #include "backward.h"
 
-#include "backward_samples.h"
+#include "backward_tiles.h"
 
 namespace nt {
 namespace NT_LEVEL {
@@ -34,187 +34,6 @@ void each_array(const Program& program, const LikeOperands<T>& arrays, const Vis
   for (size_t i = 0; i < program.values.size(); ++i) {
     batches(arrays.numbers[i], n_positions(program.values[i].space));
   }
-}
-
-// Some consecutive samples of a batch, in groups of lanes: their records and inputs, and the cotangents of these.
-template <class T>
-struct Samples {
-  static constexpr int kL = kLanes<T>;
-
-  int which;
-  int64_t begin, end;
-  Buffer<T> wide;
-  Buffer<Vec<T>> bars;
-
-  Samples(const Context<T>& c, int of_batch, int64_t from, int64_t to)
-      : which(of_batch),
-        begin(from),
-        end(to),
-        wide(ceil_div(to - from, kL) * c.wide_size),
-        bars(ceil_div(to - from, kL) * c.cotangent_size) {
-    std::fill(bars.data(), bars.data() + n_groups() * c.cotangent_size, Vec<T>{});
-  }
-
-  int64_t n_groups() const { return ceil_div(end - begin, kL); }
-  // Where the numbers of a sample start, and its cotangents in `bars` like `this->bars`: one in kL.
-  const T* record(const Context<T>& c, int64_t number) const {
-    const int64_t at = number - begin;
-    return wide.data() + at / kL * c.wide_size + at % kL;
-  }
-  T* cotangents(const Context<T>& c, int64_t number, Vec<T>* of_all) const {
-    const int64_t at = number - begin;
-    return reinterpret_cast<T*>(of_all + at / kL * c.cotangent_size) + at % kL;
-  }
-  int lanes_of(int64_t group) const { return static_cast<int>(std::min<int64_t>(kL, end - begin - group * kL)); }
-};
-
-struct Pair {
-  int64_t i, j;  // in their batches
-};
-
-// Whether cotangents are carried back through a stage without numbers that it reads.
-inline bool is_linear(const Stage& stage) {
-  return std::all_of(stage.instances.begin(), stage.instances.end(), [](const Instance& instance) {
-    return instance.kind == Kind::kLoad || instance.kind == Kind::kTied || instance.kind == Kind::kSum ||
-           instance.kind == Kind::kAsCovariance;
-  });
-}
-
-// A tile's pairs, forward and back.
-//
-// Behind the last stage that is not linear, nothing but the cotangents of coefficients needs what is computed. So that
-// stage goes both ways at once, plane by plane, when cotangents have been carried back to its end; those of the
-// coefficients behind it come last.
-template <class T>
-class TileBack {
- public:
-  // `seeds`: of each output, one for each row.
-  TileBack(const Context<T>& c, const Tile<T>& tile, BackwardScratch<T>& scratch, const std::vector<Seed<T>>& seeds,
-           Bars<T> bars)
-      : c_(c), plan_(c.prepared.kept_pairs), tile_(tile), scratch_(scratch), seeds_(seeds), bars_(bars) {
-    bars_.pairs = scratch.pairs.data();
-    bars_.tensors_d = scratch.tensors.data();
-    bars_.tensors_t = bars_.tensors_d + scratch.n_tensors;
-  }
-
-  void run() {
-    const int n = static_cast<int>(plan_.stages.size());
-    int turn = n - 1;
-    while (turn > 0 && is_linear(plan_.stages[turn])) --turn;
-    for (int k = 0; k < turn; ++k) forward(k);
-    scratch_.clear_tensors();
-    std::fill(bars_.pairs, bars_.pairs + int64_t{2} * c_.program.n_sources * tile_.rows, Vec<T>{});
-    Bars<T> without_coefficients = bars_;
-    without_coefficients.coefficients = scratch_.unused.data();
-    for (int k = n - 1; k > turn; --k) back(k, without_coefficients);
-    for (int k = turn; k >= 0; --k) back(k, bars_, k == turn);
-    if (turn == n - 1) return;
-    finish(turn);
-    for (int k = turn + 1; k < n; ++k) forward(k);
-    scratch_.clear_tensors();
-    Bars<T> coefficients_alone = bars_;
-    coefficients_alone.first = coefficients_alone.second = coefficients_alone.pairs = scratch_.unused.data();
-    for (int k = n - 1; k > turn; --k) back(k, coefficients_alone);
-  }
-
- private:
-  void forward(int k) {
-    const Stage& stage = c_.prepared.pairs.stages[k];
-    if (stage.end < 0) return;  // an output, which nobody reads
-    execute_stage<true>(c_, c_.prepared.pairs, stage, tile_, scratch_.forward);
-    finish(k);
-  }
-
-  void finish(int k) {
-    const int end = plan_.stages[k].end;
-    if (end >= 0) finish_deficits<true>(c_, plan_, tile_, end, scratch_.forward);
-  }
-
-  void back(int k, const Bars<T>& bars, bool fills = false) {
-    const Stage& stage = plan_.stages[k];
-    if (stage.end >= 0) finish_back(c_, plan_, tile_, stage.end, bars);
-    const Seed<T>* seeds = stage.output >= 0 ? seeds_.data() + int64_t{stage.output} * tile_.rows : nullptr;
-    stage_back(c_, plan_, stage, tile_, scratch_, seeds, bars, fills && stage.end >= 0);
-  }
-
-  const Context<T>& c_;
-  const Plan& plan_;
-  const Tile<T>& tile_;
-  BackwardScratch<T>& scratch_;
-  const std::vector<Seed<T>>& seeds_;
-  Bars<T> bars_;
-};
-
-// The samples on one side of a tile's pairs, in lanes, or several of them in all lanes; and their cotangents.
-template <class T>
-class Lanes {
-  static constexpr int kL = kLanes<T>;
-
- public:
-  explicit Lanes(const Context<T>& c, int64_t rows = 1)
-      : c_(c), rows_(rows), wide_(rows * c.wide_size), bars_(rows * c.cotangent_size) {}
-
-  T* wide() const { return wide_.data(); }
-  Vec<T>* bars() const { return bars_.data(); }
-  void clear_bars() const { std::fill(bars(), bars() + rows_ * c_.cotangent_size, Vec<T>{}); }
-
-  // A sample goes to one lane, or to all.
-  void load(const Samples<T>& samples, int64_t number, int lane) const {
-    const T* from = samples.record(c_, number);
-    for (int64_t k = 0; k < c_.wide_size; k += kL) wide()[k + lane] = from[k];
-  }
-  void fill(const Samples<T>& samples, int64_t number, int row = 0) const {
-    const T* from = samples.record(c_, number);
-    for (int64_t k = 0; k < c_.wide_size; k += kL) store(wide() + row * c_.wide_size + k, broadcast(from[k]));
-  }
-
-  // Adds the cotangents of one lane, or of all, to those of a sample.
-  void add_to(T* sample, int lane) const {
-    for (int64_t k = 0; k < c_.cotangent_size; ++k) sample[k * kL] += bars()[k][lane];
-  }
-  void add_all_to(T* sample, int row = 0, int rows = 1) const {
-    for (int64_t k = 0; k < c_.cotangent_size; ++k) {
-      T sum = 0;
-      for (int l = 0; l < kL; ++l) sum += bars()[k * rows + row][l];
-      sample[k * kL] += sum;
-    }
-  }
-
- private:
-  const Context<T>& c_;
-  int64_t rows_;
-  Buffer<T> wide_;
-  Buffer<Vec<T>> bars_;
-};
-
-template <class T>
-Tile<T> tile_of(const Context<T>& c, const T* wide1, const T* wide2, const Pair* pairs, int lanes) {
-  constexpr int kL = kLanes<T>;
-  Tile<T> tile;
-  tile.record1 = wide1;
-  tile.record2 = wide2;
-  tile.n_lanes = lanes;
-  for (int l = 0; l < kL; ++l) {  // lanes beyond the last pair repeat it
-    tile.i[l] = pairs[std::min(l, lanes - 1)].i;
-    tile.j[l] = pairs[std::min(l, lanes - 1)].j;
-  }
-  for (int64_t start : c.input_start) {
-    tile.inputs1.push_back(wide1 + start * kL);
-    tile.inputs2.push_back(wide2 + start * kL);
-  }
-  return tile;
-}
-
-// Pairs that share no sample.
-template <class T>
-Tile<T> pack(const Context<T>& c, const Samples<T>& first, const Samples<T>& second, const Pair* pairs, int lanes,
-             const Lanes<T>& lanes1, const Lanes<T>& lanes2) {
-  const Tile<T> tile = tile_of(c, lanes1.wide(), lanes2.wide(), pairs, lanes);
-  for (int l = 0; l < kLanes<T>; ++l) {
-    lanes1.load(first, tile.i[l], l);
-    lanes2.load(second, tile.j[l], l);
-  }
-  return tile;
 }
 
 // What both directions share: the records of samples, and which pairs of them there are.
@@ -290,7 +109,10 @@ class Backward : Derivative<T> {
 
  public:
   Backward(const BackwardJob<T>& job, const Parallel& parallel)
-      : Base(job.job, parallel), job_(job), coefficients_(program_.n_cotangents(), 0) {}
+      : Base(job.job, parallel),
+        job_(job),
+        duals_are_fused_(duals_are_fused(program_)),
+        coefficients_(program_.n_cotangents(), 0) {}
 
   void run() {
     each_array(program_, job_.results, [](T* array, int64_t size) { std::fill(array, array + size, T(0)); });
@@ -331,10 +153,11 @@ class Backward : Derivative<T> {
     return static_cast<int>(std::clamp<int64_t>(room, 1, c.rows));
   }
 
+  template <bool kWide>
   void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
     std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_cotangents(), V{});
     const auto seeds = this->seeds(tile);
-    TileBack<T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
+    TileBack<kWide, T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
     add_lanes(worker.coefficients.data(), worker.coefficient_sums);
     for (int s = 0; s < program_.n_sources; ++s) {
       const V* bars = worker.scratch.pairs.data() + int64_t{2} * s * tile.rows;
@@ -395,7 +218,10 @@ class Backward : Derivative<T> {
         } else if (packs(begin, end, second)) {
           packed_back(first, second, begin, end, bars2, worker);
         } else {
-          for (int64_t i = begin; i < end; ++i) row_back(first, second, i, bars2, worker);
+          for (int64_t i = begin; i < end; ++i) {
+            duals_are_fused_ ? row_back<false>(first, second, i, bars2, worker)
+                             : row_back<true>(first, second, i, bars2, worker);
+          }
         }
       }
     });
@@ -431,7 +257,7 @@ class Backward : Derivative<T> {
       const Tile<T> tile = pack(c_, first, second, pairs.data() + k, lanes, worker.first, worker.second);
       worker.first.clear_bars();
       worker.second.clear_bars();
-      carry_back(tile, worker.first.bars(), worker.second.bars(), worker);
+      carry_back<true>(tile, worker.first.bars(), worker.second.bars(), worker);
       for (int l = 0; l < lanes; ++l) {
         worker.first.add_to(first.cotangents(c_, tile.i[l], first.bars.data()), l);
         worker.second.add_to(second.cotangents(c_, tile.j[l], bars2), l);
@@ -440,12 +266,13 @@ class Backward : Derivative<T> {
   }
 
   // One first sample with all second ones, which are in lanes already.
+  template <bool kWide>
   void row_back(const Samples<T>& first, const Samples<T>& second, int64_t i, V* bars2, Worker& worker) const {
-    worker.first.fill(first, i);
+    kWide ? worker.first.fill(first, i) : worker.first.narrow(first, i);
     worker.first.clear_bars();
     for (int64_t group = first_group(i, second); group < second.n_groups(); ++group) {
-      const Tile<T> tile = tile_of_row(worker, second, i, group);
-      carry_back(tile, worker.first.bars(), bars2 + group * c_.cotangent_size, worker);
+      const Tile<T> tile = tile_of_row<kWide>(worker, second, i, group);
+      carry_back<kWide>(tile, worker.first.bars(), bars2 + group * c_.cotangent_size, worker);
     }
     worker.first.add_all_to(first.cotangents(c_, i, first.bars.data()));
   }
@@ -461,9 +288,9 @@ class Backward : Derivative<T> {
       worker.first.clear_bars();
       for (int64_t group = first_group(i, second); group < second.n_groups(); ++group) {
         worker.second.clear_bars();
-        Tile<T> tile = tile_of_row(worker, second, i, group);
+        Tile<T> tile = tile_of_row<true>(worker, second, i, group);
         tile.rows = rows;
-        carry_back(tile, worker.first.bars(), worker.second.bars(), worker);
+        carry_back<true>(tile, worker.first.bars(), worker.second.bars(), worker);
         V* to = bars2 + group * c_.cotangent_size;
         const V* from = worker.second.bars();
         for (int64_t k = 0; k < c_.cotangent_size; ++k) {
@@ -474,13 +301,14 @@ class Backward : Derivative<T> {
     }
   }
 
-  // A first sample, which fills the lanes of the worker, with a group of second ones.
+  // A first sample, which the worker has, with a group of second ones.
+  template <bool kWide>
   Tile<T> tile_of_row(const Worker& worker, const Samples<T>& second, int64_t i, int64_t group) const {
     const int64_t begin = second.begin + group * kL;
     const int lanes = second.lanes_of(group);
     Pair pairs[kL];
     for (int l = 0; l < lanes; ++l) pairs[l] = {i, begin + l};
-    return tile_of(c_, worker.first.wide(), second.wide.data() + group * c_.wide_size, pairs, lanes);
+    return tile_of<kWide>(c_, worker.first.record(), second.wide.data() + group * c_.wide_size, pairs, lanes);
   }
 
   void add_lanes(const V* lanes, double* sums) const {
@@ -526,7 +354,14 @@ class Backward : Derivative<T> {
     }
   }
 
+  // See `with_dual_back`.
+  static bool duals_are_fused(const Program& program) {
+    return std::all_of(program.values.begin(), program.values.end(),
+                       [](const Value& value) { return value.op != Op::kDual || is_fused(value.activation); });
+  }
+
   const BackwardJob<T>& job_;
+  const bool duals_are_fused_;
   std::vector<double> coefficients_;
 };
 
@@ -588,7 +423,7 @@ class Tangents : Derivative<T> {
     lanes1.clear_bars();
     lanes2.clear_bars();
     std::fill(coefficients, coefficients + program_.n_cotangents(), V{});
-    TileBack<T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
+    TileBack<true, T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
     V sum = of_pairs(tile, scratch.pairs.data());
     sum += of_samples(tile, 1, lanes1, coefficients, scratch);
     sum += of_samples(tile, 2, lanes2, coefficients, scratch);
@@ -617,10 +452,10 @@ class Tangents : Derivative<T> {
                BackwardScratch<T>& scratch) const {
     V* bars = lanes.bars();
     const int which = program_.symmetric ? 1 : side;
-    Tile<T> tile = own_tile(c_, lanes.wide(), 0, kL, which);
+    Tile<T> tile = own_tile(c_, lanes.record(), 0, kL, which);
     std::copy(side == 1 ? pairs.i : pairs.j, (side == 1 ? pairs.i : pairs.j) + kL, tile.i);
     std::copy(tile.i, tile.i + kL, tile.j);
-    RecordBack<T>(c_, tile, lanes.wide(), bars, coefficients, scratch).run();
+    RecordBack<T>(c_, tile, lanes.record(), bars, coefficients, scratch).run();
     V sum{};
     const auto add = [&](const auto& both, const V* from, int64_t n) {
       const T* tangents = which == 1 ? both.first : both.second;

@@ -112,14 +112,16 @@ using ClipBack = ByPartials<T, ClipPartials<T>>;
 template <class T>
 using TabulatedBack = ByPartials<T, TabulatedPartials<T>>;
 
-// Calls a function with the way back through a nonlinearity.
-template <class T, class Call>
+// Calls a function with the way back through a nonlinearity: if samples are not wide, through one that is fused. Others
+// take so long that it does not matter.
+template <bool kWide, class T, class Call>
 void with_dual_back(Activation activation, const T* coefficients, const Table& table, const Call& call) {
   switch (activation) {
-#define NT_DIFFERENTIABLE(name)                                                            \
-  case Activation::k##name:                                                                \
-    static_assert(name##Back<T>::kCoefficients == info(Activation::k##name).coefficients); \
-    return call(name##Back<T>(coefficients, table));
+#define NT_DIFFERENTIABLE(name)                                                                            \
+  case Activation::k##name:                                                                                \
+    static_assert(name##Back<T>::kCoefficients == info(Activation::k##name).coefficients);                 \
+    if constexpr (kWide || is_fused(Activation::k##name)) return call(name##Back<T>(coefficients, table)); \
+    break;
 #include "table.def"
     default:  // never: see `check_way_back`
       break;

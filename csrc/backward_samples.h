@@ -168,7 +168,7 @@ class RecordBack {
   }
 
   void dual(const Value& value, const T* coefficient, const T* numbers, const V* half_bar, V* in_bar) const {
-    with_dual_back<T>(value.activation, coefficient, value.table, [&](const auto& dual) {
+    with_dual_back<true, T>(value.activation, coefficient, value.table, [&](const auto& dual) {
       using Bars = CoefficientBars<T, std::decay_t<decltype(dual)>>;
       std::array<Sum<V>, std::tuple_size_v<Bars>> sums;
       for (int64_t p = 0; p < n_positions(value.space); ++p) {
@@ -283,7 +283,7 @@ class RecordBack {
     const Plan& plan = c_.prepared.kept_own;
     const auto stage =
         std::find_if(plan.stages.begin(), plan.stages.end(), [&](const Stage& stage) { return stage.end == end; });
-    if (!stage->offsets.empty()) stage_back<T>(c_, plan, *stage, tile_, scratch_, nullptr, bars_);
+    if (!stage->offsets.empty()) stage_back<true, T>(c_, plan, *stage, tile_, scratch_, nullptr, bars_);
   }
 
   const Context<T>& c_;

@@ -159,6 +159,8 @@ void run_double(const Job<double>& job, const Parallel& parallel) { Engine<doubl
 
 }  // namespace
 
+NT_ALL_DUALS()
+
 extern const Level kLevel;
 const Level kLevel{NT_LEVEL_NAME,    run_float,           run_double,          backward<float>,
                    backward<double>, tangents<float>,     tangents<double>,    run_dual<float>,

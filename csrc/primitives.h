@@ -124,9 +124,7 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance
             work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows<kWide>(work, after.value, at),
             d_out, t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
       };
-      if constexpr (kWide) {  // as on the way back
-        if (work.plan.keeps_planes) return run(std::true_type{});
-      }
+      if (work.plan.keeps_planes) return run(std::true_type{});
       run(std::false_type{});
     });
   });

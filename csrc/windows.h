@@ -33,6 +33,63 @@ struct RowUnder {
   }
 };
 
+// What stands beside a plane of deficits before a convolution: half the variance of positions that are inside one image
+// only, elsewhere 0.
+template <bool kWide, class T>
+class Beside {
+  using V = Vec<T>;
+
+ public:
+  Beside(const Work<T>& work, const Instance& tied)
+      : windows_(work.value(tied).window),
+        wraps_(windows_[2].circular || work.stage.wrapped[2]),
+        plane_(work.plane(work.input(tied)).r),
+        space_(plane_.space) {
+    if (!tied.deficit) return;
+    const int value = work.input(tied).value;
+    half1_ = first<kWide>(work, Statistic::kHalfVariance, value, space_, {0, 0, 0});
+    half2_ = second(work, Statistic::kHalfVariance, value, space_, {0, 0, 0});
+  }
+
+  // The part [from, to) of a row.
+  void fill(const RowUnder& row, int from, int to, V* out) const {
+    std::fill(out, out + (to - from), V{});
+    if (row.inside1) {
+      const int at = static_cast<int>(position(space_, row.z, row.y, 0));
+      each_inside(from, to, 0, [&](int q, int x) { out[q - from] += get<kWide>(half1_, at + x); });
+    }
+    if (row.inside2) {
+      const int at = static_cast<int>(position(space_, plane_.partner(0, row.z), plane_.partner(1, row.y), 0));
+      each_inside(from, to, plane_.offset[2], [&](int q, int x) {
+        __builtin_prefetch(half2_.at + int64_t{at + x + space_[2]} * half2_.stride);  // of the next row
+        out[q - from] += get(half2_, at + x);
+      });
+    }
+  }
+
+ private:
+  // Calls visit(q, x) for the q of a range for which the position x = q + offset is inside of the image.
+  template <class Visit>
+  NT_INLINE void each_inside(int from, int to, int offset, const Visit& visit) const {
+    const int size = space_[2];
+    if (wraps_) {
+      const int begin = windows_[2].circular ? from : std::max(from, 0);
+      const int end = windows_[2].circular ? to : std::min(to, size);
+      for (int q = begin; q < end; ++q) visit(q, modulo(q + offset, size));
+      return;
+    }
+    const int end = std::min(to, size - offset);
+    for (int q = std::max(from, -offset); q < end; ++q) visit(q, q + offset);
+  }
+
+  const std::array<Window, kAxes>& windows_;
+  const bool wraps_;
+  const Rectangle& plane_;
+  const Index3& space_;
+  Row1<T> half1_{};
+  Row2<T> half2_{};
+};
+
 // The sums of one convolution over one plane.
 template <bool kWide, class T>
 class WindowSums {
@@ -45,6 +102,7 @@ class WindowSums {
         input_(work.input(tied)),
         windows_(work.value(tied).window),
         out_(work.plane(tied).r),
+        beside_(work, tied),
         ring_(work.scratch.ring) {
     const auto& w = windows_;
     ring_.rows0 = w[0].trivial() ? 1 : w[0].extent();
@@ -145,7 +203,7 @@ class WindowSums {
       } else if (!tied_.deficit) {
         std::fill(row_d + (from - begin), row_d + (to - begin), V{});
       } else {
-        halo(row, from, to, row_d + (from - begin));
+        beside_.fill(row, from, to, row_d + (from - begin));
       }
     });
     sum_along(row_d, sum_d, n, w.taps, w.stride, w.dilation);
@@ -154,41 +212,12 @@ class WindowSums {
     return kBoth;
   }
 
-  // The deficits of positions that are inside one image only: half the variance there. Elsewhere 0.
-  void halo(const RowUnder& row, int from, int to, V* out) const {
-    const Index3& space = input_.space;
-    const Rectangle& r = work_.plane(input_).r;
-    std::fill(out, out + (to - from), V{});
-    const Statistic half = Statistic::kHalfVariance;
-    if (row.inside1) {
-      const auto halves = first<kWide>(work_, half, input_.value, space, {row.z, row.y, 0});
-      each_inside(from, to, 0, [&](int q, int x) { out[q - from] += get<kWide>(halves, x); });
-    }
-    if (row.inside2) {
-      const auto halves = second(work_, half, input_.value, space, {r.partner(0, row.z), r.partner(1, row.y), 0});
-      each_inside(from, to, r.offset[2], [&](int q, int x) { out[q - from] += get(halves, x); });
-    }
-  }
-
-  // Calls visit(q, x) for the q of a range for which the position x = q + offset is inside of the image.
-  template <class Visit>
-  void each_inside(int from, int to, int offset, const Visit& visit) const {
-    const int size = input_.space[2];
-    if (windows_[2].circular || work_.stage.wrapped[2]) {
-      const int begin = windows_[2].circular ? from : std::max(from, 0);
-      const int end = windows_[2].circular ? to : std::min(to, size);
-      for (int q = begin; q < end; ++q) visit(q, modulo(q + offset, size));
-      return;
-    }
-    const int end = std::min(to, size - offset);
-    for (int q = std::max(from, -offset); q < end; ++q) visit(q, q + offset);
-  }
-
   const Work<T>& work_;
   const Instance& tied_;
   const Instance& input_;
   const std::array<Window, kAxes>& windows_;
   const Rectangle& out_;
+  const Beside<kWide, T> beside_;
   Ring& ring_;
 };
 
