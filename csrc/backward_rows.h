@@ -18,6 +18,11 @@ class DualBack {
         instance_(instance),
         value_(back.work.value(instance)),
         before_(back.work.input(instance)),
+        in_(back.work.plane(before_)),
+        in_bar_(back.plane(before_)),
+        numbers_(dual_rows<kWide>(back.work, instance.value)),
+        half_bar1_(back.first(Statistic::kHalfVariance, before_.value, before_.space, {0, 0, 0})),
+        half_bar2_(back.second(Statistic::kHalfVariance, before_.value, before_.space, {0, 0, 0})),
         is_first_(is_first) {
     own_share_ = broadcast(has_own_covariance(back.work, before_) && before_.feeds_dual_alone ? T(1) : T(0));
   }
@@ -43,15 +48,13 @@ class DualBack {
  private:
   template <bool kNtk, bool kCovariance, class Dual>
   Products row(const Dual& shared, const Place& at, const V* after_d, const V* after_t, V weight, V own_weight) {
-    const Plane<T>& in = back_.work.plane(before_);
-    const Plane<T>& in_bar = back_.plane(before_);
-    const V* d = in.row_d(at.z, at.y, at.x);
-    const V* t = in.row_t(at.z, at.y, at.x);
-    V* bar_d = is_first_ ? in_bar.row_d(at.z, at.y, at.x) : back_.scratch.rows_d.data();
-    V* bar_t = is_first_ ? in_bar.row_t(at.z, at.y, at.x) : back_.scratch.rows_t.data();
-    V* bar1 = back_.first(Statistic::kHalfVariance, value_.inputs[0], at);
-    V* bar2 = back_.second(Statistic::kHalfVariance, value_.inputs[0], at);
-    const auto numbers = dual_rows<kWide>(back_.work, instance_.value, at);
+    const V* d = in_.row_d(at.z, at.y, at.x);
+    const V* t = in_.row_t(at.z, at.y, at.x);
+    V* bar_d = is_first_ ? in_bar_.row_d(at.z, at.y, at.x) : back_.scratch.rows_d.data();
+    V* bar_t = is_first_ ? in_bar_.row_t(at.z, at.y, at.x) : back_.scratch.rows_t.data();
+    const int64_t p1 = position(at.geometry.space, at.first), p2 = position(at.geometry.space, at.second);
+    V *bar1 = half_bar1_ + p1, *bar2 = half_bar2_ + p2;
+    const auto numbers = numbers_.from(p1, p2);
     const Dual dual = shared;
     const V own_share = own_share_;
     const int width = at.geometry.space[2];  // cotangents are asked for one row ahead
@@ -79,8 +82,8 @@ class DualBack {
       bar2[x] += in.half2;
     }
     if (!is_first_) {
-      add(bar_d, at.n, in_bar.row_d(at.z, at.y, at.x));
-      if (kNtk) add(bar_t, at.n, in_bar.row_t(at.z, at.y, at.x));
+      add(bar_d, at.n, in_bar_.row_d(at.z, at.y, at.x));
+      if (kNtk) add(bar_t, at.n, in_bar_.row_t(at.z, at.y, at.x));
     }
     for (int k = 0; k < Dual::kCoefficients; ++k) back_.add_coefficient(value_, k, coefficients[k]);
     return {products_d, products_t};
@@ -94,6 +97,10 @@ class DualBack {
   const Instance& instance_;
   const Value& value_;
   const Instance& before_;
+  const Plane<T>& in_;
+  const Plane<T>& in_bar_;
+  const DualRows<T> numbers_;              // from the first position on,
+  V *const half_bar1_, *const half_bar2_;  // as these cotangents of half the variances
   const bool is_first_;
   V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
 };

@@ -112,6 +112,13 @@ class TiedBack {
     own_weight_ = broadcast(!has_own_ ? T(0) : tied.deficit ? -c[2] : c[2]);
     mean_ = broadcast(mean);
     const Window& w = value_.window[2];
+    if (tied.deficit) {
+      const Statistic half = Statistic::kHalfVariance;
+      half1_ = first<kWide>(back.work, half, input_.value, input_.space, {0, 0, 0});
+      half2_ = second(back.work, half, input_.value, input_.space, {0, 0, 0});
+      half_bar1_ = back.first(half, input_.value, input_.space, {0, 0, 0});
+      half_bar2_ = back.second(half, input_.value, input_.space, {0, 0, 0});
+    }
     begin_ = w.circular ? 0 : out_bar_.r.low[2] * w.stride - w.low;
     end_ = w.circular ? input_.space[2] : begin_ + (out_bar_.r.size[2] - 1) * w.stride + w.extent();
   }
@@ -142,18 +149,18 @@ class TiedBack {
  private:
   using Products = typename DualBack<kWide, T>::Products;
 
-  // Half the variance of a first sample, or of second ones, at a position of a row.
+  // Half the variance of a first sample, or of second ones, at a position.
   struct Half1 {
-    const Row1<T>& row;
-    int q;
-    V value() const { return get<kWide>(row, q); }
-    void prefetch() const { __builtin_prefetch(row.at + q * (kWide ? row.stride : 1)); }
+    const Row1<T>& all;
+    int at;
+    V value() const { return get<kWide>(all, at); }
+    void prefetch() const { __builtin_prefetch(all.at + at * (kWide ? all.stride : 1)); }
   };
   struct Half2 {
-    const Row2<T>& row;
-    int q;
-    V value() const { return get(row, q); }
-    void prefetch() const { __builtin_prefetch(row.at + int64_t{q} * row.stride); }
+    const Row2<T>& all;
+    int at;
+    V value() const { return get(all, at); }
+    void prefetch() const { __builtin_prefetch(all.at + int64_t{at} * all.stride); }
   };
 
   void add(const Products& products) {
@@ -294,19 +301,15 @@ class TiedBack {
   void each_outer(const RowUnder& row, const Visit& visit) const {
     if (!tied_.deficit || row.is_outside()) return;
     const Index3& space = input_.space;
-    const Index3 p{row.z, row.y, 0}, partner{r_.partner(0, row.z), r_.partner(1, row.y), 0};
-    const Statistic half = Statistic::kHalfVariance;
-    const Row1<T> half1 = first<kWide>(back_.work, half, input_.value, space, p);
-    const Row2<T> half2 = second(back_.work, half, input_.value, space, partner);
-    V* bar1 = back_.first(half, input_.value, space, p);
-    V* bar2 = back_.second(half, input_.value, space, partner);
+    const int p1 = static_cast<int>(position(space, row.z, row.y, 0));
+    const int p2 = static_cast<int>(position(space, r_.partner(0, row.z), r_.partner(1, row.y), 0));
     row.each_part_beside(begin_, end_, [&](int from, int to) {
       for (int q = from; q < to; ++q) {
         const int other = r_.partner(2, q);
         const bool first_there = row.inside1 && is_inside(q, space[2]);
         const bool second_there = row.inside2 && is_inside(other, space[2]);
-        if (first_there && !second_there) visit(q, Half1{half1, q}, bar1 + q);
-        if (second_there && !first_there) visit(q, Half2{half2, other}, bar2 + other);
+        if (first_there && !second_there) visit(q, Half1{half1_, p1 + q}, half_bar1_ + p1 + q);
+        if (second_there && !first_there) visit(q, Half2{half2_, p2 + other}, half_bar2_ + p2 + other);
       }
     });
   }
@@ -341,7 +344,10 @@ class TiedBack {
   const bool has_own_;            // the sums over windows add to the tangent kernel
   const bool sums_ntk_;           // cotangents of tangent kernels are read in sums over windows
   V weight_, own_weight_, mean_;  // `own_weight_` is that of deficits, where these are carried: less than 0
-  int begin_, end_;               // the positions of a row that windows reach
+  Row1<T> half1_{};               // half the variances before it,
+  Row2<T> half2_{};
+  V *half_bar1_ = nullptr, *half_bar2_ = nullptr;  // and their cotangents
+  int begin_, end_;                                // the positions of a row that windows reach
   const V *inside_d_ = nullptr, *inside_t_ = nullptr;
   std::vector<const V*> rows_{};
   V weight_bar_{}, own_weight_bar_{};

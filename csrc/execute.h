@@ -25,6 +25,10 @@ class PassRows {
         geometry_(work.stage.instances[pass.geometry]),
         unmasked_(pass.unmasked_dual >= 0 && leaves_all<kWide>(work, work.stage.instances[pass.row_ops[0]])) {
     if (pass.head >= 0 && geometry_.kind == Kind::kTied) sums_.emplace(work, geometry_);
+    const int fused = unmasked_ ? pass.unmasked_dual : pass.fused_dual;
+    if (fused < 0) return;
+    fused_.instance = &work.stage.instances[fused];
+    fused_.numbers = dual_rows<kWide>(work, fused_.instance->value);
   }
 
   const Rectangle& rectangle() const { return work_.plane(geometry_).r; }
@@ -33,9 +37,8 @@ class PassRows {
     if (pass_.head < 0) {
       carry_parts(z, y, [](const Place&) {});
     } else if (sums_) {
-      const int fused_dual = unmasked_ ? pass_.unmasked_dual : pass_.fused_dual;
-      carry_parts(z, y, [this, fused_dual, rows = sums_->row(z, y)](const Place& at) {
-        finish_convolution<kWide>(work_, geometry_, fused_dual, at, rows);
+      carry_parts(z, y, [this, rows = sums_->row(z, y)](const Place& at) {
+        finish_convolution<kWide>(work_, geometry_, fused_, at, rows);
       });
     } else {
       carry_parts(z, y, [this](const Place& at) { load_row<kWide>(work_, geometry_, at); });
@@ -63,6 +66,7 @@ class PassRows {
   const Instance& geometry_;
   const bool unmasked_;
   std::optional<WindowSums<kWide, T>> sums_;
+  FusedDual<T> fused_{};
 };
 
 // Carries planes of a stage, whose offsets differ along the last axis alone, through all of its passes: rows in turn,

@@ -31,18 +31,30 @@ void as_covariance(const Work<T>& work, const Instance& instance, const Place& a
   if (t_out && t_out != t) std::copy(t, t + at.n, t_out);
 }
 
+// The numbers of a dual, from the first position on.
 template <bool kWide, class T>
-DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
+DualRows<T> dual_rows(const Work<T>& work, int value) {
   const int numbers = n_numbers(work.c.program.values[value]);
-  const auto of = [&](const Index3& p) {
-    return work.c.prepared.record.find(Statistic::kDual, value) + position(at.geometry.space, p) * numbers;
-  };
-  const T* numbers1 = at1<kWide>(work.c, work.tile, of(at.first));
-  const T* numbers2 = work.tile.record2 + of(at.second) * kLanes<T>;
+  const int64_t start = work.c.prepared.record.find(Statistic::kDual, value);
+  const T* numbers1 = at1<kWide>(work.c, work.tile, start);
+  const T* numbers2 = work.tile.record2 + start * kLanes<T>;
   // Rows over first samples have one second sample for all.
   if (work.c.one_position) return {numbers1, numbers2, kWide ? work.c.wide_size : 1, 0, work.c.rows};
   return {numbers1, numbers2, numbers * (kWide ? kLanes<T> : 1), numbers * kLanes<T>, 1};
 }
+
+template <bool kWide, class T>
+DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
+  return dual_rows<kWide>(work, value)
+      .from(position(at.geometry.space, at.first), position(at.geometry.space, at.second));
+}
+
+// A dual that is fused with the map before it, or none, and its numbers from the first position on.
+template <class T>
+struct FusedDual {
+  const Instance* instance = nullptr;
+  DualRows<T> numbers{};
+};
 
 template <bool kWide, class T>
 void dual(const Work<T>& work, const Instance& instance, const Place& at, const Vec<T>* d, const Vec<T>* t,
@@ -108,8 +120,9 @@ void tied(const Work<T>& work, const Instance& instance, const Place& at, const 
 
 // A tied map in the 'ntk' parameterization and the dual that is fused with it.
 template <bool kWide, int kRows, class T>
-void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance& after, const Place& at,
+void tied_and_dual(const Work<T>& work, const Instance& instance, const FusedDual<T>& fused, const Place& at,
                    const WindowRows<T>& rows, Vec<T>* d_out, Vec<T>* t_out) {
+  const Instance& after = *fused.instance;
   const Value& value = work.value(instance);
   const Value& activation = work.value(after);
   const Vec<T>* const zeros = work.scratch.zeros.data();
@@ -121,8 +134,9 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance
       const auto run = [&](auto keep) {
         tied_dual<T, Dual, kWide, ntk.value, covariance.value, keep.value, kRows>(
             at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-            work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows<kWide>(work, after.value, at),
-            d_out, t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
+            work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual,
+            fused.numbers.from(position(at.geometry.space, at.first), position(at.geometry.space, at.second)), d_out,
+            t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
       };
       if (work.plan.keeps_planes) return run(std::true_type{});
       run(std::false_type{});
@@ -132,13 +146,14 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const Instance
 
 // From sums over windows to what is after a tied map, or after the dual that is fused with it.
 template <bool kWide, int kRows, class T>
-void finish_tied(const Work<T>& work, const Instance& instance, int fused, const Place& at, const WindowRows<T>& rows) {
-  const Instance& target = fused >= 0 ? work.stage.instances[fused] : instance;
+void finish_tied(const Work<T>& work, const Instance& instance, const FusedDual<T>& fused, const Place& at,
+                 const WindowRows<T>& rows) {
+  const Instance& target = fused.instance ? *fused.instance : instance;
   const Plane<T>& out = work.plane(target);
   Vec<T>* d = out.row_d(at.z, at.y, at.x);
   Vec<T>* t = out.row_t(at.z, at.y, at.x);
-  if (fused >= 0) {
-    tied_and_dual<kWide, kRows>(work, instance, target, at, rows, d, t);
+  if (fused.instance) {
+    tied_and_dual<kWide, kRows>(work, instance, fused, at, rows, d, t);
   } else {
     tied<kWide, kRows>(work, instance, at, rows, d, t);
   }
@@ -284,7 +299,7 @@ void apply_row(const Work<T>& work, const Instance& instance, const Place& at) {
   const Vec<T>* t = in.row_t(at.z, at.y, at.x);
   switch (instance.kind) {
     case Kind::kTied:
-      return finish_tied<kWide, 1>(work, instance, -1, at,
+      return finish_tied<kWide, 1>(work, instance, FusedDual<T>{}, at,
                                    WindowRows<T>{1, input.has_ntk, {d - at.x}, {t ? t - at.x : t}});
     case Kind::kDual:
       return dual<kWide>(work, instance, at, d, t, d_out, t_out);

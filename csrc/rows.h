@@ -104,6 +104,11 @@ struct DualRows {
     return {at1 + x * stride1, step1};
   }
   NT_INLINE Numbers2<T> second(int x) const { return {at2 + x * stride2, 2 * stride2}; }
+
+  // Those from other positions on.
+  DualRows from(int64_t first, int64_t second) const {
+    return {at1 + first * stride1, at2 + second * stride2, stride1, stride2, step1};
+  }
 };
 
 // A tied map in the 'ntk' parameterization and the dual after it. `d` and `t` are rows whose sum over the window is

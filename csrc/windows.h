@@ -101,7 +101,11 @@ class WindowSums {
         tied_(tied),
         input_(work.input(tied)),
         windows_(work.value(tied).window),
+        in_(work.plane(input_)),
         out_(work.plane(tied).r),
+        begin_(out_.low[2] * windows_[2].stride - windows_[2].low),
+        end_(begin_ + (out_.size[2] - 1) * windows_[2].stride + windows_[2].extent()),
+        row_size_(work.value(tied).space[2]),
         beside_(work, tied),
         ring_(work.scratch.ring) {
     const auto& w = windows_;
@@ -131,7 +135,7 @@ class WindowSums {
         const int s0 = slot0 + kz * w[0].dilation, s1 = slot1 + ky * w[1].dilation;
         const int64_t slot = int64_t{s0 < ring_.rows0 ? s0 : s0 - ring_.rows0} * ring_.rows1 +
                              (s1 < ring_.rows1 ? s1 : s1 - ring_.rows1);
-        V* sum_d = work_.ring + slot * work_.value(tied_).space[2];
+        V* sum_d = work_.ring + slot * row_size_;
         V* sum_t = input_.has_ntk ? work_.tangent(sum_d) : nullptr;
         auto& [known, state] = ring_.rows[slot];
         const int64_t row = int64_t{row0} << 32 | row1;
@@ -174,36 +178,33 @@ class WindowSums {
 
   // Sums one row of the input, inside or (for deficits) outside of the rectangle, over the windows along it.
   RowState sum_along_row(int qz, int qy, V* sum_d, V* sum_t) const {
-    const Plane<T>& in = work_.plane(input_);
     const Index3& space = input_.space;
     const Window& w = windows_[2];
     const int n = out_.size[2];
     if (windows_[0].circular) qz = modulo(qz, space[0]);
     if (windows_[1].circular) qy = modulo(qy, space[1]);
-    const int begin = out_.low[2] * w.stride - w.low;  // the first position under a window
-    const int end = (out_.low[2] + n - 1) * w.stride + w.extent() - w.low;
-    const RowUnder row(in.r, space, qz, qy, end);
+    const RowUnder row(in_.r, space, qz, qy, end_);
     if (row.is_outside() || (!row.inside_plane && !tied_.deficit)) return kNothing;
-    // Pointers to what stands at `begin`.
+    // Pointers to what stands at `begin_`.
     V* row_d = work_.scratch.halo.data();
     V* row_t = nullptr;
     if (row.inside_plane) {
-      const int z = qz - in.r.low[0], y = qy - in.r.low[1];
-      row_d = in.row_d(z, y) + (begin - in.r.low[2]);
-      row_t = input_.has_ntk ? in.row_t(z, y) + (begin - in.r.low[2]) : nullptr;
+      const int z = qz - in_.r.low[0], y = qy - in_.r.low[1];
+      row_d = in_.row_d(z, y) + (begin_ - in_.r.low[2]);
+      row_t = input_.has_ntk ? in_.row_t(z, y) + (begin_ - in_.r.low[2]) : nullptr;
     }
-    row.each_part_beside(begin, end, [&](int from, int to) {
+    row.each_part_beside(begin_, end_, [&](int from, int to) {
       if (from >= to) return;
-      if (row_t) std::fill(row_t + (from - begin), row_t + (to - begin), V{});
+      if (row_t) std::fill(row_t + (from - begin_), row_t + (to - begin_), V{});
       if (w.circular && row.inside_plane) {
         for (int q = from; q < to; ++q) {
-          row_d[q - begin] = row_d[modulo(q, space[2]) - begin];
-          if (row_t) row_t[q - begin] = row_t[modulo(q, space[2]) - begin];
+          row_d[q - begin_] = row_d[modulo(q, space[2]) - begin_];
+          if (row_t) row_t[q - begin_] = row_t[modulo(q, space[2]) - begin_];
         }
       } else if (!tied_.deficit) {
-        std::fill(row_d + (from - begin), row_d + (to - begin), V{});
+        std::fill(row_d + (from - begin_), row_d + (to - begin_), V{});
       } else {
-        beside_.fill(row, from, to, row_d + (from - begin));
+        beside_.fill(row, from, to, row_d + (from - begin_));
       }
     });
     sum_along(row_d, sum_d, n, w.taps, w.stride, w.dilation);
@@ -216,14 +217,17 @@ class WindowSums {
   const Instance& tied_;
   const Instance& input_;
   const std::array<Window, kAxes>& windows_;
+  const Plane<T>& in_;
   const Rectangle& out_;
+  const int begin_, end_;  // the positions of a row that windows reach
+  const int row_size_;
   const Beside<kWide, T> beside_;
   Ring& ring_;
 };
 
 // A part of a row after a convolution.
 template <bool kWide, class T>
-void finish_convolution(const Work<T>& work, const Instance& tied, int fused, const Place& at,
+void finish_convolution(const Work<T>& work, const Instance& tied, const FusedDual<T>& fused, const Place& at,
                         const WindowRows<T>& rows) {
   switch (rows.n) {
     case 1:
