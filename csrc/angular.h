@@ -302,7 +302,7 @@ void apply_angular_row(const Work<T>& work, const Instance& instance, const Plac
   }
 }
 
-// All nonlinearities, which take long to compile, are compiled with engine.cc alone.
+// Rows of all nonlinearities, which take long to compile, are compiled with engine.cc alone.
 #define NT_DUALS(prefix, name, kWide, T)                                                                        \
   prefix template void name<kWide>(const Work<T>&, const Instance&, const Place&, const Vec<T>*, const Vec<T>*, \
                                    Vec<T>*, Vec<T>*);

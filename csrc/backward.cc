@@ -1,102 +1,11 @@
 // Derivatives of programs. Compiled once per instruction set, as engine.cc is.
 #include "backward.h"
 
-#include "backward_tiles.h"
+#include "tangents.h"
 
 namespace nt {
 namespace NT_LEVEL {
 namespace {
-
-// Cotangents of samples are added up apart by at most so many tasks, in at most so many bytes. Both are independent of
-// the number of threads, and so are sums.
-constexpr int64_t kMaxTasks = 32;
-constexpr int64_t kBytesOfBars = int64_t{128} << 20;
-
-template <class T>
-bool are_zeros(const T* x, int64_t n) {
-  return !x || std::all_of(x, x + n, [](T number) { return number == T(0); });
-}
-
-// Visits arrays like operands, and how many numbers they have: visit(array, size).
-template <class T, class Visit>
-void each_array(const Program& program, const LikeOperands<T>& arrays, const Visit& visit) {
-  const auto batches = [&](const auto& both, int64_t per_sample) {
-    if (both.first) visit(both.first, program.n1 * per_sample);
-    if (both.second) visit(both.second, program.n2 * per_sample);
-  };
-  visit(arrays.coefficients, program.n_coefficients);
-  for (int s = 0; s < program.n_sources; ++s) {
-    batches(arrays.sources[s], numbers_of_source(program.values[s]));
-    for (auto* pairs : {arrays.pairs[s].nngp, arrays.pairs[s].ntk}) {
-      if (pairs) visit(pairs, program.n1 * program.n2);
-    }
-  }
-  for (size_t i = 0; i < program.values.size(); ++i) {
-    batches(arrays.numbers[i], n_positions(program.values[i].space));
-  }
-}
-
-// What both directions share: the records of samples, and which pairs of them there are.
-template <class T>
-class Derivative {
- protected:
-  static constexpr int kL = kLanes<T>;
-  using V = Vec<T>;
-
-  Derivative(const Job<T>& job, const Parallel& parallel) : c_(job), program_(c_.program), parallel_(parallel) {}
-
-  // Samples that are worked on together: as many as have room for their cotangents, in every task.
-  int64_t block() const {
-    const int64_t group = (c_.wide_size + c_.cotangent_size * kL) * static_cast<int64_t>(sizeof(T));
-    return std::max<int64_t>(kBytesOfBars / std::max<int64_t>(group * kMaxTasks, 1), 1) * kL;
-  }
-
-  void fill_records(const Samples<T>& samples) const {
-    parallel_.run(samples.n_groups(), [&](const auto& next) {
-      Scratch<T> scratch(c_);
-      for (int64_t group = next(); group >= 0; group = next()) {
-        T* wide = samples.wide.data() + group * c_.wide_size;
-        const int64_t begin = samples.begin + group * kL;
-        pack_inputs(c_, wide, begin, samples.lanes_of(group), samples.which);
-        const Tile<T> tile = own_tile(c_, wide, begin, samples.lanes_of(group), samples.which);
-        RecordWriter<T, OwnStages<T>>(c_, tile, wide, OwnStages<T>{c_, tile, scratch}).write();
-      }
-    });
-  }
-
-  // The pairs of a range of first samples with second ones, each once.
-  std::vector<Pair> pairs(int64_t begin1, int64_t end1, const Samples<T>& second) const {
-    std::vector<Pair> pairs;
-    for (int64_t i = begin1; i < end1; ++i) {
-      for (int64_t j = second.begin; j < second.end; ++j) {
-        if (!program_.symmetric || i <= j) pairs.push_back({i, j});
-      }
-    }
-    return pairs;
-  }
-
-  // Calls visit(first samples, second ones) for all blocks, of a symmetric program those that have pairs; and
-  // finish(first samples) when all second ones were there.
-  template <class Visit, class Finish>
-  void each_block(const Visit& visit, const Finish& finish) const {
-    if (program_.n1 == 0 || program_.n2 == 0) return;
-    const int64_t size = block();
-    for (int64_t begin1 = 0; begin1 < program_.n1; begin1 += size) {
-      Samples<T> first(c_, 1, begin1, std::min(program_.n1, begin1 + size));
-      fill_records(first);
-      for (int64_t begin2 = program_.symmetric ? begin1 : 0; begin2 < program_.n2; begin2 += size) {
-        Samples<T> second(c_, program_.symmetric ? 1 : 2, begin2, std::min(program_.n2, begin2 + size));
-        fill_records(second);
-        visit(first, second);
-      }
-      finish(first);
-    }
-  }
-
-  const Context<T> c_;
-  const Program& program_;
-  const Parallel& parallel_;
-};
 
 template <class T>
 class Backward : Derivative<T> {
@@ -354,7 +263,7 @@ class Backward : Derivative<T> {
     }
   }
 
-  // See `with_dual_back`.
+  // Whether first samples may have one number for all lanes, see `with_dual_back`.
   static bool duals_are_fused(const Program& program) {
     return std::all_of(program.values.begin(), program.values.end(),
                        [](const Value& value) { return value.op != Op::kDual || is_fused(value.activation); });
@@ -363,124 +272,6 @@ class Backward : Derivative<T> {
   const BackwardJob<T>& job_;
   const bool duals_are_fused_;
   std::vector<double> coefficients_;
-};
-
-// Each pair of samples is carried back on its own, from the cotangent 1 of one of its results, and its cotangents are
-// multiplied by the tangents.
-template <class T>
-class Tangents : Derivative<T> {
-  using Base = Derivative<T>;
-  using Base::c_;
-  using Base::kL;
-  using Base::parallel_;
-  using Base::program_;
-  using typename Base::V;
-
- public:
-  Tangents(const TangentJob<T>& job, const Parallel& parallel) : Base(job.job, parallel), job_(job) {}
-
-  void run() {
-    bool nothing = true;
-    each_array(program_, job_.tangents, [&](const T* array, int64_t size) { nothing &= are_zeros(array, size); });
-    if (nothing) {
-      const int64_t n = program_.n1 * program_.n2;
-      for (const Result<T>& result : job_.job.results) {
-        std::fill(result.nngp, result.nngp + n, T(0));
-        if (result.ntk) std::fill(result.ntk, result.ntk + n, T(0));
-      }
-      return;
-    }
-    const auto visit = [&](const Samples<T>& first, const Samples<T>& second) {
-      const auto pairs = this->pairs(first.begin, first.end, second);
-      parallel_.run(ceil_div(pairs.size(), kL), [&](const auto& next) {
-        BackwardScratch<T> scratch(c_);
-        const Lanes<T> lanes1(c_), lanes2(c_);
-        const Buffer<V> coefficients(program_.n_cotangents());
-        const auto product = [&](const Tile<T>& tile, const std::vector<Seed<T>>& seeds) {
-          return this->product(tile, seeds, lanes1, lanes2, coefficients.data(), scratch);
-        };
-        for (int64_t k = next(); k >= 0; k = next()) {
-          const int lanes = static_cast<int>(std::min<int64_t>(kL, pairs.size() - k * kL));
-          const Tile<T> tile = pack(c_, first, second, pairs.data() + k * kL, lanes, lanes1, lanes2);
-          for (size_t output = 0; output < job_.job.results.size(); ++output) {
-            const Result<T>& result = job_.job.results[output];
-            std::vector<Seed<T>> seeds(job_.job.results.size());
-            seeds[output].nngp = broadcast(T(1));
-            write(tile, product(tile, seeds), result.nngp);
-            if (!result.ntk) continue;
-            seeds[output] = {V{}, broadcast(T(1))};
-            write(tile, product(tile, seeds), result.ntk);
-          }
-        }
-      });
-    };
-    this->each_block(visit, [](const Samples<T>&) {});
-  }
-
- private:
-  V product(const Tile<T>& tile, const std::vector<Seed<T>>& seeds, const Lanes<T>& lanes1, const Lanes<T>& lanes2,
-            V* coefficients, BackwardScratch<T>& scratch) const {
-    lanes1.clear_bars();
-    lanes2.clear_bars();
-    std::fill(coefficients, coefficients + program_.n_cotangents(), V{});
-    TileBack<true, T>(c_, tile, scratch, seeds, {lanes1.bars(), lanes2.bars(), coefficients}).run();
-    V sum = of_pairs(tile, scratch.pairs.data());
-    sum += of_samples(tile, 1, lanes1, coefficients, scratch);
-    sum += of_samples(tile, 2, lanes2, coefficients, scratch);
-    for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
-      const T tangent = job_.tangents.coefficients[program_.with_cotangents[k]];
-      // The cotangents of what a polynomial does not have, powers that may be infinite, are not asked for.
-      if (tangent != 0) sum += coefficients[k] * broadcast(tangent);
-    }
-    return sum;
-  }
-
-  // Of the sources that are materialised.
-  V of_pairs(const Tile<T>& tile, const V* bars) const {
-    V sum{};
-    for (const auto& pairs : job_.tangents.pairs) {
-      for (const T* tangents : {pairs.nngp, pairs.ntk}) {
-        for (int l = 0; tangents && l < kL; ++l) sum[l] += (*bars)[l] * tangents[tile.i[l] * program_.n2 + tile.j[l]];
-        ++bars;
-      }
-    }
-    return sum;
-  }
-
-  // Of the samples on one side of all pairs.
-  V of_samples(const Tile<T>& pairs, int side, const Lanes<T>& lanes, V* coefficients,
-               BackwardScratch<T>& scratch) const {
-    V* bars = lanes.bars();
-    const int which = program_.symmetric ? 1 : side;
-    Tile<T> tile = own_tile(c_, lanes.record(), 0, kL, which);
-    std::copy(side == 1 ? pairs.i : pairs.j, (side == 1 ? pairs.i : pairs.j) + kL, tile.i);
-    std::copy(tile.i, tile.i + kL, tile.j);
-    RecordBack<T>(c_, tile, lanes.record(), bars, coefficients, scratch).run();
-    V sum{};
-    const auto add = [&](const auto& both, const V* from, int64_t n) {
-      const T* tangents = which == 1 ? both.first : both.second;
-      for (int l = 0; tangents && l < kL; ++l) {
-        for (int64_t k = 0; k < n; ++k) sum[l] += from[k][l] * tangents[tile.i[l] * n + k];
-      }
-    };
-    for (int s = 0; s < program_.n_sources; ++s) {
-      add(job_.tangents.sources[s], bars + c_.cotangent_start[s], numbers_of_source(program_.values[s]));
-    }
-    for (int i = 0; i < static_cast<int>(program_.values.size()); ++i) {
-      const int64_t start = c_.prepared.cotangents.find(Statistic::kScale, i);
-      if (start >= 0) add(job_.tangents.numbers[i], bars + start, n_positions(program_.values[i].space));
-    }
-    return sum;
-  }
-
-  void write(const Tile<T>& tile, V tangents, T* result) const {
-    for (int l = 0; l < tile.n_lanes; ++l) {
-      result[tile.i[l] * program_.n2 + tile.j[l]] = tangents[l];
-      if (program_.symmetric) result[tile.j[l] * program_.n2 + tile.i[l]] = tangents[l];
-    }
-  }
-
-  const TangentJob<T>& job_;
 };
 
 }  // namespace

@@ -112,8 +112,8 @@ using ClipBack = ByPartials<T, ClipPartials<T>>;
 template <class T>
 using TabulatedBack = ByPartials<T, TabulatedPartials<T>>;
 
-// Calls a function with the way back through a nonlinearity: if samples are not wide, through one that is fused. Others
-// take so long that it does not matter.
+// Calls a function with the way back through a nonlinearity. With one number of each first sample for all lanes only
+// those that are fused are compiled, and `Backward` asks for no others: those take so long that loads do not matter.
 template <bool kWide, class T, class Call>
 void with_dual_back(Activation activation, const T* coefficients, const Table& table, const Call& call) {
   switch (activation) {

@@ -99,8 +99,9 @@ class DualBack {
   const Instance& before_;
   const Plane<T>& in_;
   const Plane<T>& in_bar_;
-  const DualRows<T> numbers_;              // from the first position on,
-  V *const half_bar1_, *const half_bar2_;  // as these cotangents of half the variances
+  // From the first position on: numbers of the dual, and cotangents of half the variances before it.
+  const DualRows<T> numbers_;
+  V *const half_bar1_, *const half_bar2_;
   const bool is_first_;
   V own_share_;  // 1 if tangent kernels before it got the covariance there, else 0
 };

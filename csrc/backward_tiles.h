@@ -123,9 +123,9 @@ class Lanes {
 
  public:
   explicit Lanes(const Context<T>& c, int64_t rows = 1)
-      : c_(c), rows_(rows), wide_(rows * c.wide_size), bars_(rows * c.cotangent_size) {}
+      : c_(c), rows_(rows), records_(rows * c.wide_size), bars_(rows * c.cotangent_size) {}
 
-  T* record() const { return wide_.data(); }
+  T* record() const { return records_.data(); }
   Vec<T>* bars() const { return bars_.data(); }
   void clear_bars() const { std::fill(bars(), bars() + rows_ * c_.cotangent_size, Vec<T>{}); }
 
@@ -158,7 +158,7 @@ class Lanes {
  private:
   const Context<T>& c_;
   int64_t rows_;
-  Buffer<T> wide_;
+  Buffer<T> records_;
   Buffer<Vec<T>> bars_;
 };
 

@@ -301,6 +301,7 @@ class TiedBack {
   void each_outer(const RowUnder& row, const Visit& visit) const {
     if (!tied_.deficit || row.is_outside()) return;
     const Index3& space = input_.space;
+    // Programs have at most 2^24 positions.
     const int p1 = static_cast<int>(position(space, row.z, row.y, 0));
     const int p2 = static_cast<int>(position(space, r_.partner(0, row.z), r_.partner(1, row.y), 0));
     row.each_part_beside(begin_, end_, [&](int from, int to) {
@@ -344,10 +345,11 @@ class TiedBack {
   const bool has_own_;            // the sums over windows add to the tangent kernel
   const bool sums_ntk_;           // cotangents of tangent kernels are read in sums over windows
   V weight_, own_weight_, mean_;  // `own_weight_` is that of deficits, where these are carried: less than 0
-  Row1<T> half1_{};               // half the variances before it,
+  // Of deficits, from the first position on: half the variances before the map, and their cotangents.
+  Row1<T> half1_{};
   Row2<T> half2_{};
-  V *half_bar1_ = nullptr, *half_bar2_ = nullptr;  // and their cotangents
-  int begin_, end_;                                // the positions of a row that windows reach
+  V *half_bar1_ = nullptr, *half_bar2_ = nullptr;
+  int begin_, end_;  // the positions of a row that windows reach
   const V *inside_d_ = nullptr, *inside_t_ = nullptr;
   std::vector<const V*> rows_{};
   V weight_bar_{}, own_weight_bar_{};

@@ -51,7 +51,7 @@ class Beside {
     half2_ = second(work, Statistic::kHalfVariance, value, space_, {0, 0, 0});
   }
 
-  // The part [from, to) of a row.
+  // The part [from, to) of a row. Positions are `int`: programs have at most 2^24 of them.
   void fill(const RowUnder& row, int from, int to, V* out) const {
     std::fill(out, out + (to - from), V{});
     if (row.inside1) {

@@ -302,6 +302,15 @@ def test_against_finite_differences(name, x64):
     check_direction(*kernels_of(make(spec_of(x1, x1)), x1, None))
 
 
+@pytest.mark.sample(10)
+@pytest.mark.parametrize("name", [*NETWORKS, "masks"])
+def test_rows_of_full_lanes(name, x64):
+    """Of a first sample all lanes read one number on the way back; forward derivatives pack pairs into lanes."""
+    space, make = NETWORKS.get(name, ((6, 6), lambda spec: masked(spec, *masks((6, 6), 2, 16))))
+    x1, x2 = (x.reshape(len(x), *space, -1) for x in inputs(space, 2, 16, "float64"))
+    check_direction(*kernels_of(make(spec_of(x1, x2)), x1, x2))
+
+
 def test_masks_and_their_numbers(x64):
     """The numbers of each sample and position are differentiated in, too; at 0 there is a kink."""
     (x1, x2), both = inputs((6, 6), 3, 2, "float64"), masks((6, 6), 3, 2)
