@@ -302,12 +302,18 @@ def test_against_finite_differences(name, x64):
     check_direction(*kernels_of(make(spec_of(x1, x1)), x1, None))
 
 
+FULL_LANES = NETWORKS | {
+    "gelu": ((4, 3), nonlinear(activations.Gelu())),
+    "erf, in every lane": ((4, 3), nonlinear(NONLINEARITIES["erf"])),
+    "masks": ((6, 6), lambda spec: masked(spec, *(mask + 0.1 for mask in masks((6, 6), 2, 16)))),  # no kinks
+}
+
+
 @pytest.mark.sample(10)
-@pytest.mark.parametrize("name", [*NETWORKS, "masks"])
+@pytest.mark.parametrize("name", FULL_LANES)
 def test_rows_of_full_lanes(name, x64):
-    """Of a first sample all lanes read one number on the way back; forward derivatives pack pairs into lanes."""
-    numbers = (mask + 0.1 for mask in masks((6, 6), 2, 16))  # no kinks
-    space, make = NETWORKS.get(name, ((6, 6), lambda spec: masked(spec, *numbers)))
+    """With ReLU and GELU all lanes read one number of a first sample on the way back; forward, pairs are packed."""
+    space, make = FULL_LANES[name]
     x1, x2 = (x.reshape(len(x), *space, -1) for x in inputs(space, 2, 16, "float64"))
     check_direction(*kernels_of(make(spec_of(x1, x2)), x1, x2))
 
