@@ -43,10 +43,14 @@ DualRows<T> dual_rows(const Work<T>& work, int value) {
   return {numbers1, numbers2, numbers * (kWide ? kLanes<T> : 1), numbers * kLanes<T>, 1};
 }
 
+// Those of a row.
+template <class T>
+DualRows<T> dual_rows(const DualRows<T>& all, const Place& at) {
+  return all.from(position(at.geometry.space, at.first), position(at.geometry.space, at.second));
+}
 template <bool kWide, class T>
 DualRows<T> dual_rows(const Work<T>& work, int value, const Place& at) {
-  return dual_rows<kWide>(work, value)
-      .from(position(at.geometry.space, at.first), position(at.geometry.space, at.second));
+  return dual_rows(dual_rows<kWide>(work, value), at);
 }
 
 // A dual that is fused with the map before it, or none, and its numbers from the first position on.
@@ -134,8 +138,7 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const FusedDua
       const auto run = [&](auto keep) {
         tied_dual<T, Dual, kWide, ntk.value, covariance.value, keep.value, kRows>(
             at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
-            work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual,
-            fused.numbers.from(position(at.geometry.space, at.first), position(at.geometry.space, at.second)), d_out,
+            work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows(fused.numbers, at), d_out,
             t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
       };
       if (work.plan.keeps_planes) return run(std::true_type{});
