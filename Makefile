@@ -29,7 +29,7 @@ help:
 	@echo "make test-slow   the tests marked slow"
 	@echo "make coverage    the fast tests, with line coverage"
 	@echo "make bench       benchmarks of this library"
-	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own"
+	@echo "make bench-peer  benchmarks against neural-tangents 0.6.5, in an environment of its own, empirical NTKs at the end"
 	@echo "make bench-sweep every layer and kind of composition against neural-tangents 0.6.5: is anything slower?"
 	@echo "make bench-empirical empirical NTKs, by every implementation, against neural-tangents 0.6.5"
 	@echo "make bench-gradient"
@@ -108,6 +108,7 @@ bench: $(READY)
 
 bench-peer: $(READY)
 	$(BIN)/python benchmarks/peer.py $(BENCH_ARGS)
+	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/empirical.py)
 
 bench-sweep: $(READY)
 	$(BIN)/python benchmarks/sweep.py $(BENCH_ARGS)

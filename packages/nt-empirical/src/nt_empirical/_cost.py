@@ -38,14 +38,14 @@ def cost_of(jaxpr: Jaxpr) -> Cost:
 def _peak(jaxpr: Jaxpr, order: Sequence[JaxprEqn], costs: dict[int, Cost]) -> int:
     """Returns the most bytes that are in memory at once, if equations run in an order."""
     last_use = {var: i for i, equation in enumerate(order) for var in _variables(equation.invars)}
-    live = peak = sum(map(_bytes, {*jaxpr.invars, *jaxpr.constvars}))
+    live = peak = sum(map(bytes_of, {*jaxpr.invars, *jaxpr.constvars}))
     kept = {*jaxpr.invars, *jaxpr.constvars, *_variables(jaxpr.outvars)}
     for i, equation in enumerate(order):
-        live += sum(map(_bytes, equation.outvars))
+        live += sum(map(bytes_of, equation.outvars))
         peak = max(peak, live + costs[id(equation)].peak_bytes)
         gone = {var for var in _variables(equation.invars) if last_use[var] == i and var not in kept}
         unused = [var for var in equation.outvars if var not in last_use and var not in kept]
-        live -= sum(map(_bytes, (*gone, *unused)))
+        live -= sum(map(bytes_of, (*gone, *unused)))
     return peak
 
 
@@ -77,7 +77,7 @@ def _cost_of_equation(equation: JaxprEqn) -> Cost:
         terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
         # A product without a sum, or of few terms, is no faster than other equations. Both factors are copied: into the
         # order of axes that matrix products have, and into blocks.
-        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), sum(map(_bytes, equation.invars)))
+        return Cost(entries * max(2 * terms, OPERATIONS_PER_ENTRY), sum(map(bytes_of, equation.invars)))
     if equation.primitive.name == "conv_general_dilated":
         filters, features = shape_of(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
         terms = math.prod(filters) // max(filters[features], 1)
@@ -104,5 +104,6 @@ def _variables(atoms: Iterable[Any]) -> set[Any]:
     return {atom for atom in atoms if not isinstance(atom, Literal)}
 
 
-def _bytes(variable: Any) -> int:
+def bytes_of(variable: Any) -> int:
+    """Returns the size of a variable."""
     return math.prod(shape_of(variable)) * getattr(variable.aval.dtype, "itemsize", 0)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 # Equations that call a function, which is looked into where it takes what is followed.
@@ -25,3 +27,37 @@ def evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[A
         effects=equation.effects,
     )
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
+
+
+def evaluated_in_loop(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a program as part of a loop, in which XLA for CPUs takes convolutions in one layout only.
+
+    In others they take eight times as long there: those that derivatives have, whose filters are transposed.
+    """
+    jaxpr = program.jaxpr
+    known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *inputs], strict=True))
+    for equation in jaxpr.eqns:
+        values = [var.val if isinstance(var, Literal) else known[var] for var in equation.invars]
+        if (name := equation.primitive.name) in CALLS:
+            outputs = evaluated_in_loop(closed(equation.params[CALLS[name]]), values)
+        elif name == "conv_general_dilated":
+            outputs = [_channels_last(equation, *values)]
+        else:
+            outputs = evaluated(equation, values, jaxpr)
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [var.val if isinstance(var, Literal) else known[var] for var in jaxpr.outvars]
+
+
+def _channels_last(convolution: JaxprEqn, images: Any, filters: Any) -> Any:
+    """Returns a convolution, computed with channels last and filters `(*space, channels of images, of outputs)`."""
+    images_at, filters_at, outputs_at = convolution.params["dimension_numbers"]
+    last = len(images_at) - 1
+    order = (0, last, *range(1, last))
+    outputs = convolution.primitive.bind(
+        jnp.transpose(images, (images_at[0], *images_at[2:], images_at[1])),
+        jnp.transpose(filters, (*filters_at[2:], filters_at[1], filters_at[0])),
+        **convolution.params
+        | {"dimension_numbers": lax.ConvDimensionNumbers(order, (last, last - 1, *range(last - 1)), order)},
+    )
+    # The axis that an axis of the output comes from.
+    return jnp.transpose(outputs, [order[outputs_at.index(axis)] for axis in range(last + 1)])

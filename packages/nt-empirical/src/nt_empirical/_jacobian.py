@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nt_empirical._axes import Layout, OutputAxes
 from nt_empirical._batches import Batch
+from nt_empirical._chunks import map_chunks
 from nt_empirical._parameters import Parametrised
 from nt_empirical._vmap import BatchAxes, map_samples, output_axes, sample_outputs
 
@@ -87,7 +88,7 @@ def differentiate(
     Returns:
       A pytree of `Differentiated`.
     """
-    outputs, found = derivatives(batch) if axes is None else map_samples(derivatives, batch, axes)
+    outputs, found = derivatives(batch) if axes is None else map_samples(derivatives, batch, axes, map_chunks)
     values, structure = jax.tree.flatten(outputs)
     samples_at = [None] * len(values) if axes is None else output_axes(outputs, axes)
     return structure.unflatten(
