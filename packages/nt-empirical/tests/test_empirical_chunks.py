@@ -9,8 +9,8 @@ import pytest
 from empirical_functions import TABLE
 from empirical_networks import assert_close
 from jax.sharding import PartitionSpec
-from nt_empirical import NtkImplementation, _chunks, empirical_ntk_fn
-from nt_empirical._equations import evaluated_in_loop
+from nt_empirical import NtkImplementation, _chunks, _ntk, empirical_ntk_fn
+from nt_empirical._equations import evaluated_channels_last
 
 RNG = np.random.default_rng(0)
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
@@ -39,10 +39,9 @@ def loops(fn, *args):
 
 
 @pytest.fixture
-def small_cache(monkeypatch):
-    """Samples of `arguments(3, 5)` are as large as those of real networks are."""
-    monkeypatch.setattr(_chunks, "WORK", 0)
-    monkeypatch.setattr(_chunks, "CACHE", 0)
+def one_by_one(monkeypatch):
+    """All samples are taken one by one."""
+    monkeypatch.setattr(_chunks, "_samples_at_once", lambda of_one, of_two, n: 1)
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def two_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_one_at_a_time(implementation, small_cache, x64):
+def test_one_at_a_time(implementation, one_by_one, x64):
     params, x1, x2 = arguments(3, 5)
     ntk_fn = empirical_ntk_fn(cnn, vmap_axes=0, implementation=implementation)
     assert loops(ntk_fn, x1, x2, params) == [5, 3]
@@ -103,14 +102,14 @@ def test_memory_of_large_images(implementation, monkeypatch):
         return jax.jit(ntk_fn).lower(x, None, params).compile()
 
     in_turn = compiled()
-    monkeypatch.setattr(_chunks, "_is_for_one_processor", lambda: False)
+    monkeypatch.setattr(_ntk, "is_for_one_processor", lambda: False)
     at_once = compiled()
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (in_turn, at_once)]
     assert sizes[0] < sizes[1] / 2, sizes
     assert_close(in_turn(x, None, params), at_once(x, None, params), 1e-5)
 
 
-def test_derivatives_of_kernels(small_cache, x64):
+def test_derivatives_of_kernels(one_by_one, x64):
     """Kernels by loops are differentiated, by parameters and by inputs, and mapped over networks."""
     params, x, _ = arguments(2, 4, n1=3)
 
@@ -128,7 +127,7 @@ def test_derivatives_of_kernels(small_cache, x64):
         assert_close(values, expected, 1e-12)
 
 
-def test_under_shard_map(small_cache, x64):
+def test_under_shard_map(one_by_one, x64):
     params, x1, x2 = arguments(3, 5)
     whole = PartitionSpec()
     for implementation in IMPLEMENTATIONS:
@@ -139,18 +138,41 @@ def test_under_shard_map(small_cache, x64):
         assert_close(kernel, empirical_ntk_fn(cnn)(x1, x2, params), 1e-13)
 
 
-def test_equation_by_equation_there_are_no_loops(small_cache):
+@pytest.mark.parametrize("implementation", [0, 1, 3])
+def test_equation_by_equation_there_are_no_loops(implementation, one_by_one):
     """They would be compiled in each call."""
     params, x1, _ = arguments(3, 5, dtype="float32")
-    ntk_fn = empirical_ntk_fn(cnn, vmap_axes=0)
+    ntk_fn = empirical_ntk_fn(cnn, vmap_axes=0, implementation=implementation)
     ntk_fn(x1, None, params)
     compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
-    )
-    ntk_fn(x1, None, params)
-    jax.monitoring.clear_event_listeners()
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        ntk_fn(x1, None, params)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not compilations
+
+
+def test_within_a_bound_samples_are_taken_at_once(one_by_one):
+    """The Jacobians by all arrays would be in memory together, which the bound does not count."""
+    params, x1, _ = arguments(3, 5, dtype="float32")
+    ntk_fn = empirical_ntk_fn(cnn, vmap_axes=0, max_bytes=2**30)
+    assert loops(ntk_fn, x1, None, params) == []
+
+
+def test_batches_of_different_sizes_are_refused(one_by_one):
+    params, x1, x2 = arguments(3, 5, dtype="float32")
+
+    def f(params, x):
+        return cnn(params, x["a"]) + cnn(params, x["b"])
+
+    with pytest.raises(ValueError, match="inconsistent sizes"):
+        jax.jit(empirical_ntk_fn(f, vmap_axes=0))({"a": x1, "b": x2}, None, params)
 
 
 @pytest.mark.parametrize("name", list(TABLE["convolutions"]))
@@ -164,6 +186,6 @@ def test_convolutions_of_every_kind(name, x64):
         return f(params, x), jax.jacrev(f, (0, 1))(params, x)
 
     program = jax.make_jaxpr(jacobians)(params, x)
-    found = jax.jit(lambda *leaves: evaluated_in_loop(program, leaves))(*jax.tree.leaves((params, x)))
+    found = jax.jit(lambda *leaves: evaluated_channels_last(program, leaves))(*jax.tree.leaves((params, x)))
     for actual, expected in zip(found, jax.tree.leaves(jax.jit(jacobians)(params, x)), strict=True):
         assert_close(actual, expected, 1e-13)

@@ -29,17 +29,18 @@ def evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[A
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
 
 
-def evaluated_in_loop(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
-    """Returns the outputs of a program as part of a loop, in which XLA for CPUs takes convolutions in one layout only.
+def evaluated_channels_last(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a program, of which all convolutions have channels last.
 
-    In others they take eight times as long there: those that derivatives have, whose filters are transposed.
+    In loops, XLA for CPUs takes eight times as long in other layouts, such as derivatives have: their filters are
+    transposed.
     """
     jaxpr = program.jaxpr
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *inputs], strict=True))
     for equation in jaxpr.eqns:
         values = [var.val if isinstance(var, Literal) else known[var] for var in equation.invars]
         if (name := equation.primitive.name) in CALLS:
-            outputs = evaluated_in_loop(closed(equation.params[CALLS[name]]), values)
+            outputs = evaluated_channels_last(closed(equation.params[CALLS[name]]), values)
         elif name == "conv_general_dilated":
             outputs = [_channels_last(equation, *values)]
         else:

@@ -10,7 +10,7 @@ def explain_ntk(ntk_fn: Callable[..., Any], x1: Any, x2: Any, params: Any, **kwa
     """Returns what each implementation of an empirical NTK would cost, and which one `AUTO` takes.
 
     Costs are estimates from the program of each: operations (2 for each term of a product, 16 for each entry of
-    anything else) and the bytes that are in memory at once. Nothing is computed.
+    anything else) and the bytes that are in memory at once, under ``jax.jit``. Nothing is computed.
 
     Args:
       ntk_fn: made by :func:`empirical_ntk_fn`, whatever its implementation is, without ``max_bytes``.

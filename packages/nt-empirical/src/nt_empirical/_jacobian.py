@@ -88,7 +88,10 @@ def differentiate(
     Returns:
       A pytree of `Differentiated`.
     """
-    outputs, found = derivatives(batch) if axes is None else map_samples(derivatives, batch, axes, map_chunks)
+    if axes is None:
+        outputs, found = derivatives(batch)
+    else:
+        outputs, found = map_samples(derivatives, batch, axes, map_chunks if axes.in_turn else jax.vmap)
     values, structure = jax.tree.flatten(outputs)
     samples_at = [None] * len(values) if axes is None else output_axes(outputs, axes)
     return structure.unflatten(

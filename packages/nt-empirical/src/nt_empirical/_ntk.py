@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from nt_core.manual import varying, varying_axes
+from nt_core.tracing import is_traced
 
 from nt_empirical._auto import cheapest, cost_of_implementation
 from nt_empirical._axes import Axes, Layout, axis_pairs
 from nt_empirical._batches import Batch, make_batches
+from nt_empirical._chunks import is_for_one_processor
 from nt_empirical._cost import Cost
 from nt_empirical._jacobian import ntk_by_jacobians
 from nt_empirical._parameters import Parametrised, counted
@@ -126,7 +128,7 @@ def empirical_ntk_fn(
     def costs(x1: Any, x2: Any, params: Any, **kwargs: Any) -> dict[NtkImplementation, Cost]:
         numbers = counted(scale, params)
         network = Parametrised.of(f, params, scale).only(numbers)
-        implemented = _implemented(network, *make_batches(x1, x2, kwargs), layout, batch_axes, per_leaf)
+        implemented = _implemented(network, *make_batches(x1, x2, kwargs), layout, batch_axes, True, per_leaf)
         if not numbers:
             return {}
         return {name: cost_of_implementation(by, network.weights) for name, by in implemented.items()}
@@ -161,7 +163,9 @@ def ntk(
         params = varying(params, varying_axes(outputs))
     whole, numbers = Parametrised.of(f, params, scale), counted(scale, params)
     network = whole.only(numbers)
-    implemented = _implemented(network, batch1, batch2, layout, batch_axes, per_leaf)
+    # In turn, the Jacobians by all arrays are in memory in the end; and without `jit` loops are compiled in each call.
+    in_turn = max_bytes is None and is_traced(jnp.add(0, 0))
+    implemented = _implemented(network, batch1, batch2, layout, batch_axes, in_turn, per_leaf)
     if not numbers:
         found = []
     elif implementation == NtkImplementation.AUTO:
@@ -185,11 +189,21 @@ def ntk(
     return jax.tree.map(lambda kernel: kernel.astype(jnp.result_type(*whole.weights)), kernels)
 
 
-def _implemented(network: Parametrised, *arguments: Any) -> dict[NtkImplementation, Callable[[list[Any]], list[Any]]]:
-    """Returns each implementation as a function of the arrays of a network; `arguments` are what it takes besides."""
+def _implemented(
+    network: Parametrised,
+    batch1: Batch,
+    batch2: Batch,
+    layout: Layout,
+    batch_axes: BatchAxes | None,
+    in_turn: bool,
+    per_leaf: bool,
+) -> dict[NtkImplementation, Callable[[list[Any]], list[Any]]]:
+    """Returns each implementation as a function of the arrays of a network; large samples may be taken in turn."""
+    if batch_axes is not None and in_turn and is_for_one_processor():
+        batch_axes = batch_axes._replace(in_turn=True)
 
     def by(implement: Callable[..., list[Any]]) -> Callable[[list[Any]], list[Any]]:
-        return lambda weights: implement(network.at(weights), *arguments)
+        return lambda weights: implement(network.at(weights), batch1, batch2, layout, batch_axes, per_leaf)
 
     return {name: by(implement) for name, implement in _IMPLEMENTATIONS.items()}
 

@@ -22,11 +22,13 @@ class BatchAxes(NamedTuple):
       outputs: axes of the outputs, a pytree prefix.
       kwargs: axis of every keyword that is an array or a pytree of arrays, `rng` excepted; or a dict of axes by name,
         those not named are shared.
+      in_turn: whether large samples are taken in turn, see `_chunks`.
     """
 
     inputs: Any
     outputs: Any
     kwargs: dict[str, Any] | int | None
+    in_turn: bool = False
 
     @classmethod
     def of(cls, vmap_axes: VMapAxes) -> "BatchAxes | None":
