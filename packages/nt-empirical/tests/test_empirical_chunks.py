@@ -30,7 +30,8 @@ def arguments(channels, size, n1=5, n2=3, outputs=2, dtype="float64"):
         return jnp.asarray(RNG.normal(size=shape), dtype)
 
     layers = [draw(3, 3, inputs, channels) for inputs in (2, channels)]
-    return {"convolutions": layers, "readout": draw(channels, outputs)}, draw(n1, size, size, 2), draw(n2, size, size, 2)
+    params = {"convolutions": layers, "readout": draw(channels, outputs)}
+    return params, draw(n1, size, size, 2), draw(n2, size, size, 2)
 
 
 def loops(fn, *args):
