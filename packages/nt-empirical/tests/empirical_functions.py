@@ -59,6 +59,17 @@ def layers_with_loss(w, x):
     return states.T
 
 
+def heads_in_scan(w, x):
+    """Layers of attention with one head, whose projections are slices of one array, as a loop."""
+
+    def layer(x, w):
+        q, k, v = jnp.split(x @ w["qkv"], 3, axis=-1)
+        weights = jax.nn.softmax(jnp.einsum("ntd,nsd->nts", q, k) + jnp.sum(w["qkv"][:, 1:3]), -1)
+        return x + weights @ v @ w["out"].reshape(2, 3), None
+
+    return lax.scan(layer, x, w)[0]
+
+
 def attention(w, x):
     q, k, v = (jnp.einsum("ntd,dhk->nthk", x, w[i]) for i in range(3))
     weights = jax.nn.softmax(jnp.einsum("nthk,nshk->nhts", q, k), -1)
@@ -371,6 +382,90 @@ CALLS = {
         (3,),
     ),
 }
+LOOPS = {
+    "stacked and tied": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v @ w[1] + h @ w[1]), None), x, w[0])[0],
+        [(2, 3, 3), (3, 3)],
+        (3,),
+    ),
+    "heads and slices": (heads_in_scan, {"qkv": (2, 3, 6), "out": (2, 2, 3)}, (2, 3)),
+    "convolutions": (
+        lambda w, x: jnp.mean(lax.scan(lambda h, v: (conv(("NHWC", "HWIO", "NHWC"))(v, h), None), x, w)[0], (1, 2)),
+        (2, 3, 3, 2, 2),
+        (3, 3, 2),
+    ),
+    "convolutions in groups": (
+        lambda w, x: lax.scan(lambda h, v: (conv(("NHWC", "HWIO", "NHWC"), feature_group_count=2)(v, h), None), x, w)[
+            0
+        ],
+        (2, 2, 2, 1, 2),
+        (3, 3, 2),
+    ),
+    "scan in a scan": (
+        lambda w, x: lax.scan(lambda h, v: (lax.scan(lambda h, u: (tanh(h @ u), None), h, v)[0], None), x, w)[0],
+        (2, 2, 3, 3),
+        (3,),
+    ),
+    "scan in a branch": (
+        lambda w, x: lax.cond(jnp.sum(w) < 9, layers, lambda w, x: x, {"w": w, "b": w[:, 0]}, x),
+        (2, 3, 3),
+        (3,),
+    ),
+    "branches in a scan": (
+        lambda w, x: lax.scan(
+            lambda h, i: (lax.switch(i, [lambda w, h: tanh(h @ w), lambda w, h: h * row(w[0])], w, h), None),
+            x,
+            jnp.array([0, 1, 0]),
+        )[0],
+        (3, 3),
+        (3,),
+    ),
+    "branches with other parameters": (
+        lambda w, x: lax.cond(x[0, 0] > -9, lambda: tanh(x @ w[0]), lambda: tanh(x) @ w[1] + row(w[1][0])),
+        [(3, 3), (3, 3)],
+        (3,),
+    ),
+    "table in a scan": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h * embedding(v, x)), None), jnp.ones((len(x), 2, 3), x.dtype), w)[0],
+        (2, 4, 3),
+        (2,),
+    ),
+    "scaled, transposed, checkpointed": (
+        lambda w, x: lax.scan(jax.checkpoint(lambda h, v: (tanh(h @ v.T), None)), x, 0.5 * w.swapaxes(0, 1))[0],
+        (3, 2, 3),
+        (3,),
+    ),
+    "repeated for each round": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v), None), x, jnp.broadcast_to(jnp.expand_dims(w, 0), (3, 3, 3)))[
+            0
+        ],
+        (3, 3),
+        (3,),
+    ),
+    "repeated and summed": (
+        lambda w, x: lax.scan(
+            lambda h, v: (tanh(h * row(jnp.sum(v, 0))), None), x, jnp.broadcast_to(jnp.expand_dims(w, 1), (2, 4, 3))
+        )[0],
+        (2, 3),
+        (3,),
+    ),
+    "returned by the loop": (lambda w, x: x @ lax.scan(lambda h, v: (h, 2 * v), 0, w)[1], (3, 2), (3,)),
+    "passed from round to round": (
+        lambda w, x: lax.scan(lambda c, _: ((tanh(c[0] @ c[1]), 2 * c[1]), None), (x, w), None, length=2)[0][0],
+        (3, 3),
+        (3,),
+    ),
+    "not linear in the loop": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h @ jnp.sin(v) + h @ v), None), x, w)[0],
+        (2, 3, 3),
+        (3,),
+    ),
+    "reversed, with outputs": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v), h @ v), x, w, reverse=True)[1].swapaxes(0, 1),
+        (2, 3, 3),
+        (3,),
+    ),
+}
 NETWORKS = {
     "embedding": (embedding, (4, 3), (2,)),
     "embedding, clipped": (partial(embedding, mode="clip"), (3, 3), (2,)),
@@ -460,6 +555,7 @@ TABLE = {
     "convolutions": CONVOLUTIONS,
     "tied": TIED,
     "calls": CALLS,
+    "loops": LOOPS,
     "networks": NETWORKS,
     "readouts": READOUTS,
 }

@@ -1,6 +1,7 @@
 """Large samples that are differentiated in turn: the same kernels, in less memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,17 @@ def test_batches_of_different_sizes_are_refused(one_by_one):
 
     with pytest.raises(ValueError, match="inconsistent sizes"):
         jax.jit(empirical_ntk_fn(f, vmap_axes=0))({"a": x1, "b": x2}, None, params)
+
+
+def test_convolutions_in_loops_of_the_network(x64):
+    """They have the same layout, for they are slow in any other."""
+    f, shape, of_sample = TABLE["loops"]["convolutions"]
+    params, x = RNG.normal(size=shape), RNG.normal(size=(2, *of_sample))
+    program = jax.make_jaxpr(jax.jacrev(f))(params, x)
+    evaluate = jax.jit(lambda *leaves: evaluated_channels_last(program, leaves))
+    assert_close(evaluate(params, x)[0], jax.jit(jax.jacrev(f))(params, x), 1e-13)
+    layouts = re.findall(r"dim_labels=(\w+->\w+)|\b(\w+_\w+->\w+)\b", evaluate.lower(params, x).as_text("hlo"))
+    assert {a or b for a, b in layouts} == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize("name", list(TABLE["convolutions"]))

@@ -1,6 +1,7 @@
 """Equations of JAX, evaluated one by one."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +30,37 @@ def evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[A
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
 
 
+def scanned(
+    equation: JaxprEqn,
+    inputs: Sequence[Any],
+    evaluate: Callable[[list[Any], Any], tuple[list[Any], Any]],
+    of_rounds: Any = None,
+) -> tuple[list[Any], Any]:
+    """Evaluates a `scan` with another body.
+
+    Args:
+      equation: the scan.
+      inputs: its inputs.
+      evaluate: takes the inputs of a round, and its part of `of_rounds`; returns the outputs of a round, and more.
+      of_rounds: a pytree of arrays with the rounds first, or None.
+
+    Returns:
+      The outputs of the scan, and what else rounds return, stacked.
+    """
+    params = equation.params
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, xs = list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+
+    def body(carry: list[Any], of_round: Any) -> tuple[list[Any], Any]:
+        given, part = of_round
+        outputs, more = evaluate([*consts, *carry, *given], part)
+        return outputs[: last - first], (outputs[last - first :], more)
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, (stacked, more) = lax.scan(body, carry, (xs, of_rounds), **options)
+    return [*carry, *stacked], more
+
+
 def evaluated_channels_last(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Returns the outputs of a program, of which all convolutions have channels last.
 
@@ -41,6 +73,9 @@ def evaluated_channels_last(program: ClosedJaxpr, inputs: Sequence[Any]) -> list
         values = [var.val if isinstance(var, Literal) else known[var] for var in equation.invars]
         if (name := equation.primitive.name) in CALLS:
             outputs = evaluated_channels_last(closed(equation.params[CALLS[name]]), values)
+        elif name == "scan":
+            body = functools.partial(evaluated_channels_last, equation.params["jaxpr"])
+            outputs, _ = scanned(equation, values, lambda inputs, _, body=body: (body(inputs), None))
         elif name == "conv_general_dilated":
             outputs = [_channels_last(equation, *values)]
         else:

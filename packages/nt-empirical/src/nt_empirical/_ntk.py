@@ -37,9 +37,10 @@ class NtkImplementation(enum.IntEnum):
         or a network costs little beside the number of its outputs times its parameters.
       STRUCTURED_DERIVATIVES: where a parameter enters a product, a convolution, a sum or a table, the derivative of the
         outputs by the result of that, and what the parameter was multiplied with. The kernel is a sum of products of
-        these for all places where parameters enter: for a Dense layer ``(a1 a2') * (g1 g2')``, of its inputs ``a`` and
-        the derivatives ``g`` by its outputs. Jacobians are formed only for parameters that enter in other ways
-        (stacked in a ``scan``, or through a nonlinear function), or where that takes less. Usually the fastest.
+        these for all places where parameters enter, in loops and branches too: for a Dense layer
+        ``(a1 a2') * (g1 g2')``, of its inputs ``a`` and the derivatives ``g`` by its outputs. Jacobians are formed only
+        for parameters that enter in other ways (through a nonlinear function, as the state of a loop), or where that
+        takes less. Usually the fastest.
     """
 
     AUTO = 0

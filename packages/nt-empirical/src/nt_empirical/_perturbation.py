@@ -1,14 +1,17 @@
 """A network as a function of perturbations, one at each place where its parameters enter."""
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from nt_core.manual import varying, varying_axes
 
-from nt_empirical._equations import CALLS, closed, evaluated
+from nt_empirical._equations import CALLS, closed, evaluated, scanned
+from nt_empirical._inside import outside_branch, outside_loop
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
 
@@ -88,18 +91,26 @@ class _Evaluation:
 
         for equation in jaxpr.eqns:
             values = [read(var) for var in equation.invars]
-            outputs = self._with_rule(equation, values, jaxpr) if any(isinstance(v, Weights) for v in values) else None
+            outputs = None
+            if any(isinstance(v, Weights) for v in values):
+                outputs = self._with_rule(equation, values, read_plain, jaxpr)
             if outputs is None:
                 outputs = evaluated(equation, [read_plain(var) for var in equation.invars], jaxpr)
             known.update(zip(equation.outvars, outputs, strict=True))
         return [read(var) for var in jaxpr.outvars]
 
-    def _with_rule(self, equation: JaxprEqn, inputs: list[Any], jaxpr: Jaxpr) -> list[Any] | None:
+    def _with_rule(
+        self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any], jaxpr: Jaxpr
+    ) -> list[Any] | None:
         """Returns the outputs of an equation that takes parameters, or None if there is no rule for it."""
         name = equation.primitive.name
         if name in CALLS:
             called = closed(equation.params[CALLS[name]])
             return self.run(called.jaxpr, called.consts, inputs)
+        if name == "scan":
+            return self._loop(equation, inputs, read_plain)
+        if name == "cond":
+            return self._branches(equation, inputs, read_plain)
         weights = {i: value.use for i, value in enumerate(inputs) if isinstance(value, Weights)}
         values = [value.value if isinstance(value, Weights) else value for value in inputs]
         if name == "split":
@@ -115,3 +126,90 @@ class _Evaluation:
         if len(uses) == 1 and is_arrangement(name, uses[0]):
             return [Weights(output, uses[0])]
         return [self.perturb(output, uses)]
+
+    def _loop(self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any]) -> list[Any] | None:
+        """Returns the outputs of a `scan`, as `_with_rule`."""
+        params = equation.params
+        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        # What goes from round to round is no parameter any more.
+        uses = {i: v.use for i, v in enumerate(inputs) if isinstance(v, Weights) and not first <= i < last}
+        if not uses:
+            return None
+        values = [value.value if isinstance(value, Weights) else value for value in inputs]
+        values[first:last] = [read_plain(var) for var in equation.invars[first:last]]
+
+        def rounds(perturbations: list[jax.Array] | None) -> tuple[list[Any], Inside]:
+            return scanned(
+                equation, values, lambda given, of_round: _inside(params["jaxpr"], given, uses, of_round), perturbations
+            )
+
+        return self._enter(
+            rounds, lambda use, value: outside_loop(uses[use.parameter], use, value, sliced=use.parameter >= last)
+        )
+
+    def _branches(self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any]) -> list[Any] | None:
+        """Returns the outputs of a `cond` or `switch`, as `_with_rule`."""
+        uses = {i: value.use for i, value in enumerate(inputs[1:]) if isinstance(value, Weights)}
+        # Under `shard_map`, what is 0 in other branches would have to vary over devices as it does here.
+        if not uses or jax.sharding.get_abstract_mesh().manual_axes:
+            return None
+        which = read_plain(equation.invars[0])
+        values = [value.value if isinstance(value, Weights) else value for value in inputs[1:]]
+        branches = [functools.partial(_inside, jaxpr, values, uses) for jaxpr in equation.params["branches"]]
+        shapes = [jax.eval_shape(lambda b=branch: b(None)[1]) for branch in branches]
+        starts = [0, *itertools.accumulate(len(inside.uses) for inside in shapes)]
+
+        def chosen(perturbations: list[jax.Array] | None) -> tuple[list[Any], Inside]:
+            def branch(number: int) -> tuple[list[Any], list[list[jax.Array]]]:
+                of_branch = slice(starts[number], starts[number + 1])
+                outputs, found = branches[number](perturbations and perturbations[of_branch])
+                factors = [[jnp.zeros(s.shape, s.dtype) for s in jax.tree.leaves(inside.uses)] for inside in shapes]
+                factors[number] = jax.tree.leaves(found.uses)
+                return outputs, factors
+
+            outputs, factors = jax.lax.switch(which, [functools.partial(branch, i) for i in range(len(branches))])
+            found = [
+                jax.tree.structure(inside.uses).unflatten(leaves)
+                for inside, leaves in zip(shapes, factors, strict=True)
+            ]
+            perturbed = [jnp.zeros(s.shape, s.dtype) for inside in shapes for s in inside.perturbed]
+            return outputs, Inside([*itertools.chain(*found)], perturbed)
+
+        return self._enter(chosen, lambda use, value: outside_branch(uses[use.parameter], use, value))
+
+    def _enter(
+        self,
+        evaluate: "Callable[[list[jax.Array] | None], tuple[list[Any], Inside]]",
+        outside: Callable[[Use, Any], Use | None],
+    ) -> list[Any] | None:
+        """Returns what `evaluate` does for the next perturbations, inside of an equation, and adds them to those here.
+
+        Returns None if a use inside is no use `outside`.
+        """
+        shapes = jax.eval_shape(lambda: evaluate(None)[1])
+        inside = list(zip(shapes.uses, shapes.perturbed, strict=True))
+        if any(outside(use, value) is None for uses, value in inside for use in uses):
+            return None
+        after = len(self.uses) + len(inside)
+        outputs, found = evaluate(self._perturbations and self._perturbations[len(self.uses) : after])
+        self.perturbed += found.perturbed
+        for uses, value in zip(found.uses, shapes.perturbed, strict=True):
+            self.uses.append(tuple(outside(use, value) for use in uses))  # type: ignore[arg-type]
+        return outputs
+
+
+class Inside(NamedTuple):
+    """What `_Evaluation` finds inside of an equation; parameters are the inputs of the equation there."""
+
+    uses: list[tuple[Use, ...]]
+    perturbed: list[jax.Array]
+
+
+def _inside(
+    jaxpr: ClosedJaxpr, values: Sequence[Any], numbers: Collection[int], perturbations: list[jax.Array] | None
+) -> tuple[list[Any], Inside]:
+    """Returns the outputs of a jaxpr inside of an equation; the inputs with these numbers are parameters."""
+    evaluation = _Evaluation(perturbations)
+    inputs = [Weights(v, Use.of(i, jnp.asarray(v))) if i in numbers else v for i, v in enumerate(values)]
+    outputs = [evaluation.plain(y) for y in evaluation.run(jaxpr.jaxpr, jaxpr.consts, inputs)]
+    return outputs, Inside(evaluation.uses, evaluation.perturbed if perturbations is None else [])

@@ -38,6 +38,17 @@ class Step:
         return self.primitive.bind(array, **dict(self.params))
 
 
+@dataclasses.dataclass(frozen=True)
+class InEachRound:
+    """A step that each round of a loop takes with its entry of an array, along the first axis."""
+
+    step: Any
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """Takes the step."""
+        return jax.vmap(self.step)(array)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors"],
@@ -57,7 +68,7 @@ class Use:
     """
 
     parameter: int
-    steps: tuple[Step, ...]
+    steps: tuple[Step | InEachRound, ...]
     weight_axes: Labels
     weight_shape: tuple[int, ...]
     axes: Labels
@@ -133,7 +144,7 @@ class Use:
         """Returns the use of the value with these of its axes, in this order; one that is left out is summed over."""
         return self.replace(axes=tuple(self.axes[a] for a in axes), shape=tuple(self.shape[a] for a in axes))
 
-    def moved(self, step: Step) -> "Use | None":
+    def moved(self, step: Step | InEachRound) -> "Use | None":
         """Returns the use after a step, or None if the value is not just the array, rearranged and scaled."""
         if set(self.axes) != set(self.weight_axes) or any(factor.labels or factor.chosen for factor in self.factors):
             return None
@@ -148,7 +159,11 @@ class Use:
         """Whether no entry of the parameter enters both arrays."""
         differing = (pair for pair in zip(self.steps, other.steps, strict=False) if pair[0] != pair[1])
         mine, others = next(differing, (None, None))
-        if mine is None or others is None or not mine.primitive.name == others.primitive.name == "slice":
+        while isinstance(mine, InEachRound) and isinstance(others, InEachRound):
+            mine, others = mine.step, others.step
+        if not (isinstance(mine, Step) and isinstance(others, Step)):
+            return False
+        if not mine.primitive.name == others.primitive.name == "slice":
             return False
         starts1, stops1, starts2, stops2 = (
             dict(step.params)[name] for step in (mine, others) for name in ("start_indices", "limit_indices")
