@@ -21,7 +21,7 @@ TEXT = RNG.integers(0, TOKENS, (3, 3))
 
 
 def drawn(tree, seed=0):
-    """Returns random arrays in the place of the shapes of a tree."""
+    """Returns random arrays in the place of the shapes of a tree, in double precision where that is the default."""
     rng = np.random.default_rng(seed)
 
     def draw(a):
@@ -31,7 +31,7 @@ def drawn(tree, seed=0):
             return jnp.zeros(a.shape, a.dtype)
         is_vector = sum(size > 1 for size in a.shape) < 2
         numbers = rng.uniform(0.5, 1.5, a.shape) if is_vector else rng.normal(size=a.shape) / 2
-        return jnp.asarray(numbers, a.dtype)
+        return jnp.asarray(numbers, float)
 
     return jax.tree.map(lambda a: draw(a) if isinstance(a, jax.ShapeDtypeStruct) else a, tree)
 
@@ -142,6 +142,7 @@ class NnxTransformer(nnx.Module):
             return NnxLayer(rngs)
 
         self.embed, self.layers = nnx.Embed(TOKENS, WIDTH, rngs=rngs), layers(rngs)
+        self.embed.dtype = None  # that of its parameters, as for other modules
         self.norm, self.head = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, CLASSES, rngs=rngs)
 
     def __call__(self, x):

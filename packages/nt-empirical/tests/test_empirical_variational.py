@@ -76,3 +76,34 @@ def test_kernels_in_a_loop(implementation):
     assert len(compilations) == 1
     assert_close(chunked, kernels[0], 1e-6)
     assert np.max(np.abs(kernels[1] - kernels[0])) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [NtkImplementation.JACOBIAN_CONTRACTION, NtkImplementation.AUTO])
+def test_thousands_of_samples(implementation):
+    """Steps of natural gradient with 4000 samples of 40 spins, compiled once: J J^+ solves for the step."""
+    n, sites, hidden = 4000, 40, 40
+    spins = RNG.choice([-1.0, 1.0], size=(n, sites)).astype("float32")
+    shapes = {"re": (sites, hidden), "im": (sites, hidden), "bias": (hidden,)}
+    params = {name: (0.1 * RNG.normal(size=shape)).astype("float32") for name, shape in shapes.items()}
+    ntk_fn = empirical_ntk_fn(log_psi, trace_axes=(), vmap_axes=0, implementation=implementation)
+    compilations = []
+
+    @jax.jit
+    def step(params, spins):
+        compilations.append(None)
+        k = ntk_fn(spins, None, params)
+        kernel = k[..., 0, 0] + k[..., 1, 1] + 1j * (k[..., 1, 0] - k[..., 0, 1])
+        force = jax.scipy.linalg.solve(kernel / n + 0.1 * jnp.eye(n), jnp.ones(n, kernel.dtype), assume_a="pos")
+        return jax.tree.map(lambda w: w - 1e-3 * jnp.mean(force.real), params), kernel
+
+    with jax.transfer_guard_device_to_host("disallow"):
+        following, kernel = step(params, spins)
+        step(following, spins)
+    assert len(compilations) == 1
+    some = RNG.choice(n, 5, replace=False)
+    derivatives = jax.vmap(jax.jacobian(lambda p, s: log_psi(p, s[None])[0]), (None, 0))(params, spins[some])
+    rows = np.concatenate([np.asarray(d).reshape(5, 2, -1) for d in jax.tree.leaves(derivatives)], 2)
+    rows = rows[:, 0] + 1j * rows[:, 1]
+    expected = rows @ rows.conj().T
+    assert np.max(np.abs(np.asarray(kernel)[np.ix_(some, some)] - expected)) < 1e-5 * np.max(np.abs(expected))

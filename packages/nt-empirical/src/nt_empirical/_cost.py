@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from nt_empirical._uses import shape_of
 
 # An entry that is computed or copied takes as long as so many operations of a matrix product: it passes through memory.
-OPERATIONS_PER_ENTRY = 16
+OPERATIONS_PER_ENTRY = 64
 
 
 @dataclasses.dataclass(frozen=True)

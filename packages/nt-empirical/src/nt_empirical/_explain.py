@@ -9,7 +9,7 @@ from nt_empirical._auto import choice
 def explain_ntk(ntk_fn: Callable[..., Any], x1: Any, x2: Any, params: Any, **kwargs: Any) -> str:
     """Returns what each implementation of an empirical NTK would cost, and which one `AUTO` takes.
 
-    Costs are estimates from the program of each: operations (2 for each term of a product, 16 for each entry of
+    Costs are estimates from the program of each: operations (2 for each term of a product, 64 for each entry of
     anything else) and the bytes that are in memory at once, under ``jax.jit``. Nothing is computed.
 
     Args:
