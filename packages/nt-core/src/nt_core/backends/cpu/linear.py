@@ -24,7 +24,8 @@ def linear_call(push: Linear, pull: Linear, reference_push: Linear, reference_pu
         (x, y) -> (U^T y, U x)
 
     is symmetric. Solving with its inverse as the matrix is applying it: on `((a, 0), 0)` it gives L a, its transpose,
-    which is itself, gives `L^T b`. Of the matrix nothing is ever used but its derivative with respect to the point.
+    which is itself, gives `L^T b`. Of the matrix nothing is ever used but its derivative with respect to the point, so
+    its product with a vector is not computed.
 
     Args:
       push: returns L a.
@@ -34,7 +35,7 @@ def linear_call(push: Linear, pull: Linear, reference_push: Linear, reference_pu
 
     @jax.custom_jvp
     def matrix(point: Any, solution: Vector) -> Vector:
-        return _unipotents(push, pull, -1, point, solution[::-1])[::-1]
+        return solution
 
     @matrix.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -46,6 +47,9 @@ def linear_call(push: Linear, pull: Linear, reference_push: Linear, reference_pu
         change = _dependent(jax.jvp(at, (point,), (point_tangent,))[1], point_tangent)
         return matrix(point, solution), jax.tree.map(jnp.add, matrix(point, solution_tangent), change)
 
+    # Compiled, the half that nobody reads costs nothing; and JAX, which asks twice, traces it once.
+    solve = jax.jit(partial(_unipotents, push, pull, 1))
+
     def call(point: Any, vector: Vector) -> Vector:
         # What is added up over the devices of a mesh is added up once, where these are made to vary.
         point, vector = varying((point, vector), varying_axes(point))
@@ -54,8 +58,7 @@ def linear_call(push: Linear, pull: Linear, reference_push: Linear, reference_pu
         (_, (_, result)) = lax.custom_linear_solve(
             lambda solution: matrix(point, solution),
             _dependent(((vector, nothing[1]), nothing), vector),
-            # Compiled, the half that nobody reads costs nothing.
-            lambda _, right: jax.jit(partial(_unipotents, push, pull, 1))(point, right),
+            lambda _, right: solve(point, right),
             symmetric=True,
         )
         return result
