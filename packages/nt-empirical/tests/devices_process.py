@@ -97,3 +97,9 @@ check_shard_map(overlapping, weights, X[:, :3], NtkImplementation.STRUCTURED_DER
 check_products_under_shard_map()
 check_operator()
 check_monte_carlo()
+for name in ("stacked and tied", "branches in a scan", "scan in a branch"):
+    looped, shapes, shape = empirical_functions.TABLE["loops"][name]
+    weights = jax.tree.map(
+        lambda s: jnp.asarray(RNG.normal(size=s), "float32"), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    check_shard_map(looped, weights, X[:, :3], NtkImplementation.STRUCTURED_DERIVATIVES, 0)

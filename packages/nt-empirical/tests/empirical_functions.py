@@ -449,6 +449,11 @@ LOOPS = {
         (2, 3),
         (3,),
     ),
+    "overlapping parts in a loop of no rounds": (
+        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v[:3] + h @ v[1:]), None), x, w)[0],
+        (0, 4, 3),
+        (3,),
+    ),
     "returned by the loop": (lambda w, x: x @ lax.scan(lambda h, v: (h, 2 * v), 0, w)[1], (3, 2), (3,)),
     "passed from round to round": (
         lambda w, x: lax.scan(lambda c, _: ((tanh(c[0] @ c[1]), 2 * c[1]), None), (x, w), None, length=2)[0][0],

@@ -17,7 +17,7 @@ from empirical_networks import (
     quickly_compiled,
     reduce,
 )
-from nt_empirical import NtkImplementation, empirical_kernel_fn, empirical_ntk_fn, explain_ntk
+from nt_empirical import NtkImplementation, _perturbation, empirical_kernel_fn, empirical_ntk_fn, explain_ntk
 from nt_empirical._auto import cheapest
 from nt_empirical._cost import Cost, cost_of
 
@@ -281,3 +281,38 @@ def test_loops_and_branches_keep_their_structure(unrolled):
     jacobians = costs[NtkImplementation.JACOBIAN_CONTRACTION]
     assert structured.operations < jacobians.operations / 4
     assert structured.peak_bytes < jacobians.peak_bytes / 10
+
+
+def test_nested_loops_are_traced_in_proportion(monkeypatch):
+    """What is inside of each level is looked at a fixed number of times, and not twice for each level around it."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def nested(depth):
+        if not depth:
+            return layer
+        inside = nested(depth - 1)
+
+        def loop(x, w):
+            return jax.lax.scan(lambda h, i: (jax.lax.cond(i > 0, inside, layer, h, w), None), x, jnp.arange(2))[0]
+
+        return loop
+
+    evaluated = []
+
+    def count(equation, *args):
+        evaluated.append(equation)
+        return original(equation, *args)
+
+    original = _perturbation.evaluated
+    monkeypatch.setattr(_perturbation, "evaluated", count)
+
+    def equations(depth):
+        evaluated.clear()
+        network = nested(depth)
+        ntk_fn = empirical_ntk_fn(lambda w, x: network(x, w), vmap_axes=0, implementation=3)
+        jax.make_jaxpr(ntk_fn)(jnp.ones((2, 3)), None, jnp.ones((3, 3)))
+        return len(evaluated)
+
+    assert equations(6) < 3 * equations(3)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from nt_core.manual import varying, varying_axes
 from nt_core.tracing import is_traced
 
 from nt_empirical._equations import CALLS, closed, evaluated
@@ -138,7 +139,10 @@ def _row_by_row(equation: JaxprEqn, values: list[Any], jaxpr: Jaxpr) -> list[Any
     """Returns the outputs of an equation from its values for each number of the output."""
     which = [i for i, value in enumerate(values) if isinstance(value, Cotangent)]
     sizes, labels = values[which[0]].use.weight_shape, values[which[0]].use.weight_axes
-    rows = [values[i].use.array(dtype_of(equation.invars[i])) for i in which]
+    # Under `shard_map` they vary over devices as the values do that they are cotangents of.
+    rows = [
+        varying(values[i].use.array(dtype_of(equation.invars[i])), varying_axes(equation.invars[i].aval)) for i in which
+    ]
 
     def row(rows: list[jax.Array]) -> list[jax.Array]:
         given = dict(zip(which, rows, strict=True))

@@ -50,6 +50,6 @@ def _composed(outer: Use, entering: Sequence[int], sizes: Sequence[int], inner: 
     axes = tuple(name.get(label, label) for label in inner.axes)
     known = {*outer.weight_axes, *axes, *(label for factor in factors for label in factor.all_labels)}
     repeated = math.prod(size for label, size in zip(entering, sizes, strict=True) if label not in known)
-    if repeated != 1:  # the sum over an axis along which the array is the same
+    if repeated != 1:  # the sum over an axis along which neither the parameter nor a factor differs
         factors = (*factors, Factor(jnp.full((), repeated, dtype), ()))
     return outer.replace(axes=axes, shape=inner.shape, factors=factors)

@@ -15,6 +15,9 @@ from nt_empirical._inside import outside_branch, outside_loop
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
 
+# Outputs of an equation, and what is inside, from perturbations.
+Evaluate = Callable[[list[jax.Array] | None], tuple[list[Any], "Inside"]]
+
 
 class Weights(NamedTuple):
     """A value that is linear in one parameter."""
@@ -34,6 +37,7 @@ class Perturbed:
         self._weights = [jnp.asarray(w) for w in weights]
         self._jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(list(weights))
         self._structure = jax.tree.structure(shapes)
+        self._found_inside: dict[Any, Inside] = {}
         found: list[Any] = []
 
         def collect() -> None:
@@ -48,18 +52,35 @@ class Perturbed:
         return self._structure.unflatten(evaluation.outputs), evaluation.uses
 
     def _evaluate(self, perturbations: list[jax.Array] | None) -> "_Evaluation":
-        evaluation = _Evaluation(perturbations)
+        evaluation = _Evaluation(perturbations, self._found_inside)
         inputs = [Weights(w, Use.of(i, w)) for i, w in enumerate(self._weights)]
         outputs = evaluation.run(self._jaxpr.jaxpr, self._jaxpr.consts, inputs)
         evaluation.outputs = [evaluation.plain(y) for y in outputs]
         return evaluation
 
 
-class _Evaluation:
-    """Evaluates a jaxpr equation by equation, with perturbations; without, the values that would be perturbed count."""
+class Inside(NamedTuple):
+    """What is found inside of an equation, whose inputs are the parameters there.
 
-    def __init__(self, perturbations: list[jax.Array] | None):
+    Attributes:
+      uses: by each value that is perturbed.
+      perturbed: these values, where there are no perturbations yet; otherwise none.
+    """
+
+    uses: list[tuple[Use, ...]]
+    perturbed: list[jax.Array]
+
+
+class _Evaluation:
+    """Evaluates a jaxpr equation by equation, with perturbations; without, the values that would be perturbed count.
+
+    `found_inside` keeps the shapes of what was found inside of equations, which need not be traced again for each level
+    of loops and branches around them.
+    """
+
+    def __init__(self, perturbations: list[jax.Array] | None, found_inside: dict[Any, Inside]):
         self._perturbations = perturbations
+        self._found_inside = found_inside
         self.perturbed: list[jax.Array] = []
         self.uses: list[tuple[Use, ...]] = []
         self.outputs: list[jax.Array] = []
@@ -140,11 +161,16 @@ class _Evaluation:
 
         def rounds(perturbations: list[jax.Array] | None) -> tuple[list[Any], Inside]:
             return scanned(
-                equation, values, lambda given, of_round: _inside(params["jaxpr"], given, uses, of_round), perturbations
+                equation,
+                values,
+                lambda given, of_round: self._inside(params["jaxpr"], given, uses, of_round),
+                perturbations,
             )
 
         return self._enter(
-            rounds, lambda use, value: outside_loop(uses[use.parameter], use, value, sliced=use.parameter >= last)
+            self._shapes(equation, 0, uses, rounds),
+            rounds,
+            lambda use, value: outside_loop(uses[use.parameter], use, value, sliced=use.parameter >= last),
         )
 
     def _branches(self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any]) -> list[Any] | None:
@@ -155,14 +181,16 @@ class _Evaluation:
             return None
         which = read_plain(equation.invars[0])
         values = [value.value if isinstance(value, Weights) else value for value in inputs[1:]]
-        branches = [functools.partial(_inside, jaxpr, values, uses) for jaxpr in equation.params["branches"]]
-        shapes = [jax.eval_shape(lambda b=branch: b(None)[1]) for branch in branches]
+        branches = [functools.partial(self._inside, jaxpr, values, uses) for jaxpr in equation.params["branches"]]
+        shapes = [self._shapes(equation, number, uses, branch) for number, branch in enumerate(branches)]
         starts = [0, *itertools.accumulate(len(inside.uses) for inside in shapes)]
+        perturbed = [shape for inside in shapes for shape in inside.perturbed]
 
         def chosen(perturbations: list[jax.Array] | None) -> tuple[list[Any], Inside]:
             def branch(number: int) -> tuple[list[Any], list[list[jax.Array]]]:
-                of_branch = slice(starts[number], starts[number + 1])
-                outputs, found = branches[number](perturbations and perturbations[of_branch])
+                own = None if perturbations is None else perturbations[starts[number] : starts[number + 1]]
+                outputs, found = branches[number](own)
+                # Those of other branches do not count, for their perturbations change nothing.
                 factors = [[jnp.zeros(s.shape, s.dtype) for s in jax.tree.leaves(inside.uses)] for inside in shapes]
                 factors[number] = jax.tree.leaves(found.uses)
                 return outputs, factors
@@ -172,44 +200,48 @@ class _Evaluation:
                 jax.tree.structure(inside.uses).unflatten(leaves)
                 for inside, leaves in zip(shapes, factors, strict=True)
             ]
-            perturbed = [jnp.zeros(s.shape, s.dtype) for inside in shapes for s in inside.perturbed]
-            return outputs, Inside([*itertools.chain(*found)], perturbed)
+            values = [jnp.zeros(shape.shape, shape.dtype) for shape in perturbed] if perturbations is None else []
+            return outputs, Inside([*itertools.chain(*found)], values)
 
-        return self._enter(chosen, lambda use, value: outside_branch(uses[use.parameter], use, value))
+        return self._enter(
+            Inside([*itertools.chain(*(inside.uses for inside in shapes))], perturbed),
+            chosen,
+            lambda use, value: outside_branch(uses[use.parameter], use, value),
+        )
 
-    def _enter(
+    def _inside(
         self,
-        evaluate: "Callable[[list[jax.Array] | None], tuple[list[Any], Inside]]",
-        outside: Callable[[Use, Any], Use | None],
-    ) -> list[Any] | None:
+        jaxpr: ClosedJaxpr,
+        values: Sequence[Any],
+        numbers: Collection[int],
+        perturbations: list[jax.Array] | None,
+    ) -> tuple[list[Any], Inside]:
+        """Returns the outputs of a jaxpr inside of an equation; the inputs with these numbers are parameters."""
+        evaluation = _Evaluation(perturbations, self._found_inside)
+        inputs = [Weights(v, Use.of(i, jnp.asarray(v))) if i in numbers else v for i, v in enumerate(values)]
+        outputs = [evaluation.plain(y) for y in evaluation.run(jaxpr.jaxpr, jaxpr.consts, inputs)]
+        return outputs, Inside(evaluation.uses, evaluation.perturbed if perturbations is None else [])
+
+    def _shapes(self, equation: JaxprEqn, branch: int, uses: Collection[int], evaluate: Evaluate) -> Inside:
+        """Returns the shapes of what `evaluate` finds inside of an equation, where these inputs are parameters."""
+        # The equation is part of the network's jaxpr, which outlives this dictionary.
+        key = id(equation), branch, frozenset(uses)
+        if key not in self._found_inside:
+            self._found_inside[key] = jax.eval_shape(lambda: evaluate(None)[1])
+        return self._found_inside[key]
+
+    def _enter(self, shapes: Inside, evaluate: Evaluate, outside: Callable[[Use, Any], Use | None]) -> list[Any] | None:
         """Returns what `evaluate` does for the next perturbations, inside of an equation, and adds them to those here.
 
         Returns None if a use inside is no use `outside`.
         """
-        shapes = jax.eval_shape(lambda: evaluate(None)[1])
         inside = list(zip(shapes.uses, shapes.perturbed, strict=True))
         if any(outside(use, value) is None for uses, value in inside for use in uses):
             return None
-        after = len(self.uses) + len(inside)
-        outputs, found = evaluate(self._perturbations and self._perturbations[len(self.uses) : after])
+        first = len(self.uses)
+        given = None if self._perturbations is None else self._perturbations[first : first + len(inside)]
+        outputs, found = evaluate(given)
         self.perturbed += found.perturbed
         for uses, value in zip(found.uses, shapes.perturbed, strict=True):
             self.uses.append(tuple(outside(use, value) for use in uses))  # type: ignore[arg-type]
         return outputs
-
-
-class Inside(NamedTuple):
-    """What `_Evaluation` finds inside of an equation; parameters are the inputs of the equation there."""
-
-    uses: list[tuple[Use, ...]]
-    perturbed: list[jax.Array]
-
-
-def _inside(
-    jaxpr: ClosedJaxpr, values: Sequence[Any], numbers: Collection[int], perturbations: list[jax.Array] | None
-) -> tuple[list[Any], Inside]:
-    """Returns the outputs of a jaxpr inside of an equation; the inputs with these numbers are parameters."""
-    evaluation = _Evaluation(perturbations)
-    inputs = [Weights(v, Use.of(i, jnp.asarray(v))) if i in numbers else v for i, v in enumerate(values)]
-    outputs = [evaluation.plain(y) for y in evaluation.run(jaxpr.jaxpr, jaxpr.consts, inputs)]
-    return outputs, Inside(evaluation.uses, evaluation.perturbed if perturbations is None else [])

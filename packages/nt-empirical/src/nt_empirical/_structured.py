@@ -203,7 +203,7 @@ def _jacobian(way: Way, output_labels: Sequence[int], shape: tuple[int, ...]) ->
         return jacobian
     example = varying(jnp.zeros(shape, jacobian.dtype), varying_axes(jacobian))
     put_back = jax.linear_transpose(functools.partial(_taken, use), example)
-    rows = jax.vmap(lambda entries: put_back(entries)[0])(jacobian.reshape(-1, *use.weight_shape))
+    rows = jax.vmap(lambda entries: put_back(entries)[0])(jacobian.reshape(math.prod(of_output), *use.weight_shape))
     return rows.reshape(*of_output, *shape)
 
 

@@ -156,7 +156,7 @@ class Use:
         return Use(self.parameter, steps, axes, shape, axes, shape, self.factors)
 
     def apart(self, other: "Use") -> bool:
-        """Whether no entry of the parameter enters both arrays."""
+        """Whether no entry of the parameter enters both arrays: if after equal steps they are different slices."""
         differing = (pair for pair in zip(self.steps, other.steps, strict=False) if pair[0] != pair[1])
         mine, others = next(differing, (None, None))
         while isinstance(mine, InEachRound) and isinstance(others, InEachRound):
