@@ -176,8 +176,10 @@ class _Evaluation:
     def _branches(self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any]) -> list[Any] | None:
         """Returns the outputs of a `cond` or `switch`, as `_with_rule`."""
         uses = {i: value.use for i, value in enumerate(inputs[1:]) if isinstance(value, Weights)}
-        # Under `shard_map`, what is 0 in other branches would have to vary over devices as it does here.
-        if not uses or jax.sharding.get_abstract_mesh().manual_axes:
+        # Under `shard_map`, what is 0 in other branches would have to vary over devices as it does here; branches for
+        # platforms are chosen when a program is compiled.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if not uses or manual or equation.params.get("branches_platforms") is not None:
             return None
         which = read_plain(equation.invars[0])
         values = [value.value if isinstance(value, Weights) else value for value in inputs[1:]]
