@@ -81,6 +81,11 @@ def fused_attention(w, x):
     return jax.nn.softmax(jnp.einsum("ntd,nsd->nts", q, k), -1) @ v
 
 
+def unstacked(w, x):
+    first, second = jnp.unstack(w, axis=1)
+    return tanh(x @ first) * (x @ second)
+
+
 def split_weights(w, x):
     a, b = jnp.split(w, [1], axis=1)
     return tanh(x @ a) * (x @ b)
@@ -206,6 +211,7 @@ ARRANGEMENTS = {
     "two rows": (lambda w, x: tanh(x * row(w[0])) + jnp.cos(x * row(w[1])), (2, 3), (3,)),
     "part": (lambda w, x: tanh(x @ w[1:, :1]), (4, 2), (3,)),
     "overlapping parts": (lambda w, x: tanh(x @ w[1:]) + x @ w[:-1], (4, 2), (3,)),
+    "unstacked": (unstacked, (3, 2, 3), (3,)),
     "every second": (lambda w, x: tanh(x @ w[::2]), (5, 2), (3,)),
     "dynamic row": (lambda w, x: tanh(x * row(lax.dynamic_index_in_dim(w, 1, keepdims=False))), (2, 3), (3,)),
     "changed at": (lambda w, x: tanh(x @ w.at[0].set(1.0)), (3, 2), (3,)),

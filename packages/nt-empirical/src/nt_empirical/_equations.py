@@ -30,6 +30,21 @@ def evaluated(equation: JaxprEqn, inputs: Sequence[Any], jaxpr: Jaxpr) -> list[A
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
 
 
+def state_of_scan(equation: JaxprEqn) -> tuple[int, int]:
+    """Returns where, among the inputs of a `scan`, those begin that go from round to round, and where they end.
+
+    Its parameters have other names in other versions of JAX; but what rounds get or make a part of has an axis more.
+    """
+    body = closed(equation.params["jaxpr"]).jaxpr
+
+    def whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)  # type: ignore[attr-defined]
+
+    last = whole(equation.invars, body.invars)
+    return last - whole(equation.outvars, body.outvars), last
+
+
 def scanned(
     equation: JaxprEqn,
     inputs: Sequence[Any],
@@ -47,8 +62,7 @@ def scanned(
     Returns:
       The outputs of the scan, and what else rounds return, stacked.
     """
-    params = equation.params
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    first, last = state_of_scan(equation)
     consts, carry, xs = list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
 
     def body(carry: list[Any], of_round: Any) -> tuple[list[Any], Any]:
@@ -56,7 +70,7 @@ def scanned(
         outputs, more = evaluate([*consts, *carry, *given], part)
         return outputs[: last - first], (outputs[last - first :], more)
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     carry, (stacked, more) = lax.scan(body, carry, (xs, of_rounds), **options)
     return [*carry, *stacked], more
 
@@ -74,7 +88,7 @@ def evaluated_channels_last(program: ClosedJaxpr, inputs: Sequence[Any]) -> list
         if (name := equation.primitive.name) in CALLS:
             outputs = evaluated_channels_last(closed(equation.params[CALLS[name]]), values)
         elif name == "scan":
-            body = functools.partial(evaluated_channels_last, equation.params["jaxpr"])
+            body = functools.partial(evaluated_channels_last, closed(equation.params["jaxpr"]))
             outputs, _ = scanned(equation, values, lambda inputs, _, body=body: (body(inputs), None))
         elif name == "conv_general_dilated":
             outputs = [_channels_last(equation, *values)]

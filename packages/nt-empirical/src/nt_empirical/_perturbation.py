@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from nt_core.manual import varying, varying_axes
 
-from nt_empirical._equations import CALLS, closed, evaluated, scanned
+from nt_empirical._equations import CALLS, closed, evaluated, scanned, state_of_scan
 from nt_empirical._inside import outside_branch, outside_loop
 from nt_empirical._rules import RULES, is_arrangement, split
 from nt_empirical._uses import Use, dtype_of
@@ -134,7 +134,7 @@ class _Evaluation:
             return self._branches(equation, inputs, read_plain)
         weights = {i: value.use for i, value in enumerate(inputs) if isinstance(value, Weights)}
         values = [value.value if isinstance(value, Weights) else value for value in inputs]
-        if name == "split":
+        if name in ("split", "unstack"):
             slices = split(weights[0], equation)
             return None if slices is None else list(map(Weights, evaluated(equation, values, jaxpr), slices))
         if name not in RULES or not jnp.issubdtype(dtype_of(equation.outvars[0]), jnp.floating):
@@ -150,8 +150,8 @@ class _Evaluation:
 
     def _loop(self, equation: JaxprEqn, inputs: list[Any], read_plain: Callable[[Any], Any]) -> list[Any] | None:
         """Returns the outputs of a `scan`, as `_with_rule`."""
-        params = equation.params
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, last = state_of_scan(equation)
+        body = closed(equation.params["jaxpr"])
         # What goes from round to round is no parameter any more.
         uses = {i: v.use for i, v in enumerate(inputs) if isinstance(v, Weights) and not first <= i < last}
         if not uses:
@@ -163,7 +163,7 @@ class _Evaluation:
             return scanned(
                 equation,
                 values,
-                lambda given, of_round: self._inside(params["jaxpr"], given, uses, of_round),
+                lambda given, of_round: self._inside(body, given, uses, of_round),
                 perturbations,
             )
 
@@ -183,7 +183,7 @@ class _Evaluation:
             return None
         which = read_plain(equation.invars[0])
         values = [value.value if isinstance(value, Weights) else value for value in inputs[1:]]
-        branches = [functools.partial(self._inside, jaxpr, values, uses) for jaxpr in equation.params["branches"]]
+        branches = [functools.partial(self._inside, closed(b), values, uses) for b in equation.params["branches"]]
         shapes = [self._shapes(equation, number, uses, branch) for number, branch in enumerate(branches)]
         starts = [0, *itertools.accumulate(len(inside.uses) for inside in shapes)]
         perturbed = [shape for inside in shapes for shape in inside.perturbed]

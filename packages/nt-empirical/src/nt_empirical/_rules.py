@@ -98,17 +98,18 @@ def _moved(use: Use, which: int, inputs: list[Any], equation: JaxprEqn) -> Use |
 
 
 def split(use: Use, equation: JaxprEqn) -> list[Use] | None:
-    """Returns the uses of the outputs of `split`, which are slices, or None as rules do."""
+    """Returns the uses of the outputs of `split`, which are slices, or of `unstack`; None as rules do."""
     axis, start = equation.params["axis"], 0
+    unstacked = equation.primitive.name == "unstack"
     uses: list[Use] = []
-    for size in map(int, equation.params["sizes"]):
+    for size in [1] * use.shape[axis] if unstacked else map(int, equation.params["sizes"]):
         starts, limits = [0] * len(use.shape), list(use.shape)
         starts[axis], limits[axis] = start, start + size
         params = (("start_indices", tuple(starts)), ("limit_indices", tuple(limits)), ("strides", None))
         part = use.moved(Step(primitives.slice_p, params))
         if part is None:
             return None
-        uses.append(part)
+        uses.append(part.taking([a for a in range(len(use.shape)) if a != axis]) if unstacked else part)
         start += size
     return uses
 
