@@ -49,6 +49,11 @@ def repeated(fn, length):
     return f
 
 
+def in_rounds(layer):
+    """A network with a layer for each entry along the first axis of the parameters."""
+    return lambda w, x: lax.scan(lambda h, v: (layer(h, v), None), x, w)[0]
+
+
 def layers(w, x):
     """A network whose layers are stacked along the first axis of the parameters."""
     return lax.scan(lambda h, layer: (tanh(h @ layer["w"] + row(layer["b"])), None), x, w)[0]
@@ -396,19 +401,17 @@ LOOPS = {
     ),
     "heads and slices": (heads_in_scan, {"qkv": (2, 3, 6), "out": (2, 2, 3)}, (2, 3)),
     "convolutions": (
-        lambda w, x: jnp.mean(lax.scan(lambda h, v: (conv(("NHWC", "HWIO", "NHWC"))(v, h), None), x, w)[0], (1, 2)),
+        lambda w, x: jnp.mean(in_rounds(lambda h, v: conv(("NHWC", "HWIO", "NHWC"))(v, h))(w, x), (1, 2)),
         (2, 3, 3, 2, 2),
         (3, 3, 2),
     ),
     "convolutions in groups": (
-        lambda w, x: lax.scan(lambda h, v: (conv(("NHWC", "HWIO", "NHWC"), feature_group_count=2)(v, h), None), x, w)[
-            0
-        ],
+        in_rounds(lambda h, v: conv(("NHWC", "HWIO", "NHWC"), feature_group_count=2)(v, h)),
         (2, 2, 2, 1, 2),
         (3, 3, 2),
     ),
     "scan in a scan": (
-        lambda w, x: lax.scan(lambda h, v: (lax.scan(lambda h, u: (tanh(h @ u), None), h, v)[0], None), x, w)[0],
+        in_rounds(lambda h, v: in_rounds(lambda h, u: tanh(h @ u))(v, h)),
         (2, 2, 3, 3),
         (3,),
     ),
@@ -442,21 +445,17 @@ LOOPS = {
         (3,),
     ),
     "repeated for each round": (
-        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v), None), x, jnp.broadcast_to(jnp.expand_dims(w, 0), (3, 3, 3)))[
-            0
-        ],
+        lambda w, x: in_rounds(lambda h, v: tanh(h @ v))(jnp.broadcast_to(row(w), (3, 3, 3)), x),
         (3, 3),
         (3,),
     ),
     "repeated and summed": (
-        lambda w, x: lax.scan(
-            lambda h, v: (tanh(h * row(jnp.sum(v, 0))), None), x, jnp.broadcast_to(jnp.expand_dims(w, 1), (2, 4, 3))
-        )[0],
+        lambda w, x: in_rounds(lambda h, v: tanh(h * row(jnp.sum(v, 0))))(jnp.repeat(w[:, None], 4, 1), x),
         (2, 3),
         (3,),
     ),
     "overlapping parts in a loop of no rounds": (
-        lambda w, x: lax.scan(lambda h, v: (tanh(h @ v[:3] + h @ v[1:]), None), x, w)[0],
+        in_rounds(lambda h, v: tanh(h @ v[:3] + h @ v[1:])),
         (0, 4, 3),
         (3,),
     ),
@@ -467,7 +466,7 @@ LOOPS = {
         (3,),
     ),
     "not linear in the loop": (
-        lambda w, x: lax.scan(lambda h, v: (tanh(h @ jnp.sin(v) + h @ v), None), x, w)[0],
+        in_rounds(lambda h, v: tanh(h @ jnp.sin(v) + h @ v)),
         (2, 3, 3),
         (3,),
     ),
