@@ -32,6 +32,17 @@ def fcn(outputs):
     return f, [*hidden, weights(256, outputs)], (784,)
 
 
+def scanned():
+    """Eight hidden layers of 256, stacked in a scan, and 10 outputs."""
+
+    def f(params, x):
+        hidden, readout = params
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, hidden)[0] @ readout
+
+    hidden = np.stack([weights(256, 256) for _ in range(8)])
+    return f, [hidden, weights(256, 10)], (256,)
+
+
 def deep():
     """Ten hidden layers of 1000 on 1000 inputs, 10^7 parameters, one output."""
 
@@ -104,6 +115,7 @@ NETWORKS = {
     "cnn-pool": (cnn, 4),
     "wide-resnet": (wide_resnet, 4),
     "transformer": (transformer, 8),
+    "scanned": (scanned, 32),
 }
 # Of which the kernel of a batch with itself is computed within a bound on memory.
 LARGE = {"fcn-10M": (deep, 1000)}

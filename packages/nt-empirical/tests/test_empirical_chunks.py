@@ -11,7 +11,7 @@ from empirical_functions import TABLE
 from empirical_networks import assert_close
 from jax.sharding import PartitionSpec
 from nt_empirical import NtkImplementation, _chunks, _ntk, empirical_ntk_fn
-from nt_empirical._equations import evaluated_channels_last
+from nt_empirical._equations import CALLS, closed, evaluated_channels_last
 
 RNG = np.random.default_rng(0)
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
@@ -36,8 +36,16 @@ def arguments(channels, size, n1=5, n2=3, outputs=2, dtype="float64"):
 
 
 def loops(fn, *args):
-    """Returns how many rounds each loop of a program has."""
-    return [e.params["length"] for e in jax.make_jaxpr(fn)(*args).jaxpr.eqns if e.primitive.name == "scan"]
+    """Returns how many rounds each loop of a program has, also inside of functions that it calls."""
+
+    def rounds(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation.params["length"]
+            elif equation.primitive.name in CALLS:
+                yield from rounds(closed(equation.params[CALLS[equation.primitive.name]]).jaxpr)
+
+    return list(rounds(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 @pytest.fixture
@@ -163,8 +171,9 @@ def test_equation_by_equation_there_are_no_loops(implementation, one_by_one):
 def test_within_a_bound_samples_are_taken_at_once(one_by_one):
     """The Jacobians by all arrays would be in memory together, which the bound does not count."""
     params, x1, _ = arguments(3, 5, dtype="float32")
-    ntk_fn = empirical_ntk_fn(cnn, vmap_axes=0, max_bytes=2**30)
-    assert loops(ntk_fn, x1, None, params) == []
+    unbounded, within = (empirical_ntk_fn(cnn, vmap_axes=0, max_bytes=bound) for bound in (None, 2**30))
+    assert loops(jax.jit(unbounded), x1, None, params) == [5]
+    assert loops(within, x1, None, params) == []
 
 
 def test_batches_of_different_sizes_are_refused(one_by_one):

@@ -78,8 +78,7 @@ def scanned(
 def evaluated_channels_last(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Returns the outputs of a program, of which all convolutions have channels last.
 
-    In loops, XLA for CPUs takes eight times as long in other layouts, such as derivatives have: their filters are
-    transposed.
+    In loops, XLA for CPUs is slow in other layouts, such as derivatives have: their filters are transposed.
     """
     jaxpr = program.jaxpr
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *inputs], strict=True))
