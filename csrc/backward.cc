@@ -21,6 +21,7 @@ class Backward : Derivative<T> {
       : Base(job.job, parallel),
         job_(job),
         duals_are_fused_(duals_are_fused(program_)),
+        wants_second_(program_.symmetric || job.results.coefficients || job.results.any_of_second()),
         coefficients_(program_.n_cotangents(), 0) {}
 
   void run() {
@@ -33,10 +34,10 @@ class Backward : Derivative<T> {
     this->each_block(
         [&](const Samples<T>& first, const Samples<T>& second) {
           pairs_back(first, second);
-          samples_back(second);
+          if (wants_second_) samples_back(second);
         },
         [&](const Samples<T>& first) { samples_back(first); });
-    for (int64_t k = 0; k < program_.n_cotangents(); ++k) {
+    for (int64_t k = 0; job_.results.coefficients && k < program_.n_cotangents(); ++k) {
       job_.results.coefficients[program_.with_cotangents[k]] += static_cast<T>(coefficients_[k]);
     }
   }
@@ -66,7 +67,10 @@ class Backward : Derivative<T> {
   void carry_back(const Tile<T>& tile, V* bars1, V* bars2, Worker& worker) const {
     std::fill(worker.coefficients.data(), worker.coefficients.data() + program_.n_cotangents(), V{});
     const auto seeds = this->seeds(tile);
-    TileBack<kWide, T>(c_, tile, worker.scratch, seeds, {bars1, bars2, worker.coefficients.data()}).run();
+    Bars<T> bars{bars1, bars2, worker.coefficients.data()};
+    bars.wants_coefficients = job_.results.coefficients != nullptr;
+    bars.wants_second = wants_second_;
+    TileBack<kWide, T>(c_, tile, worker.scratch, seeds, bars).run();
     add_lanes(worker.coefficients.data(), worker.coefficient_sums);
     for (int s = 0; s < program_.n_sources; ++s) {
       const V* bars = worker.scratch.pairs.data() + int64_t{2} * s * tile.rows;
@@ -270,7 +274,7 @@ class Backward : Derivative<T> {
   }
 
   const BackwardJob<T>& job_;
-  const bool duals_are_fused_;
+  const bool duals_are_fused_, wants_second_;
   std::vector<double> coefficients_;
 };
 

@@ -23,7 +23,7 @@ void each_array(const Program& program, const LikeOperands<T>& arrays, const Vis
     if (both.first) visit(both.first, program.n1 * per_sample);
     if (both.second) visit(both.second, program.n2 * per_sample);
   };
-  visit(arrays.coefficients, program.n_coefficients);
+  if (arrays.coefficients) visit(arrays.coefficients, program.n_coefficients);
   for (int s = 0; s < program.n_sources; ++s) {
     batches(arrays.sources[s], numbers_of_source(program.values[s]));
     for (auto* pairs : {arrays.pairs[s].nngp, arrays.pairs[s].ntk}) {

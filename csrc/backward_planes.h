@@ -120,11 +120,11 @@ void dual_back(Back<kWide, T>& back, const Instance& instance) {
   back.is_written[before] = true;
   const Plane<T>& bar = back.plane(instance);
   const Vec<T> zero{}, one = broadcast(T(1));
+  const Vec<T>* const zeros = back.scratch.forward.zeros.data();
   for (int z = 0; z < bar.r.size[0]; ++z) {
     for (int y = 0; y < bar.r.size[1]; ++y) {
-      const Vec<T>* t = bar.t ? bar.row_t(z, y) : back.scratch.forward.zeros.data();
-      each_part(instance, bar.r, z, y,
-                [&](const Place& at) { dual.row(at, bar.row_d(z, y, at.x), t + at.x, one, zero); });
+      const RowsAfter<T> after{{bar.row_d(z, y), zeros, zeros}, {bar.t ? bar.row_t(z, y) : zeros, zeros, zeros}};
+      each_part(instance, bar.r, z, y, [&](const Place& at) { dual.row(at, after, one, zero); });
     }
   }
 }

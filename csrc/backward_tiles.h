@@ -78,7 +78,7 @@ class TileBack {
     without_coefficients.coefficients = scratch_.unused.data();
     for (int k = n - 1; k > turn; --k) back(k, without_coefficients);
     for (int k = turn; k >= 0; --k) back(k, bars_, k == turn);
-    if (turn == n - 1) return;
+    if (turn == n - 1 || !bars_.wants_coefficients) return;
     finish(turn);
     for (int k = turn + 1; k < n; ++k) forward(k);
     scratch_.clear_tensors();

@@ -1,6 +1,7 @@
 // The way back through convolutions.
 #pragma once
 
+#include "backward_dual_rows.h"
 #include "backward_rows.h"
 
 namespace nt {
@@ -48,27 +49,21 @@ class WindowsOf {
 
 // out[q] = the sum over the windows along a row that q is in, of rows that are added up.
 template <class V>
-void sum_of_windows(const std::vector<const V*>& rows, V mean, V* sums, V* out, int n, const Window& w) {
+void sum_of_windows(const std::vector<const V*>& rows, V* sums, V* out, int n, const Window& w) {
   const auto sum = [&](int x) {
     V total{};
     for (const V* row : rows) total += row[x];
-    return total * mean;
+    return total;
   };
   const auto sum_of_three = [&](const auto& at) {
-    V a{}, b{};
-    for (int q = 0; q < n; ++q) {
-      const V c = at(q);
-      out[q] = (a + b) + c;
-      a = b;
-      b = c;
-    }
-    out[n] = a + b;
-    out[n + 1] = b;
+    ThreeInTurn<V> three{out + 1};
+    for (int x = 0; x < n; ++x) three.put(x, at(x));
+    three.end(n);
   };
-  if (w.taps == 3 && w.stride == 1 && w.dilation == 1) {
+  if (w.is_three_in_turn()) {
     if (rows.size() != 3) return sum_of_three(sum);
     const V *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
-    return sum_of_three([&](int x) { return ((row0[x] + row1[x]) + row2[x]) * mean; });
+    return sum_of_three([&](int x) { return (row0[x] + row1[x]) + row2[x]; });
   }
   for (int x = 0; x < n; ++x) sums[x] = sum(x);
   std::fill(out, out + (n - 1) * w.stride + w.extent(), V{});
@@ -79,12 +74,12 @@ void sum_of_windows(const std::vector<const V*>& rows, V mean, V* sums, V* out, 
 
 // The same where positions are counted modulo the size of the image.
 template <class V>
-void sum_of_circular_windows(const std::vector<const V*>& rows, V mean, V* out, int n, int size, const Window& w) {
+void sum_of_circular_windows(const std::vector<const V*>& rows, V* out, int n, int size, const Window& w) {
   std::fill(out, out + size, V{});
   for (int x = 0; x < n; ++x) {
     V total{};
     for (const V* row : rows) total += row[x];
-    for (int k = 0; k < w.taps; ++k) out[modulo(x * w.stride + k * w.dilation - w.low, size)] += total * mean;
+    for (int k = 0; k < w.taps; ++k) out[modulo(x * w.stride + k * w.dilation - w.low, size)] += total;
   }
 }
 
@@ -107,10 +102,10 @@ class TiedBack {
         has_own_(has_ntk_ && !has_own_covariance(back.work, tied)),
         sums_ntk_(has_own_ || input_.has_ntk) {
     const T* c = back.work.coefficients(value_);
-    const T mean = T(1) / window_size<T>(value_);
-    weight_ = broadcast(c[0]);
-    own_weight_ = broadcast(!has_own_ ? T(0) : tied.deficit ? -c[2] : c[2]);
-    mean_ = broadcast(mean);
+    const V mean = broadcast(T(1) / window_size<T>(value_));
+    mean_ = mean;
+    weight_ = mean * c[0];
+    own_weight_ = !has_own_ ? V{} : mean * (tied.deficit ? -c[2] : c[2]);
     const Window& w = value_.window[2];
     if (tied.deficit) {
       const Statistic half = Statistic::kHalfVariance;
@@ -132,36 +127,26 @@ class TiedBack {
     }
     if (input_.feeds_tied_alone) {
       const int before = input_.inputs[0];
-      DualBack<kWide, T> dual(back_, input_, !back_.is_written[before]);
+      Dual dual(back_, input_, !back_.is_written[before]);
       back_.is_written[before] = true;
+      dual_ = dual.sums() ? &dual : nullptr;
+      takes_three_ = out_bar_.is_summed && dual_;
       each_row([&](int z, int y) {
-        each_part(input_, r_, z, y, [&](const Place& at) {
-          add(dual.row(at, inside_d_ + at.x, inside_t_ + at.x, weight_, own_weight_));
-        });
+        each_part(input_, r_, z, y, [&](const Place& at) { add(dual.row(at, inside_, weight_, own_weight_)); });
       });
     } else {
       each_row([&](int z, int y) { inner(z, y); });
     }
-    back_.add_coefficient(value_, 0, weight_bar_);
-    if (has_own_) back_.add_coefficient(value_, 2, tied_.deficit ? -own_weight_bar_ : own_weight_bar_);
+    const V own_weight_bar = own_weight_bar_ * mean_;
+    back_.add_coefficient(value_, 0, weight_bar_ * mean_);
+    if (has_own_) back_.add_coefficient(value_, 2, tied_.deficit ? -own_weight_bar : own_weight_bar);
   }
 
  private:
-  using Products = typename DualBack<kWide, T>::Products;
+  using Dual = DualBack<kWide, T>;
+  using Products = typename Dual::Products;
 
-  // Half the variance of a first sample, or of second ones, at a position.
-  struct Half1 {
-    const Row1<T>& all;
-    int at;
-    V value() const { return get<kWide>(all, at); }
-    void prefetch() const { __builtin_prefetch(all.at + at * (kWide ? all.stride : 1)); }
-  };
-  struct Half2 {
-    const Row2<T>& all;
-    int at;
-    V value() const { return get(all, at); }
-    void prefetch() const { __builtin_prefetch(all.at + int64_t{at} * all.stride); }
-  };
+  using First = std::true_type;  // of the first sample; else of the second ones
 
   void add(const Products& products) {
     weight_bar_ += products.d;
@@ -187,11 +172,12 @@ class TiedBack {
     if (!tied_.deficit) return;
     const auto half1 = first<kWide>(back_.work, Statistic::kHalfAverage, tied_.value, at);
     const auto half2 = second(back_.work, Statistic::kHalfAverage, tied_.value, at);
+    const V average_weight = broadcast(back_.work.coefficients(value_)[2]);
     V* bar1 = back_.first(Statistic::kHalfAverage, tied_.value, at);
     V* bar2 = back_.second(Statistic::kHalfAverage, tied_.value, at);
     for (int x = 0; x < at.n; ++x) {
       own_weight += t[x] * (get<kWide>(half1, x) + get(half2, x));
-      const V bar = -own_weight_ * t[x];
+      const V bar = average_weight * t[x];
       bar1[x] += bar;
       bar2[x] += bar;
     }
@@ -211,13 +197,15 @@ class TiedBack {
     }
   }
 
-  // Calls visit(z, y) for the rows before the map, when `inside_d_` and `inside_t_` are sums of cotangents over the
-  // windows that their positions are in.
+  // Calls visit(z, y) for the rows before the map, when `inside_` holds cotangents whose sums are those over the
+  // windows that their positions are in, undivided.
   template <class Visit>
   void each_row(const Visit& visit) {
+    const V* const zeros = back_.scratch.forward.zeros.data();
+    inside_ = windows_ = {{zeros, zeros, zeros}, {zeros, zeros, zeros}};
     if (back_.work.c.one_position) {  // windows of one position: no sums
-      inside_d_ = out_bar_.d;
-      inside_t_ = sums_ntk_ ? out_bar_.t : back_.scratch.forward.zeros.data();
+      inside_.d[0] = out_bar_.d;
+      if (sums_ntk_) inside_.t[0] = out_bar_.t;
       return visit(0, 0);
     }
     const Rectangle& r = out_bar_.r;
@@ -230,7 +218,7 @@ class TiedBack {
       const int n = y.end() - y.begin();
       for (int k = 1; k <= n; ++k) {
         const int qy = y.begin() + k % n;
-        if (k < n) prefetch(row_at(qz, y.begin() + (k + 1) % n));
+        if (k < n && !dual_) prefetch(row_at(qz, y.begin() + (k + 1) % n));
         visit_row(row_at(qz, qy), z.of(qz), y.of(qy), visit);
       }
     }
@@ -243,27 +231,44 @@ class TiedBack {
   void visit_row(const RowUnder& row, WindowsOf::Few windows_z, WindowsOf::Few windows_y, const Visit& visit) {
     if (row.is_outside() || (!row.inside_plane && !tied_.deficit)) return;
     const BackwardScratch<T>& s = back_.scratch;
-    sum_rows(windows_z, windows_y, out_bar_.d, s.rows_d.data(), s.windows_d.data());
-    if (sums_ntk_) sum_rows(windows_z, windows_y, out_bar_.t, s.rows_t.data(), s.windows_t.data());
+    sum_rows(windows_z, windows_y, out_bar_.d, s.rows_d.data(), s.windows_d.data(), windows_.d);
+    if (sums_ntk_) sum_rows(windows_z, windows_y, out_bar_.t, s.rows_t.data(), s.windows_t.data(), windows_.t);
     if (row.inside_plane) {
-      inside_d_ = inside(s.windows_d.data(), s.inside_d.data());
-      inside_t_ = sums_ntk_ ? inside(s.windows_t.data(), s.inside_t.data()) : s.forward.zeros.data();
+      for (int k = 0; k < 3; ++k) {
+        inside_.d[k] = inside(windows_.d[k], s.inside_d.data());
+        inside_.t[k] = inside(windows_.t[k], s.inside_t.data());
+      }
       visit(row.z - r_.low[0], row.y - r_.low[1]);
     }
-    add_outer(row);
+    dual_ ? add_outer_before_dual(row) : add_outer(row);
   }
 
-  // Sums of cotangents over the windows, divided by their size.
-  void sum_rows(WindowsOf::Few windows_z, WindowsOf::Few windows_y, const V* plane, V* sums, V* windows) {
+  // Up to three rows whose sum is that of cotangents over the windows, from `begin_` on.
+  void sum_rows(WindowsOf::Few windows_z, WindowsOf::Few windows_y, const V* plane, V* sums, V* windows,
+                const V** result) {
+    const int n = out_bar_.r.size[2];
     rows_.clear();
     for (int z : windows_z) {
       for (int y : windows_y) rows_.push_back(plane + (int64_t{z} * out_bar_.r.size[1] + y) * out_bar_.stride);
     }
     const Window& w = value_.window[2];
-    if (w.circular) {
-      sum_of_circular_windows(rows_, mean_, windows, out_bar_.r.size[2], input_.space[2], w);
+    if (takes_three_ && rows_.size() <= 3) {
+      for (size_t k = 0; k < 3; ++k) {
+        result[k] = k < rows_.size() ? rows_[k] - 1 : back_.scratch.forward.zeros.data();
+      }
+      return;
+    }
+    result[0] = windows;
+    result[1] = result[2] = back_.scratch.forward.zeros.data();
+    if (out_bar_.is_summed) {
+      for (int x = 0; x < n + 2; ++x) {
+        windows[x] = V{};
+        for (const V* row : rows_) windows[x] += row[x - 1];
+      }
+    } else if (w.circular) {
+      sum_of_circular_windows(rows_, windows, n, input_.space[2], w);
     } else {
-      sum_of_windows(rows_, mean_, sums, windows, out_bar_.r.size[2], w);
+      sum_of_windows(rows_, sums, windows, n, w);
     }
   }
 
@@ -271,6 +276,7 @@ class TiedBack {
   const V* inside(const V* windows, V* copy) const {
     const int low = r_.low[2], high = low + r_.size[2];
     if (begin_ <= low && high <= end_) return windows + (low - begin_);
+    if (windows == back_.scratch.forward.zeros.data()) return windows;
     for (int q = low; q < high; ++q) copy[q - low] = q >= begin_ && q < end_ ? windows[q - begin_] : V{};
     return copy;
   }
@@ -283,20 +289,21 @@ class TiedBack {
     const V* t = in.row_t(z, y);
     V* bar_d = in_bar.row_d(z, y);
     V* bar_t = in_bar.row_t(z, y);
+    const V *inside_d = inside_.d[0], *inside_t = inside_.t[0];
     Products products;
     for (int x = 0; x < r_.size[2]; ++x) {
-      bar_d[x] += fma(own_weight_, inside_t_[x], weight_ * inside_d_[x]);
-      products.d = fma(inside_d_[x], d[x], products.d);
-      products.t = fma(inside_t_[x], d[x], products.t);
+      bar_d[x] += fma(own_weight_, inside_t[x], weight_ * inside_d[x]);
+      products.d = fma(inside_d[x], d[x], products.d);
+      products.t = fma(inside_t[x], d[x], products.t);
     }
     for (int x = 0; t && x < r_.size[2]; ++x) {
-      bar_t[x] = fma(weight_, inside_t_[x], bar_t[x]);
-      products.d = fma(inside_t_[x], t[x], products.d);
+      bar_t[x] = fma(weight_, inside_t[x], bar_t[x]);
+      products.d = fma(inside_t[x], t[x], products.d);
     }
     add(products);
   }
 
-  // Visits the positions of a row that are inside one image only: visit(q, half variance, its cotangent).
+  // Visits the positions of a row that are inside one image only: visit(q, whose, position in that image).
   template <class Visit>
   void each_outer(const RowUnder& row, const Visit& visit) const {
     if (!tied_.deficit || row.is_outside()) return;
@@ -309,30 +316,60 @@ class TiedBack {
         const int other = r_.partner(2, q);
         const bool first_there = row.inside1 && is_inside(q, space[2]);
         const bool second_there = row.inside2 && is_inside(other, space[2]);
-        if (first_there && !second_there) visit(q, Half1{half1_, p1 + q}, half_bar1_ + p1 + q);
-        if (second_there && !first_there) visit(q, Half2{half2_, p2 + other}, half_bar2_ + p2 + other);
+        if (first_there && !second_there) visit(q, First{}, p1 + q);
+        if (second_there && !first_there) visit(q, std::false_type{}, p2 + other);
       }
     });
   }
 
   void prefetch(const RowUnder& row) const {
-    each_outer(row, [](int, const auto& half, const V* bar) {
-      half.prefetch();
-      __builtin_prefetch(bar, 1);
+    each_outer(row, [this](int, auto whose, int p) {
+      if constexpr (whose) {
+        __builtin_prefetch(half1_.at + p * (kWide ? half1_.stride : 1));
+        __builtin_prefetch(half_bar1_ + p, 1);
+      } else {
+        __builtin_prefetch(half2_.at + int64_t{p} * half2_.stride);
+        __builtin_prefetch(half_bar2_ + p, 1);
+      }
     });
   }
 
   void add_outer(const RowUnder& row) {
-    const V *windows_d = back_.scratch.windows_d.data(), *windows_t = back_.scratch.windows_t.data();
     V weight_bar{}, own_weight_bar{};  // in registers
-    each_outer(row, [&](int q, const auto& half, V* bar) {
-      const V d = windows_d[q - begin_], t = sums_ntk_ ? windows_t[q - begin_] : V{};
-      *bar += fma(own_weight_, t, weight_ * d);
-      weight_bar = fma(d, half.value(), weight_bar);
-      own_weight_bar = fma(t, half.value(), own_weight_bar);
+    each_outer(row, [&](int q, auto whose, int p) {
+      const V d = sum_across<3>(windows_.d, q - begin_), t = sum_across<3>(windows_.t, q - begin_);
+      V half;
+      if constexpr (whose) {
+        half = get<kWide>(half1_, p);
+      } else {
+        half = get(half2_, p);
+      }
+      *(whose ? half_bar1_ + p : half_bar2_ + p) += fma(own_weight_, t, weight_ * d);
+      weight_bar = fma(d, half, weight_bar);
+      own_weight_bar = fma(t, half, own_weight_bar);
     });
     weight_bar_ += weight_bar;
     own_weight_bar_ += own_weight_bar;
+  }
+
+  // The same where the variance is proportional to that before the dual: what is read of that, and its cotangents, lie
+  // beside those of the row, and are in cache.
+  void add_outer_before_dual(const RowUnder& row) {
+    V weight_bar{}, own_weight_bar{}, slope_bar{};
+    const V slope = dual_->slope();
+    each_outer(row, [&](int q, auto whose, int p) {
+      const V d = sum_across<3>(windows_.d, q - begin_), t = sum_across<3>(windows_.t, q - begin_);
+      const V root = dual_->root(whose, p), before = root * root, half = slope * before;
+      const V bar = fma(own_weight_, t, weight_ * d);
+      V* to = dual_->half_bar(whose) + p;
+      *to = fma(slope, bar, *to);
+      slope_bar = fma(bar, before, slope_bar);
+      weight_bar = fma(d, half, weight_bar);
+      own_weight_bar = fma(t, half, own_weight_bar);
+    });
+    weight_bar_ += weight_bar;
+    own_weight_bar_ += own_weight_bar;
+    back_.add_coefficient(back_.work.value(input_), 0, slope_bar);
   }
 
   Back<kWide, T>& back_;
@@ -349,8 +386,10 @@ class TiedBack {
   Row1<T> half1_{};
   Row2<T> half2_{};
   V *half_bar1_ = nullptr, *half_bar2_ = nullptr;
-  int begin_, end_;  // the positions of a row that windows reach
-  const V *inside_d_ = nullptr, *inside_t_ = nullptr;
+  int begin_, end_;                // the positions of a row that windows reach
+  const Dual* dual_ = nullptr;     // that is carried back together with the map, and writes sums
+  bool takes_three_ = false;       // rows are summed along already, and added up where they are read
+  RowsAfter<T> windows_, inside_;  // of a row before the map: from `begin_` on, and inside both images
   std::vector<const V*> rows_{};
   V weight_bar_{}, own_weight_bar_{};
 };

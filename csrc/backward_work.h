@@ -18,6 +18,8 @@ struct Bars {
   V* pairs = nullptr;      // of the sources that are materialised, each with those of its tangent kernel behind it
   V* tensors_d = nullptr;  // of all tensors of a plan, one after another
   V* tensors_t = nullptr;
+  bool wants_coefficients = true;  // else nobody reads them, nor
+  bool wants_second = true;        // those of the second samples
 };
 
 // Cotangents of an output: of each pair's covariance and tangent kernel. There is one for each row over first samples.

@@ -29,6 +29,9 @@ class PassRows {
     if (fused < 0) return;
     fused_.instance = &work.stage.instances[fused];
     fused_.numbers = dual_rows<kWide>(work, fused_.instance->value);
+    if (fused_.instance->sums_for < 0 || work.stage.wrapped[2]) return;
+    beside_.emplace(work, work.stage.instances[fused_.instance->sums_for]);
+    fused_.sums = work.planes[fused].is_summed = true;
   }
 
   const Rectangle& rectangle() const { return work_.plane(geometry_).r; }
@@ -37,9 +40,10 @@ class PassRows {
     if (pass_.head < 0) {
       carry_parts(z, y, [](const Place&) {});
     } else if (sums_) {
-      carry_parts(z, y, [this, rows = sums_->row(z, y)](const Place& at) {
-        finish_convolution<kWide>(work_, geometry_, fused_, at, rows);
-      });
+      const WindowRows<T> rows = sums_->row(z, y);  // which may write to the ends of what is overwritten
+      if (beside_) beside_->fill_ends(z, y, work_.plane(*fused_.instance).row_d(z, y));
+      carry_parts(z, y,
+                  [this, &rows](const Place& at) { finish_convolution<kWide>(work_, geometry_, fused_, at, rows); });
     } else {
       carry_parts(z, y, [this](const Place& at) { load_row<kWide>(work_, geometry_, at); });
     }
@@ -67,6 +71,7 @@ class PassRows {
   const bool unmasked_;
   std::optional<WindowSums<kWide, T>> sums_;
   FusedDual<T> fused_{};
+  std::optional<Beside<kWide, T>> beside_;  // rows whose neighbours are added up
 };
 
 // Carries planes of a stage, whose offsets differ along the last axis alone, through all of its passes: rows in turn,

@@ -35,11 +35,22 @@ class Buffers {
     return data;
   }
 
+  // Cotangents that nobody wants have no elements.
+  T* wanted_result(int64_t size, const char* what) {
+    auto buffer = rets_.get<ffi::AnyBuffer>(n_rets_);
+    const bool is_unwanted = buffer.has_value() && (**buffer).element_count() == 0;
+    T* data = result(is_unwanted ? 0 : size, what);
+    return is_unwanted ? nullptr : data;
+  }
+
   auto arguments() {
     return [this](int64_t size, const char* what) { return argument(size, what); };
   }
   auto results() {
     return [this](int64_t size, const char* what) { return result(size, what); };
+  }
+  auto wanted_results() {
+    return [this](int64_t size, const char* what) { return wanted_result(size, what); };
   }
 
   void check_all_used() const {
@@ -90,7 +101,7 @@ struct Backward {
   static void run(const Prepared& prepared, Buffers<T>& buffers, const Parallel& parallel) {
     BackwardJob<T> job{make_job<T>(prepared, buffers.arguments())};
     job.cotangents = take_results<const T>(prepared.program, buffers.arguments());
-    job.results = take_like_operands<T>(prepared.program, buffers.results());
+    job.results = take_like_operands<T>(prepared.program, buffers.wanted_results());
     buffers.check_all_used();
     if constexpr (sizeof(T) == 4) {
       level().backward_float(job, parallel);

@@ -1,6 +1,7 @@
 // One call of the engine: a program, its plans, and where its numbers are.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -127,7 +128,7 @@ Job<T> make_job(const Prepared& prepared, const Argument& argument, const TakeRe
 }
 
 // Arrays like the operands of a job: their tangents (of const numbers), or cotangents. Those of the second batch are
-// null where it is the first.
+// null where it is the first; cotangents are too where nobody wants them.
 template <class T>
 struct LikeOperands {
   struct Batches {
@@ -142,6 +143,13 @@ struct LikeOperands {
   std::vector<Batches> sources;  // inputs, or the variances of what is materialised
   std::vector<Pairs> pairs;      // of sources that are materialised
   std::vector<Batches> numbers;  // of every value
+
+  bool any_of_second() const {
+    const auto has = [](const std::vector<Batches>& all) {
+      return std::any_of(all.begin(), all.end(), [](const Batches& both) { return both.second != nullptr; });
+    };
+    return has(sources) || has(numbers);
+  }
 };
 
 // How many numbers of each sample there are of a source: of inputs, or its variances.

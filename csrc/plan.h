@@ -99,6 +99,8 @@ struct Instance {
   bool deficit = false;
   bool has_ntk = false;
   int buffer = -1;
+  int row_shift = 0;  // by how many rows of its buffer it starts before others, whose rows it overwrites
+  int sums_for = -1;  // a fused kDual: the kTied that reads its rows as sums of three neighbours, and nothing else does
   // In plans that keep planes, for the way back:
   bool kept = false;              // its plane is read there
   bool feeds_dual_alone = false;  // a kTied: the covariance added to its tangent kernel is carried back by that dual
@@ -163,7 +165,8 @@ struct Stage {
   std::vector<Index3> offsets;
   Flags3 wrapped{};  // axes along which convolutions are circular
   int n_buffers = 0;
-  int64_t buffer_size = 0;        // in positions
+  int64_t buffer_size = 0;  // in positions
+  int most_row_shift = 0;
   int pad_low = 0, pad_high = 0;  // room beside each row for what is read beyond its ends
   int64_t ring_size = 0;          // in positions: rows summed horizontally, that later rows will need again
   int planes_at_once = 1;         // that go through the passes row by row in turn, and read the same samples

@@ -89,6 +89,8 @@ struct Plane {
   V* d = nullptr;
   V* t = nullptr;
   int64_t stride = 0;
+  bool is_summed =
+      false;  // each position holds the sum of three neighbours along the last axis, of which it is the middle
 
   V* row_d(int z, int y, int x = 0) const { return d + (int64_t{z} * r.size[1] + y) * stride + x; }
   V* row_t(int z, int y, int x = 0) const { return t ? row_d(z, y, x) + (t - d) : nullptr; }
@@ -133,11 +135,12 @@ struct Work {
   void place_planes() {
     planes.clear();
     for (const Instance& instance : stage.instances) {
-      Plane<T> plane{Rectangle(instance.space, times(offset, instance.scale), stage.wrapped), nullptr, nullptr, 0};
+      Plane<T> plane{Rectangle(instance.space, times(offset, instance.scale), stage.wrapped)};
       if (c.one_position) plane.r.size[2] = tile.rows;
       plane.stride = plane.r.size[2] + stage.pad_low + stage.pad_high;
       if (instance.buffer >= 0) {
         plane.d = buffers + instance.buffer * stage.buffer_size * c.rows + stage.pad_low;
+        plane.d += (stage.most_row_shift - instance.row_shift) * plane.stride;
         if (instance.has_ntk) plane.t = tangent(plane.d);
       }
       planes.push_back(plane);

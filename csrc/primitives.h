@@ -58,6 +58,7 @@ template <class T>
 struct FusedDual {
   const Instance* instance = nullptr;
   DualRows<T> numbers{};
+  bool sums = false;  // neighbours are added up, see `Instance::sums_for`
 };
 
 template <bool kWide, class T>
@@ -135,14 +136,19 @@ void tied_and_dual(const Work<T>& work, const Instance& instance, const FusedDua
   dispatch(t_out != nullptr, !after.deficit, [&](auto ntk, auto covariance) {
     with_fused_dual(activation.activation, work.coefficients(activation), [&](const auto& dual) {
       using Dual = std::decay_t<decltype(dual)>;
-      const auto run = [&](auto keep) {
-        tied_dual<T, Dual, kWide, ntk.value, covariance.value, keep.value, kRows>(
+      const auto run = [&](auto keep, auto sums) {
+        tied_dual<T, Dual, kWide, ntk.value, covariance.value, keep.value, sums.value, kRows>(
             at.x, at.n, rows.d, rows.has_ntk ? rows.t : no_tangents,
             work.coefficients(value)[0] * (T(1) / window_size<T>(value)), dual, dual_rows(fused.numbers, at), d_out,
             t_out, between.row_d(at.z, at.y, at.x), between.row_t(at.z, at.y, at.x));
       };
-      if (work.plan.keeps_planes) return run(std::true_type{});
-      run(std::false_type{});
+      const auto run_or_keep = [&](auto sums) {
+        work.plan.keeps_planes ? run(std::true_type{}, sums) : run(std::false_type{}, sums);
+      };
+      if constexpr (kRows == 3 && !covariance.value) {
+        if (fused.sums) return run_or_keep(std::true_type{});
+      }
+      run_or_keep(std::false_type{});
     });
   });
 }

@@ -19,6 +19,7 @@ struct Window {
 
   bool trivial() const { return taps == 1 && stride == 1 && low == 0 && high == 0; }
   int extent() const { return (taps - 1) * dilation + 1; }  // the decoder bounds it
+  bool is_three_in_turn() const { return taps == 3 && stride == 1 && dilation == 1 && !circular; }
 };
 
 // clang-format off

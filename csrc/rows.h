@@ -56,6 +56,25 @@ NT_INLINE void sum_along(const V* in, V* out, int n, int taps, int stride, int d
   }
 }
 
+// Adds each three neighbours of a row up while it is written: what is at x becomes the sum of x - 1, x and x + 1.
+template <class V>
+struct ThreeInTurn {
+  V* out;
+  V before{}, last{};  // at x - 2 and at x - 1
+
+  NT_INLINE void put(int x, V next) {
+    out[x - 1] = (before + last) + next;
+    before = last;
+    last = next;
+  }
+
+  // Beside a row of `n` there is nothing, and sums of which it is the middle are wanted too.
+  NT_INLINE void end(int n) {
+    put(n, V{});
+    put(n + 1, V{});
+  }
+};
+
 // Sum of up to three rows.
 template <int kRows, class V>
 NT_INLINE V sum_across(const V* const* rows, int x) {
@@ -113,8 +132,8 @@ struct DualRows {
 
 // A tied map in the 'ntk' parameterization and the dual after it. `d` and `t` are rows whose sum over the window is
 // wanted, from `begin` on, `weight` is w_var divided by the size of the window. With `kKeep`, what is between both goes
-// to `d_between` and `t_between`.
-template <class T, class Dual, bool kWide, bool kNtk, bool kCovariance, bool kKeep, int kRows>
+// to `d_between` and `t_between`. With `kSums` neighbours are added up; what is beside the row stands at its ends.
+template <class T, class Dual, bool kWide, bool kNtk, bool kCovariance, bool kKeep, bool kSums, int kRows>
 void tied_dual(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t, T weight, Dual dual, DualRows<T> rows,
                Vec<T>* d_out, Vec<T>* t_out, Vec<T>* d_between, Vec<T>* t_between) {
   using V = Vec<T>;
@@ -122,6 +141,7 @@ void tied_dual(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
   const V* const rows_d[3] = {d[0] + begin, kRows > 1 ? d[1] + begin : nullptr, kRows > 2 ? d[2] + begin : nullptr};
   const V* const rows_t[3] = {kNtk ? t[0] + begin : nullptr, kNtk && kRows > 1 ? t[1] + begin : nullptr,
                               kNtk && kRows > 2 ? t[2] + begin : nullptr};
+  ThreeInTurn<V> three_d{d_out, V{}, kSums ? d_out[-1] : V{}}, three_t{t_out};
   for (int x = 0; x < n; ++x) {
     V value, factor, before;
     const V deficit = sum_across<kRows>(rows_d, x) * w;
@@ -130,11 +150,13 @@ void tied_dual(int begin, int n, const Vec<T>* const* d, const Vec<T>* const* t,
     if constexpr (kNtk) {
       const V tangent = fma(sum_across<kRows>(rows_t, x), w, before);
       if constexpr (kKeep) t_between[x] = tangent;
-      t_out[x] = tangent * factor;
+      kSums ? three_t.put(x, tangent * factor) : void(t_out[x] = tangent * factor);
     }
     if constexpr (kKeep) d_between[x] = deficit;
-    d_out[x] = value;
+    kSums ? three_d.put(x, value) : void(d_out[x] = value);
   }
+  if constexpr (kSums) three_d.put(n, d_out[n]);
+  if constexpr (kSums && kNtk) three_t.put(n, V{});
 }
 
 // A dual alone.

@@ -175,6 +175,23 @@ bool can_overwrite(const Value& tied, const Index3& space_in) {
   });
 }
 
+// Where a dual is fused with the map before it and read by a convolution alone, that loop adds neighbours up for it.
+void find_sums(const Program& program, Stage& stage) {
+  for (const Pass& pass : stage.passes) {
+    const int dual = pass.fused_dual >= 0 ? pass.fused_dual : pass.unmasked_dual;
+    if (dual < 0 || count_uses(stage, dual) != 1 || dual == stage.root) continue;
+    const auto reads = [&](const Instance& i) { return i.kind == Kind::kTied && i.inputs[0] == dual; };
+    const auto reader = std::find_if(stage.instances.begin(), stage.instances.end(), reads);
+    if (reader == stage.instances.end()) continue;
+    const Value& value = program.values[reader->value];
+    const auto& w = value.window;
+    Instance& before = stage.instances[dual];
+    const bool of_neighbours = w[2].is_three_in_turn() && w[2].low == 1 && w[0].trivial();
+    if (!before.deficit || !of_neighbours || !can_overwrite(value, before.space)) continue;
+    before.sums_for = static_cast<int>(reader - stage.instances.begin());
+  }
+}
+
 class BufferAllocator {
  public:
   BufferAllocator(const Program& program, Stage& stage) : program_(program), stage_(stage) {
@@ -193,9 +210,7 @@ class BufferAllocator {
           const int input = head.inputs[0];
           --uses_[input];
           if (can_overwrite(program_.values[head.value], stage_.instances[input].space)) {
-            if (uses_[input] == 0) {
-              stage_.instances[target].buffer = stage_.instances[input].buffer;
-            }
+            if (uses_[input] == 0) overwrite(pass.head, input, target);
           } else {
             kept = input;
             ++uses_[input];
@@ -211,6 +226,7 @@ class BufferAllocator {
           const int buffer = stage_.instances[input].buffer;
           if (instance.buffer < 0) {
             instance.buffer = buffer;
+            instance.row_shift = stage_.instances[input].row_shift;
           } else {
             free_.push_back(buffer);
           }
@@ -222,6 +238,16 @@ class BufferAllocator {
   }
 
  private:
+  // Sums of neighbours are read again for rows further down: so each row is written over one that is not.
+  void overwrite(int tied, int input, int target) {
+    const Instance& from = stage_.instances[input];
+    Instance& to = stage_.instances[target];
+    to.buffer = from.buffer;
+    to.row_shift = from.row_shift;
+    if (from.sums_for == tied) to.row_shift += program_.values[stage_.instances[tied].value].window[1].low;
+    stage_.most_row_shift = std::max(stage_.most_row_shift, to.row_shift);
+  }
+
   int take() {
     if (free_.empty()) return stage_.n_buffers++;
     const int buffer = free_.back();
@@ -288,7 +314,8 @@ void measure(const Program& program, Stage& stage) {
   }
   for (const Instance& instance : stage.instances) {
     const int64_t row = instance.space[2] + stage.pad_low + stage.pad_high;
-    stage.buffer_size = std::max(stage.buffer_size, instance.space[0] * int64_t{instance.space[1]} * row);
+    const int64_t n_rows = instance.space[0] * int64_t{instance.space[1]} + stage.most_row_shift;
+    stage.buffer_size = std::max(stage.buffer_size, n_rows * row);
     if (instance.kind != Kind::kTied) continue;
     const Value& value = program.values[instance.value];
     int64_t rows = value.window[1].extent();
@@ -306,6 +333,7 @@ Stage build_stage(const Program& program, const Plan& plan, int root, bool defic
   Stage stage;
   stage.root = StageBuilder(program, plan, stage).build(root, {1, 1, 1}, deficit);
   schedule(program, stage, plan.keeps_planes);
+  find_sums(program, stage);
   if (plan.keeps_planes) plan_way_back(stage);
   BufferAllocator(program, stage).run();
   if (plan.keeps_planes) place_cotangents(stage);

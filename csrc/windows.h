@@ -51,6 +51,15 @@ class Beside {
     half2_ = second(work, Statistic::kHalfVariance, value, space_, {0, 0, 0});
   }
 
+  // Both ends of a row.
+  void fill_ends(int z, int y, V* row) const {
+    const Index3 p{plane_.low[0] + z, plane_.low[1] + y, plane_.low[2]};
+    const int end = p[2] + plane_.size[2];
+    const RowUnder under(plane_, space_, p[0], p[1], end + 1);
+    fill(under, p[2] - 1, p[2], row - 1);
+    fill(under, end, end + 1, row + plane_.size[2]);
+  }
+
   // The part [from, to) of a row. Positions are `int`: programs have at most 2^24 of them.
   void fill(const RowUnder& row, int from, int to, V* out) const {
     std::fill(out, out + (to - from), V{});
@@ -132,6 +141,12 @@ class WindowSums {
     for (int kz = 0; kz < w[0].taps; ++kz) {
       for (int ky = 0; ky < w[1].taps; ++ky) {
         const int row0 = first0 + kz * w[0].dilation, row1 = first1 + ky * w[1].dilation;
+        const int y_in = row1 - w[1].low;  // of planes that are summed: input and output have one geometry
+        if (in_.is_summed && is_inside(y_in, in_.r.size[1])) {
+          rows_d[n_rows] = in_.row_d(row0, y_in);
+          rows_t[n_rows++] = input_.has_ntk ? in_.row_t(row0, y_in) : no_tangents;
+          continue;
+        }
         const int s0 = slot0 + kz * w[0].dilation, s1 = slot1 + ky * w[1].dilation;
         const int64_t slot = int64_t{s0 < ring_.rows0 ? s0 : s0 - ring_.rows0} * ring_.rows1 +
                              (s1 < ring_.rows1 ? s1 : s1 - ring_.rows1);
@@ -154,7 +169,8 @@ class WindowSums {
       n_rows = 1;
     }
     if (n_rows > 3) n_rows = add_up(n_rows);
-    WindowRows<T> rows{n_rows, input_.has_ntk, {}, {}};
+    WindowRows<T> rows{
+        n_rows, input_.has_ntk, {no_tangents, no_tangents, no_tangents}, {no_tangents, no_tangents, no_tangents}};
     std::copy(rows_d, rows_d + n_rows, rows.d);
     std::copy(rows_t, rows_t + n_rows, rows.t);
     return rows;
@@ -229,7 +245,7 @@ class WindowSums {
 template <bool kWide, class T>
 void finish_convolution(const Work<T>& work, const Instance& tied, const FusedDual<T>& fused, const Place& at,
                         const WindowRows<T>& rows) {
-  switch (rows.n) {
+  switch (fused.sums ? 3 : rows.n) {
     case 1:
       return finish_tied<kWide, 1>(work, tied, fused, at, rows);
     case 2:

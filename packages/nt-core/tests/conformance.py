@@ -72,6 +72,15 @@ CHAINS = {
         (4, 4),
         [conv(), steps.Normalize(1e-3, ()), RELU, conv(), RELU, steps.Normalize(0.0, (1,)), steps.GlobalPool(MEAN)],
     ),
+    # Windows of three positions in turn along the last axis, with several rows and numbers of what is beside the image.
+    "neighbours": (
+        (4, 5),
+        [
+            *(conv((1, 3)), RELU, conv((5, 3)), RELU, conv((2, 3)), ABS),
+            *(conv(padding=((2, 0), (1, 1))), RELU, conv(padding=((1, 1), (0, 2))), RELU),
+            *(steps.GlobalPool(MEAN), dense(), RELU),
+        ],
+    ),
     "repeated": ((3, 3), [conv(), RELU] * 5 + [steps.GlobalPool(MEAN), dense(), RELU]),
     "gather": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), ABS]),
     "gather, global pool": ((4, 3), [conv(), RELU, GATHER, conv((2, 2)), RELU, steps.GlobalPool(MEAN)]),

@@ -52,6 +52,7 @@ CHAINED = (
     "valid",
     "dilated",
     "explicit padding",
+    "neighbours",
     "standard",
     "after global pool",
     "strides",
@@ -316,6 +317,26 @@ def test_rows_of_full_lanes(name, x64):
     space, make = FULL_LANES[name]
     x1, x2 = (x.reshape(len(x), *space, -1) for x in inputs(space, 2, 16, "float64"))
     check_direction(*kernels_of(make(spec_of(x1, x2)), x1, x2))
+
+
+@pytest.mark.parametrize("name", ["neighbours", "pool", "residual", "two outputs"])
+@pytest.mark.parametrize("n2", [2, 16, None])
+def test_cotangents_that_nobody_wants(name, n2, x64):
+    """They are left out, and the others are the same: in packed pairs, in full lanes, and of a batch with itself."""
+    space, make = NETWORKS[name]
+    x1, x2 = (x.reshape(len(x), *space, -1) for x in inputs(space, 3, n2 or 2, "float64"))
+    kernels, point = kernels_of(make(spec_of(x1, x2 if n2 else x1)), x1, x2 if n2 else None)
+    weights = random_like(jax.eval_shape(kernels, *point))
+
+    def gradients(*argnums):
+        return jax.jit(jax.grad(lambda *point: dot(kernels(*point), weights), argnums))(*point)
+
+    everything = tuple(range(len(point)))
+    expected = gradients(*everything)
+    for argnums in [(k,) for k in everything] + [everything[1:]]:
+        for actual, k in zip(gradients(*argnums), argnums, strict=True):
+            for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected[k]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14 * np.abs(b).max())
 
 
 def test_masks_and_their_numbers(x64):

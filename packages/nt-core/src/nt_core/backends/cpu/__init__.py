@@ -115,11 +115,22 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
     # What JAX keeps of these functions holds no number that it traces: those come with the point.
     others = replace_leaves(primals, dict.fromkeys(point, 0.0))
 
+    def part(point: dict[int, Array], compute: Any) -> tuple[Any, dict[int, Array]]:
+        # The rest is constant: the engine leaves cotangents out that nobody wants.
+        return lambda changed: _at(others, compute)({**point, **changed}), {i: point[i] for i in changes}
+
     def pushes(compute: Any) -> Linear:
-        return lambda point, tangent: jax.jvp(_at(others, compute), (point,), (tangent,))[1]
+        def push(point: dict[int, Array], tangent: dict[int, Array]) -> list[_Arrays]:
+            fn, changing = part(point, compute)
+            return jax.jvp(fn, (changing,), (tangent,))[1]
+
+        return push
 
     def pulls(compute: Any) -> Linear:
-        return lambda point, cotangent: jax.vjp(_at(others, compute), point)[1](cotangent)[0]
+        def pull(point: dict[int, Array], cotangent: list[_Arrays]) -> dict[int, Array]:
+            return jax.vjp(*part(point, compute))[1](cotangent)[0]
+
+        return pull
 
     push = linear_call(
         pushes(_differentiated(calls.propagate_with_pushforward, request)),
@@ -127,7 +138,7 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
         pushes(reference),
         pulls(reference),
     )
-    return push(point, {i: changes.get(i, jnp.zeros_like(leaf)) for i, leaf in point.items()})
+    return push(point, changes)
 
 
 def _arrays(

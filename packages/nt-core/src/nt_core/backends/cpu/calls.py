@@ -1,11 +1,13 @@
 """Calls of the engine, as JAX functions of arrays: of values alone, with cotangents carried back, and with tangents."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from nt_core.backends.base import Refused
 from nt_core.backends.cpu import native
@@ -36,10 +38,25 @@ def propagate_with_pullback(code: np.ndarray, results: Types, operands: Sequence
     def run(*operands: Array) -> list[Array]:
         return propagate(code, results, operands)
 
-    def backward(operands: tuple[Array, ...], cotangents: list[Array]) -> tuple[Array, ...]:
-        return tuple(_call("nt_backward", code, operands, [*operands, *cotangents]))
+    def forward(*operands: Any) -> Any:
+        # Which cotangents are wanted is said by the structure: JAX keeps nothing else that it does not trace.
+        wanted = [() if x.perturbed else None for x in operands]
+        values = [x.value for x in operands]
+        return run(*values), (values, wanted)
 
-    run.defvjp(lambda *operands: (run(*operands), operands), backward)
+    def backward(kept: Any, cotangents: list[Array]) -> tuple[Array, ...]:
+        operands, wanted = kept
+        types = [
+            jax.ShapeDtypeStruct(x.shape if w is not None else (0,), x.dtype)
+            for x, w in zip(operands, wanted, strict=True)
+        ]
+        cotangents = [jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c for c in cotangents]
+        computed = _call("nt_backward", code, types, [*operands, *cotangents])
+        return tuple(
+            c if w is not None else jnp.zeros_like(x) for c, x, w in zip(computed, operands, wanted, strict=True)
+        )
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
     return run(*varying(list(operands), varying_axes(operands)))
 
 
