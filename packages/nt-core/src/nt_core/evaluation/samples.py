@@ -266,18 +266,32 @@ def crossed(batch1: Any, batch2: Any) -> tuple[Any, Any]:
 def crossed_product(x1: Array, x2: Array) -> Array:
     """Returns the means over the channels of the products of all samples, `(..., channels, n1, 1)` with
     `(..., channels, 1, n2)`."""
-    rows, columns = jnp.swapaxes(x1[..., 0], -1, -2), x2[..., 0, :]
-    return jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST) / rows.shape[-1]
+    return product_of_vectors(*_as_vectors(x1, x2))
 
 
 def crossed_deficit(x1: Array, x2: Array, var1: Array, var2: Array, identical: Array) -> Array:
-    """Returns the deficits of all pairs of samples, of the same shapes, with their variances.
+    """Returns the deficits of all pairs of samples, of the same shapes, with their variances."""
+    return deficit_of_vectors(*_as_vectors(x1, x2), var1, var2, identical)
+
+
+def _as_vectors(x1: Array, x2: Array) -> tuple[Array, Array]:
+    return jnp.swapaxes(x1[..., 0], -1, -2), jnp.swapaxes(x2[..., 0, :], -1, -2)
+
+
+def product_of_vectors(x1: Array, x2: Array) -> Array:
+    """Returns the means of the products of all vectors, `(..., n1, channels)` with `(..., n2, channels)`."""
+    return jnp.matmul(x1, jnp.swapaxes(x2, -1, -2), precision=lax.Precision.HIGHEST) / x1.shape[-1]
+
+
+def deficit_of_vectors(x1: Array, x2: Array, var1: Array, var2: Array, identical: Array) -> Array:
+    """Returns the deficits of all vectors, `(..., n1, channels)` with `(..., n2, channels)`, given their variances,
+    `(..., n1, 1)` and `(..., 1, n2)`.
 
     Differences are formed where a product would lose digits, and exactly 0 is what is known to be identical.
     """
-    if x1.shape[-3] <= MAX_CHANNELS_FOR_DIFFERENCES:
-        return half_mean_square_difference(x1, x2)
-    deficit = jnp.maximum(jnp.where(identical, 0, (var1 + var2) / 2 - crossed_product(x1, x2)), 0)
+    if x1.shape[-1] <= MAX_CHANNELS_FOR_DIFFERENCES:
+        return half_mean_square_difference(jnp.swapaxes(x1, -1, -2)[..., None], jnp.swapaxes(x2, -1, -2)[..., None, :])
+    deficit = jnp.maximum(jnp.where(identical, 0, (var1 + var2) / 2 - product_of_vectors(x1, x2)), 0)
     doubtful = jnp.any((deficit < _CLOSE * (var1 + var2)) & ~identical)
     # Derivatives keep the inputs alone: not all differences, or zeros in their place where nothing is doubtful.
     return lax.cond(doubtful, rematerialized(_deficit_row_by_row), lambda *_: deficit, x1, x2)
@@ -285,9 +299,9 @@ def crossed_deficit(x1: Array, x2: Array, var1: Array, var2: Array, identical: A
 
 def _deficit_row_by_row(x1: Array, x2: Array) -> Array:
     def row(x: Array) -> Array:
-        return jnp.mean((x[..., None] - x2[..., 0, :]) ** 2, -2) / 2
+        return jnp.mean((x[..., None, :] - x2) ** 2, -1) / 2
 
-    return jnp.moveaxis(lax.map(rematerialized(row), jnp.moveaxis(x1[..., 0], -1, 0)), 0, -2)
+    return jnp.moveaxis(lax.map(rematerialized(row), jnp.moveaxis(x1, -2, 0)), 0, -2)
 
 
 def half_mean_square_difference(x1: Array, x2: Array) -> Array:

@@ -16,7 +16,7 @@ from nt_core.backends.cpu.calls import Call
 from nt_core.backends.cpu.encode import Encoded, encode
 from nt_core.backends.cpu.linear import Linear, linear_call
 from nt_core.backends.xla import XlaBackend
-from nt_core.evaluation.samples import crossed_deficit, crossed_product
+from nt_core.evaluation.samples import deficit_of_vectors, product_of_vectors
 from nt_core.kernel import Kernel
 from nt_core.layouts import reverse_zipped, unzip_axes, zip_axes, zipped_diagonal
 from nt_core.lowering import Form
@@ -236,24 +236,22 @@ def _operands(source: Source, form: Form, encoded: Encoded) -> list[Array]:
 def _formed(inputs: Inputs, form: Form, encoded: Encoded) -> list[Array]:
     """What the pairs of inputs without positions are: covariances, or deficits and variances."""
     if not form.deficit:
-        return [crossed_product(*_crossed(inputs.first(), inputs.second()))]
+        return [product_of_vectors(_vectors(inputs.first()), _vectors(inputs.second()))]
     deficit, *variances = _deficits(inputs.first(), inputs.second(), encoded.coefficients[0])
     return [deficit, *variances[: 1 if encoded.symmetric else 2]]
 
 
-def _crossed(x1: Array, x2: Array) -> tuple[Array, Array]:
-    """Samples as vectors, laid out to broadcast to all pairs: `(channels, n1, 1)` and `(channels, 1, n2)`."""
-    x1, x2 = (x.reshape(len(x), math.prod(x.shape[1:])).T for x in (x1, x2))  # there may be no samples
-    return x1[:, :, None], x2[:, None, :]
+def _vectors(x: Array) -> Array:
+    return x.reshape(len(x), math.prod(x.shape[1:]))  # there may be no samples
 
 
 @jax.jit  # traced once: derivatives ask for it several times
 def _deficits(x1: Array, x2: Array, are_identical: bool | Array) -> tuple[Array, Array, Array]:
     """The deficits of all pairs of samples, and the variances of either batch."""
-    x1, x2 = _crossed(x1, x2)
-    var1, var2 = jnp.mean(x1**2, 0), jnp.mean(x2**2, 0)
-    identical = jnp.eye(len(var1), var2.shape[1], dtype=bool) & are_identical
-    return crossed_deficit(x1, x2, var1, var2, identical), var1[:, 0], var2[0]
+    x1, x2 = _vectors(x1), _vectors(x2)
+    var1, var2 = jnp.mean(x1**2, -1), jnp.mean(x2**2, -1)
+    identical = jnp.eye(len(x1), len(x2), dtype=bool) & are_identical
+    return deficit_of_vectors(x1, x2, var1[:, None], var2[None], identical), var1, var2
 
 
 def _own(cov: Array, spec: Spec) -> Array:
