@@ -115,14 +115,16 @@ def _native_tangent(primals: Any, changes: dict[int, Array], reference: Any, req
     # What JAX keeps of these functions holds no number that it traces: those come with the point.
     others = replace_leaves(primals, dict.fromkeys(point, 0.0))
 
+    changing = tuple(changes)
+
     def part(point: dict[int, Array], compute: Any) -> tuple[Any, dict[int, Array]]:
         # The rest is constant: the engine leaves cotangents out that nobody wants.
-        return lambda changed: _at(others, compute)({**point, **changed}), {i: point[i] for i in changes}
+        return lambda changed: _at(others, compute)({**point, **changed}), {i: point[i] for i in changing}
 
     def pushes(compute: Any) -> Linear:
         def push(point: dict[int, Array], tangent: dict[int, Array]) -> list[_Arrays]:
-            fn, changing = part(point, compute)
-            return jax.jvp(fn, (changing,), (tangent,))[1]
+            fn, changed = part(point, compute)
+            return jax.jvp(fn, (changed,), (tangent,))[1]
 
         return push
 
