@@ -51,13 +51,22 @@ class Beside {
     half2_ = second(work, Statistic::kHalfVariance, value, space_, {0, 0, 0});
   }
 
-  // Both ends of a row.
+  // The positions before and behind a row of the plane, of images that do not wrap.
   void fill_ends(int z, int y, V* row) const {
     const Index3 p{plane_.low[0] + z, plane_.low[1] + y, plane_.low[2]};
-    const int end = p[2] + plane_.size[2];
-    const RowUnder under(plane_, space_, p[0], p[1], end + 1);
-    fill(under, p[2] - 1, p[2], row - 1);
-    fill(under, end, end + 1, row + plane_.size[2]);
+    const int offset = plane_.offset[2], n = plane_.size[2];
+    const int first = static_cast<int>(position(space_, p));
+    const Index3 partner{plane_.partner(0, p[0]), plane_.partner(1, p[1]), p[2] + offset};
+    const int second = static_cast<int>(position(space_, partner));
+    for (int x : {-1, n}) {
+      V half{};
+      if (is_inside(p[2] + x, space_[2])) half += get<kWide>(half1_, first + x);
+      if (is_inside(p[2] + x + offset, space_[2])) {
+        __builtin_prefetch(half2_.at + int64_t{second + x + space_[2]} * half2_.stride);  // of the next row
+        half += get(half2_, second + x);
+      }
+      row[x] = half;
+    }
   }
 
   // The part [from, to) of a row. Positions are `int`: programs have at most 2^24 of them.
