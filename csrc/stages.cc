@@ -202,6 +202,7 @@ class BufferAllocator {
 
   void run() {
     for (const Pass& pass : stage_.passes) {
+      for (Room& room : free_) room.row_shift = 0;
       int kept = -1;  // read by the head until the pass is over, unless rows may be overwritten
       if (pass.head >= 0) {
         Instance& head = stage_.instances[pass.head];
@@ -216,24 +217,19 @@ class BufferAllocator {
             ++uses_[input];
           }
         }
-        if (stage_.instances[target].buffer < 0) stage_.instances[target].buffer = take();
-        if (head.kept && head.buffer < 0) head.buffer = take();  // what is before the fused dual
+        if (stage_.instances[target].buffer < 0) take(stage_.instances[target]);
+        if (head.kept && head.buffer < 0) take(head);  // what is before the fused dual
       }
       for (int op : pass.row_ops) {
         Instance& instance = stage_.instances[op];
         for (int input : instance.inputs) {
           if (--uses_[input] > 0) continue;
-          const int buffer = stage_.instances[input].buffer;
-          if (instance.buffer < 0) {
-            instance.buffer = buffer;
-            instance.row_shift = stage_.instances[input].row_shift;
-          } else {
-            free_.push_back(buffer);
-          }
+          free_.push_back(room_of(input));
+          if (instance.buffer < 0) take(instance);
         }
-        if (instance.buffer < 0) instance.buffer = take();
+        if (instance.buffer < 0) take(instance);
       }
-      if (kept >= 0 && --uses_[kept] == 0) free_.push_back(stage_.instances[kept].buffer);
+      if (kept >= 0 && --uses_[kept] == 0) free_.push_back(room_of(kept));
     }
   }
 
@@ -248,17 +244,23 @@ class BufferAllocator {
     stage_.most_row_shift = std::max(stage_.most_row_shift, to.row_shift);
   }
 
-  int take() {
-    if (free_.empty()) return stage_.n_buffers++;
-    const int buffer = free_.back();
+  // A buffer, and the shift of the rows that were there last: in the same pass those further down are still read.
+  struct Room {
+    int buffer, row_shift;
+  };
+  Room room_of(int instance) const { return {stage_.instances[instance].buffer, stage_.instances[instance].row_shift}; }
+
+  void take(Instance& instance) {
+    if (free_.empty()) free_.push_back({stage_.n_buffers++, 0});
+    instance.buffer = free_.back().buffer;
+    instance.row_shift = free_.back().row_shift;
     free_.pop_back();
-    return buffer;
   }
 
   const Program& program_;
   Stage& stage_;
   std::vector<int> uses_;
-  std::vector<int> free_;
+  std::vector<Room> free_;
 };
 
 // Which planes the way back reads, and what it carries back together. A dual that one tied map alone reads needs no

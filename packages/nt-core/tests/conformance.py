@@ -132,6 +132,23 @@ def residual(spec):
     return builder.build(builder.add(steps.GlobalPool(MEAN), x))
 
 
+def random_graph(spec, seed):
+    """Some nonlinearities, convolutions that read neighbours, and sums, of values that others read too."""
+    random, builder = np.random.default_rng(seed), Builder()
+    values = [builder.add(conv(), builder.source(spec))]
+    layers = [conv(), conv(), conv((1, 3)), conv((2, 3)), conv((3, 2)), dense()]
+    for _ in range(12):
+        # The last values are read most: chains between sums.
+        x, y = (values[-1 - min(int(random.exponential(1.0)), len(values) - 1)] for _ in range(2))
+        if random.integers(4) == 0:
+            values.append(builder.add(steps.Combine((0.7, 0.6)), x, y))
+            continue
+        activated = builder.add(RELU, x)
+        for layer in random.choice(len(layers), random.choice([1, 1, 1, 2])):
+            values.append(builder.add(layers[layer], activated))
+    return builder.build(builder.add(steps.GlobalPool(MEAN), builder.add(steps.Combine((1.0, 1.0, 1.0)), *values[-3:])))
+
+
 def products(spec):
     """Products of halves of the channels, of two and of three branches, before and after a nonlinearity."""
     builder = Builder()

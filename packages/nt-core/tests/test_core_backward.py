@@ -17,6 +17,7 @@ from conformance import (
     masks,
     pool,
     products,
+    random_graph,
     residual,
     run,
     run_all,
@@ -337,6 +338,12 @@ def test_cotangents_that_nobody_wants(name, n2, x64):
         for actual, k in zip(gradients(*argnums), argnums, strict=True):
             for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected[k]), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_graphs_of_convolutions(seed, x64):
+    x1, x2 = inputs((5, 4), 2, 1, "float64")
+    check_direction(*kernels_of(random_graph(spec_of(x1, x2), seed), x1, x2))
 
 
 def test_masks_and_their_numbers(x64):

@@ -20,6 +20,7 @@ from conformance import (
     masked,
     masks,
     pool,
+    random_graph,
     residual,
     run,
     run_all,
@@ -49,6 +50,14 @@ def agree(actual, expected, tolerance):
         else:
             assert value.shape == wanted.shape
             np.testing.assert_allclose(value, wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_graphs_of_convolutions(seed, x64):
+    """Which rows may be overwritten depends on who reads them later."""
+    x1, x2 = inputs((5, 4), 2, 1, "float64")
+    program = random_graph(spec_of(x1, x2), seed)
+    TestCpu().agree(run(program, x1, x2, Request(), "cpu"), definition.propagate(program, (x1, x2)), 1e-12)
 
 
 def test_convolutions_fused_with_gelu(x64):
