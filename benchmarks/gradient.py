@@ -27,7 +27,7 @@ from networks import NETWORKS
 from neural_tangents import stax
 from peer import LIBRARIES, machine, make_peer_environment
 
-REPEATS = 3
+REPEATS, LEAST_SECONDS = 3, 0.5  # of each measurement: short calls are repeated more often
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure(case, block):
         compiled = jax.jit(fn).lower(x1, x2).compile()
         figures[f"{name}_compile_s"] = time.perf_counter() - start
         seconds, cpu_seconds = [], []
-        for _ in range(1 + REPEATS):
+        while len(seconds) <= REPEATS or sum(seconds) < LEAST_SECONDS:
             start, cpu_start = time.perf_counter(), time.process_time()
             result = jax.block_until_ready(compiled(x1, x2))
             seconds.append(time.perf_counter() - start)
