@@ -102,10 +102,9 @@ class TiedBack {
         has_own_(has_ntk_ && !has_own_covariance(back.work, tied)),
         sums_ntk_(has_own_ || input_.has_ntk) {
     const T* c = back.work.coefficients(value_);
-    const V mean = broadcast(T(1) / window_size<T>(value_));
-    mean_ = mean;
-    weight_ = mean * c[0];
-    own_weight_ = !has_own_ ? V{} : mean * (tied.deficit ? -c[2] : c[2]);
+    mean_ = broadcast(T(1) / window_size<T>(value_));
+    weight_ = mean_ * c[0];
+    own_weight_ = !has_own_ ? V{} : mean_ * (tied.deficit ? -c[2] : c[2]);
     const Window& w = value_.window[2];
     if (tied.deficit) {
       const Statistic half = Statistic::kHalfVariance;

@@ -89,8 +89,7 @@ struct Plane {
   V* d = nullptr;
   V* t = nullptr;
   int64_t stride = 0;
-  bool is_summed =
-      false;  // each position holds the sum of three neighbours along the last axis, of which it is the middle
+  bool is_summed = false;  // each position holds the sum of three in turn along the last axis, with it in the middle
 
   V* row_d(int z, int y, int x = 0) const { return d + (int64_t{z} * r.size[1] + y) * stride + x; }
   V* row_t(int z, int y, int x = 0) const { return t ? row_d(z, y, x) + (t - d) : nullptr; }
